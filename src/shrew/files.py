@@ -1,0 +1,98 @@
+"""Writing without ever leaving half a file: temporary name, fsync, rename."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shrew.errors import UsageError
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut (a no-op where folders cannot be opened)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step; on any failure the old file is untouched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode("utf-8"))
+
+
+def check_writable_target(path: Path, mark: str) -> None:
+    """Refuse early to replace a folder that is not ours: one that holds things but not the file `mark`."""
+    if path.is_dir() and not (path / mark).exists() and any(path.iterdir()):
+        raise UsageError(f"{path} holds other things (no {mark}); choose a new or empty output folder.")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; choose another output folder.")
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{parent} cannot be written to; choose another output folder.")
+
+
+@contextmanager
+def new_folder(path: Path, mark: str) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `path` when the block ends without an error.
+
+    An existing `path` is replaced only if it holds the file `mark`, as everything written here does.
+    """
+    check_writable_target(path, mark)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        for item in temporary.rglob("*"):
+            if item.is_file():
+                with item.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where intermediate results live: `$SHREW_CACHE`, else `$XDG_CACHE_HOME/shrew`, else `~/.cache/shrew`."""
+    if chosen := os.environ.get("SHREW_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shrew"

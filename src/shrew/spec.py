@@ -1,0 +1,155 @@
+"""Frozen specs: dataclasses that are at once the TOML keys, the JSON fields, the CLI flags and the cache key.
+
+A spec is a frozen, keyword-only dataclass. Its annotations carry ranges (`Annotated[int, Meta(ge=2, le=8)]`) and
+`doc()` carries the help text; nothing states a field twice. Unknown keys are refused with the nearest known one.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import tomli_w
+from msgspec import Meta
+
+from shrew.errors import SpecError, nearest
+
+__all__ = ["Meta", "add_flags", "digest", "doc", "dump", "from_flags", "parse", "parse_bytes", "parse_times",
+           "read_toml", "to_toml"]  # fmt: skip
+
+T = TypeVar("T")
+
+
+def doc(text: str, default: Any = MISSING, default_factory: Any = MISSING) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, default_factory=default_factory, metadata={"doc": text})
+
+
+def parse(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Build `cls` from plain values (TOML or JSON). `where` names the source in errors."""
+    if not isinstance(values, dict):
+        raise SpecError(f"{where}: expected a table of settings, got {type(values).__name__}.")
+    _refuse_unknown(cls, values, where)
+    try:
+        return msgspec.convert(values, cls)
+    except msgspec.ValidationError as error:
+        raise SpecError(f"{where}: {_plain(error)}.") from None
+
+
+def _refuse_unknown(cls: Any, values: dict[str, Any], where: str) -> None:
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise SpecError(f"{where}: unknown key '{key}'; {nearest(key, hints)}")
+        for inner in _dataclasses_in(hints[key]):
+            tables = value if isinstance(value, list) else [value]
+            if typing.get_origin(hints[key]) is dict and isinstance(value, dict):
+                tables = list(value.values())
+            for table in tables:
+                if isinstance(table, dict):
+                    _refuse_unknown(inner, table, f"{where}: {key}")
+
+
+def _dataclasses_in(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return [found for part in typing.get_args(hint) for found in _dataclasses_in(part)]
+
+
+def _plain(error: Exception) -> str:
+    text, _, at = str(error).partition(" - at `$")
+    text = text.replace("`", "")
+    return f"{at.strip('`.')}: {text}" if at else text
+
+
+def dump(spec: Any) -> dict[str, Any]:
+    """Plain values of a spec, defaults included, None left out (TOML has no null)."""
+    return {key: value for key, value in msgspec.to_builtins(spec).items() if value is not None}
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a spec or plain value: the cache key."""
+    plain = msgspec.to_builtins(value)
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Parse a TOML file into plain values."""
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such file; give the path of a recipe (TOML).") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, OSError) as error:
+        raise SpecError(f"{path} is no readable TOML: {error}.") from None
+
+
+def to_toml(values: dict[str, Any], comment: str = "") -> str:
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    return head + ("\n" if head else "") + tomli_w.dumps(values)
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: Any) -> None:
+    """One `--flag` for each field of a spec; nested tables stay recipe-only."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for item in dataclasses.fields(cls):
+        base, choices = _flag_type(hints[item.name])
+        if base is None:
+            continue
+        flag = "--" + item.name.replace("_", "-")
+        text = item.metadata.get("doc", "").replace("%", "%%")
+        if item.default not in (MISSING, None):
+            text += f" (default {item.default})"
+        if base is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, type=base, choices=choices, default=None, help=text)
+
+
+def _flag_type(hint: Any) -> tuple[Any, list[Any] | None]:
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return _flag_type(typing.get_args(hint)[0])
+    if origin is typing.Literal:
+        choices = list(typing.get_args(hint))
+        return type(choices[0]), choices
+    if origin in (typing.Union, types.UnionType):
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        return _flag_type(parts[0]) if len(parts) == 1 else (None, None)
+    return (hint, None) if hint in (int, float, str, bool) else (None, None)
+
+
+def from_flags(cls: type[T], args: argparse.Namespace, where: str = "flags") -> T:
+    """The spec that the flags of `add_flags` say; flags not given keep their defaults."""
+    names = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return parse(cls, {k: v for k, v in vars(args).items() if k in names and v is not None}, where)
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """'16MB' -> 16000000. Units: B, kB, MB, GB (powers of ten) and KiB, MiB, GiB."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise SpecError(f"'{text}' is no size; write it like 16MB or 512KiB.")
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size <= 0:
+        raise SpecError(f"'{text}' is no size above zero; write it like 16MB or 512KiB.")
+    return size
+
+
+def parse_times(text: str) -> float:
+    """'2x' -> 2.0: how many times faster."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*[xX]?\s*", text)
+    if not match or float(match[1]) < 1:
+        raise SpecError(f"'{text}' is no speed-up; write it like 2x (1x or more).")
+    return float(match[1])
