@@ -1,0 +1,86 @@
+"""`attention`: causal softmax attention with grouped queries, rotary positions and optional QK-norm.
+
+B rows, T new positions, S positions seen, H query heads, K key-value heads, D head width.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from shrew.blocks.layers import RMSNorm, rotate
+from shrew.spec import Meta, doc
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    kind: str = "attention"
+    heads: Annotated[int, Meta(ge=1)] = doc("query heads", 4)
+    kv_heads: Annotated[int, Meta(ge=1)] | None = doc("key-value heads (grouped queries); default: heads", None)
+    head_width: Annotated[int, Meta(ge=2)] | None = doc("width of a head; default: model width / heads", None)
+    qk_norm: bool = doc("RMS norm on queries and keys (Henry et al. 2020)", False)
+    rope_theta: Annotated[float, Meta(gt=0)] = doc("base of the rotary frequencies", 10000.0)
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """The definition: softmax(q k^T / sqrt(D)) v where `allowed` [B, 1, T, S] is true. The oracle of the tests."""
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~allowed, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: AttentionSpec, width: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = spec.heads, spec.kv_heads or spec.heads
+        self.head_width = spec.head_width or width // spec.heads
+        self.q_proj = nn.Linear(width, self.heads * self.head_width, bias=False)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_width, bias=False)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_width, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_width, width, bias=False)
+        self.q_norm = RMSNorm(self.head_width, eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(self.head_width, eps) if spec.qk_norm else None
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None, state: Any = None
+    ) -> Tensor:
+        """x [B, T, d] -> [B, T, d]. `mask` [B, 1, T, S] is True (or 0) where attention is allowed; None means plain
+        causal. `state` is a `DynamicLayer` holding earlier keys and values; it is extended in place."""
+        rows, length, _ = x.shape
+        q = self.q_proj(x).view(rows, length, self.heads, self.head_width).transpose(1, 2)
+        k = self.k_proj(x).view(rows, length, self.kv_heads, self.head_width).transpose(1, 2)
+        v = self.v_proj(x).view(rows, length, self.kv_heads, self.head_width).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if state is not None:
+            k, v = state.update(k, v)
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(rows, length, -1))
+
+    def init_state(self) -> DynamicLayer:
+        return DynamicLayer()
+
+    def flops(self, context: int) -> int:
+        """Multiply-adds times two, per token, when it sees `context` positions on average."""
+        linear = sum(item.weight.numel() for item in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        return 2 * linear + 4 * self.heads * self.head_width * context
+
+    def state_bytes(self, context: int, element: int = 2) -> int:
+        return 2 * self.kv_heads * self.head_width * context * element
+
+
+def document_mask(owner: Tensor) -> Tensor | None:
+    """Causal mask [B, 1, T, T] that keeps packed documents apart; None if no row holds two documents.
+
+    owner [B, T]: number of the document that each position belongs to."""
+    if bool((owner == owner[:, :1]).all()):
+        return None
+    length = owner.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
+    return ((owner[:, None, :] == owner[:, :, None]) & causal)[:, None]

@@ -1,0 +1,188 @@
+"""Python source found on the machine: what the starter model was trained on and what it is measured on.
+
+Evaluation modules are standard-library modules chosen by a hash of their names; they are never trained on, and
+neither is any file that shares a run of 50 tokens with one (vendored copies, back-ports) or that tests one.
+"""
+
+import hashlib
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from shrew.errors import DataError, nearest
+
+RUN = 50  # tokens
+EVALUATION_SHARE, EVALUATION_RESIDUE = 10, 6
+# Modules that later interpreters no longer have would make the text differ from version to version.
+REMOVED = frozenset(
+    "distutils lib2to3 idlelib turtledemo asynchat asyncore imp smtpd aifc cgi cgitb chunk crypt imghdr mailcap "
+    "msilib nntplib pipes sndhdr sunau telnetlib uu xdrlib".split()
+)
+PACKAGE_BYTES = 4_000_000  # at most this much of one package, so that no single style dominates
+FILE_BYTES = (200, 200_000)
+PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|0BSD|Unlicense|Zlib|HPND|CC0)\b", re.I)
+RESTRICTED = re.compile(r"GPL|Affero|MPL|EUPL|Proprietary|Commercial", re.I)
+TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass
+class Manifest:
+    """What was read: counts, licences and hashes, for the starter's card."""
+
+    interpreter: str = field(default_factory=lambda: sys.version.split()[0])
+    evaluation: dict[str, str] = field(default_factory=dict)  # module file -> sha256
+    packages: dict[str, dict[str, object]] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> files
+    files: int = 0
+    bytes: int = 0
+    sha256: str = ""  # of the sorted hashes of every file kept
+
+
+def corpus(part: str) -> Iterator[tuple[str, str]]:
+    """(id, text) of 'train', 'evaluation' or 'stdlib' (the training share of the standard library alone)."""
+    parts = {"train": lambda: build()[0], "evaluation": evaluation, "stdlib": lambda: standard_library()[0]}
+    if part not in parts:
+        raise DataError(f"python:{part}: no such part; {nearest(part, parts)}")
+    yield from parts[part]()
+
+
+def evaluation() -> list[tuple[str, str]]:
+    """The evaluation modules of the running interpreter: one standard-library module in ten, by its name's hash."""
+    return [(f"python:{name}", text) for name, text in _library() if _is_evaluation(name)]
+
+
+def _is_evaluation(name: str) -> bool:
+    top = name.split("/")[0].removesuffix(".py")
+    if top == "test" or top in REMOVED:
+        return False
+    return int(hashlib.sha256(top.encode()).hexdigest(), 16) % EVALUATION_SHARE == EVALUATION_RESIDUE
+
+
+def _library() -> Iterator[tuple[str, str]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        top = name.split("/")[0].removesuffix(".py")
+        if top in sys.stdlib_module_names or top == "test":
+            text = _text(path)
+            if text is not None and "lib2to3/tests" not in name:
+                yield name, text
+
+
+def _text(path: Path) -> str | None:
+    try:
+        raw = path.read_bytes()
+        return raw.decode("utf-8") if FILE_BYTES[0] <= len(raw) <= FILE_BYTES[1] else None
+    except (UnicodeDecodeError, OSError):
+        return None
+
+
+def standard_library() -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """The training share of the standard library and what was dropped from it, by reason."""
+    held = evaluation()
+    names = {id.removeprefix("python:").split("/")[0].removesuffix(".py") for id, _ in held}
+    runs = Runs(text for _, text in held)
+    kept, dropped = [], {"evaluation module": len(held), "test of an evaluation module": 0, "shared run": 0}
+    for name, text in _library():
+        if _is_evaluation(name):
+            continue
+        if any(f"test_{module.strip('_')}" in name or f"/{module}/" in f"/{name}" for module in names):
+            dropped["test of an evaluation module"] += 1
+        elif text in runs:
+            dropped["shared run"] += 1
+        else:
+            kept.append((f"python:{name}", text))
+    return kept, dropped
+
+
+class Runs:
+    """The set of all runs of 50 tokens in some texts; `text in runs` says whether it shares one of them."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        found = [self._hashes(text) for text in texts]
+        self._known = np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
+
+    def __contains__(self, text: str) -> bool:
+        hashes = self._hashes(text)
+        places = np.searchsorted(self._known, hashes).clip(max=max(len(self._known) - 1, 0))
+        return bool(len(self._known) and (self._known[places] == hashes).any())
+
+    @staticmethod
+    def _hashes(text: str) -> np.ndarray:
+        words = np.array([hash_word(word) for word in TOKEN.findall(text)], dtype=np.uint64)
+        if len(words) < RUN:
+            return np.empty(0, np.uint64)
+        total = np.zeros(len(words) - RUN + 1, np.uint64)
+        for place in range(RUN):  # Horner's rule modulo 2^64 over all windows at once
+            total = total * np.uint64(0x9E3779B97F4A7C15) + words[place : place + len(total)]
+        return total
+
+
+_WORDS: dict[str, int] = {}
+
+
+def hash_word(word: str) -> int:
+    """A stable 64-bit hash of one token (Python's own differs between processes)."""
+    if word not in _WORDS:
+        _WORDS[word] = int.from_bytes(hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "big")
+    return _WORDS[word]
+
+
+def build() -> tuple[list[tuple[str, str]], Manifest]:
+    """The whole training corpus, standard library and permissively licensed packages, with its manifest."""
+    manifest = Manifest()
+    held = evaluation()
+    manifest.evaluation = {id: hashlib.sha256(text.encode()).hexdigest() for id, text in held}
+    names = {id.removeprefix("python:").split("/")[0].removesuffix(".py") for id, _ in held}
+    runs = Runs(text for _, text in held)
+    kept, manifest.dropped = standard_library()
+    manifest.packages["(standard library)"] = {"licence": "PSF-2.0", "files": len(kept)}
+    seen = {hashlib.sha256(text.encode()).hexdigest() for _, text in kept}
+    for package, licence, paths in _packages():
+        read, size = 0, 0
+        ordered = sorted(paths, key=lambda path: hashlib.sha256(path.name.encode()).digest())
+        for path in ordered:
+            text = _text(path)
+            if text is None or size + len(text) > PACKAGE_BYTES:
+                continue
+            mark = hashlib.sha256(text.encode()).hexdigest()
+            reason = (
+                "duplicate" if mark in seen
+                else "test of an evaluation module" if path.stem.removeprefix("test_") in names and "test" in path.stem
+                else "shared run" if text in runs
+                else ""
+            )  # fmt: skip
+            if reason:
+                manifest.dropped[reason] = manifest.dropped.get(reason, 0) + 1
+                continue
+            seen.add(mark)
+            read, size = read + 1, size + len(text)
+            kept.append((f"package:{package}/{path.name}", text))
+        if read:
+            manifest.packages[package] = {"licence": licence, "files": read}
+    manifest.files = len(kept)
+    manifest.bytes = sum(len(text.encode()) for _, text in kept)
+    manifest.sha256 = hashlib.sha256("".join(sorted(seen)).encode()).hexdigest()
+    return kept, manifest
+
+
+def _packages() -> Iterator[tuple[str, str, list[Path]]]:
+    found: dict[str, tuple[str, list[Path]]] = {}
+    for package in metadata.distributions():
+        about = package.metadata
+        name = f"{about['Name']} {about['Version']}"
+        claims = [about.get("License-Expression") or "", (about.get("License") or "")[:60]]
+        claims += [item for item in about.get_all("Classifier") or [] if item.startswith("License")]
+        licence = next((claim for claim in claims if PERMISSIVE.search(claim)), "")
+        if not licence or any(RESTRICTED.search(claim) for claim in claims) or about["Name"] == "shrew":
+            continue
+        sources = [Path(str(package.locate_file(item))) for item in package.files or [] if item.suffix == ".py"]
+        found.setdefault(name, (licence.strip().splitlines()[0], sources))
+    for name in sorted(found):
+        yield name, *found[name]

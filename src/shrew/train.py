@@ -1,0 +1,502 @@
+"""`shrew train RECIPE.toml`: the loop, top to bottom.
+
+A step is a pure function of (weights, optimizer state, seed, step number): batches are computed from the step and the
+random generator is seeded by it, so a run that is killed at any step and started again repeats the very same losses.
+The thread count changes the order of summation; it is stored in the checkpoint and used again on resume.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shrew import data, files, folder, machine, objectives, spec
+from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build, stock
+from shrew.errors import DataError, ShrewError, SpecError, nearest
+from shrew.spec import Meta, doc
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """The `[train]` table of a recipe."""
+
+    data: list[str] = doc("text, JSONL or parquet: files, folders, globs, python:train, or a datasets name")
+    out: str = doc("model folder to write")
+    init: str = doc("model folder to go on from (any causal LM or classifier); default: build [model]", "")
+    tokenizer: str = doc("bpe:SIZE to train one on the data, or a folder with a tokenizer", "bpe:4096")
+    length: Annotated[int, Meta(ge=8)] = doc("tokens in a row", 512)
+    batch_tokens: Annotated[int, Meta(ge=8)] = doc("tokens in a step", 8192)
+    micro_rows: Annotated[int, Meta(ge=0)] = doc("rows computed at once, gradients add up; 0: chosen here", 0)
+    steps: Annotated[int, Meta(ge=1)] = doc("optimizer steps", 1000)
+    optimizer: Literal["muon", "adamw"] = doc("muon: matrices by Muon, the rest by AdamW", "muon")
+    lr: Annotated[float, Meta(gt=0)] = doc("peak learning rate (Muon's is matched to AdamW's RMS)", 4e-3)
+    warmup: Annotated[int, Meta(ge=0)] = doc("steps of linear warm-up", 100)
+    decay: Annotated[float, Meta(ge=0, le=1)] = doc("share of the steps with linear decay to zero at the end", 0.3)
+    weight_decay: Annotated[float, Meta(ge=0)] = doc("decoupled weight decay of matrices", 0.1)
+    clip: Annotated[float, Meta(ge=0)] = doc("largest gradient norm; 0: off", 1.0)
+    ema: Annotated[float, Meta(ge=0, lt=1)] = doc("decay of the averaged weights that are saved; 0: off", 0.0)
+    document_mask: bool = doc("keep packed documents apart", True)
+    precision: Literal["auto", "fp32", "bf16"] = doc("auto: the faster of both here", "auto")
+    compile: bool = doc("torch.compile the model (needs a C++ compiler; worth it for long runs)", False)
+    validation: Annotated[float, Meta(ge=0, lt=0.5)] = doc("share of the documents kept for validation", 0.005)
+    evaluate_every: Annotated[int, Meta(ge=1)] = doc("steps between validations", 250)
+    checkpoint_every: Annotated[int, Meta(ge=1)] = doc("steps between checkpoints", 100)
+    threads: Annotated[int, Meta(ge=0)] = doc("CPU threads; 0: probed once", 0)
+    seed: int = doc("seed of weights, order and dropout", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    train: TrainSpec
+    model: ModelSpec = field(default_factory=ModelSpec)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="shrew train", description="Train a small language model from a recipe.")
+    parser.add_argument("recipe", type=Path, help="a TOML file with [train] and [model]")
+    parser.add_argument("--json", action="store_true", help="print the last line of the log as JSON")
+    spec.add_flags(parser, TrainSpec)
+    args = parser.parse_args(argv)
+    values = spec.read_toml(args.recipe)
+    names = TrainSpec.__dataclass_fields__
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    if isinstance(values.get("train"), dict):
+        values["train"].update(given)
+    result = train(spec.parse(Recipe, values, str(args.recipe)))
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def schedule(step: int, item: TrainSpec) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, level, linear decay to zero (Hu et al. 2024)."""
+    warm = min((step + 1) / max(item.warmup, 1), 1.0)
+    cool = min((item.steps - step) / max(item.decay * item.steps, 1), 1.0)
+    return min(warm, cool)
+
+
+class World:
+    """This process among those that torchrun started; alone without it."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if self.size > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Add tensors up over all processes, in place, in one message."""
+        if self.size > 1 and tensors:
+            flat = torch.cat([item.reshape(-1) for item in tensors])
+            torch.distributed.all_reduce(flat)
+            for item, part in zip(tensors, flat.split([item.numel() for item in tensors]), strict=True):
+                item.copy_(part.view_as(item))
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe to its end (going on from its checkpoint if there is one) and write the model folder."""
+    item, world = recipe.train, World()
+    run = Path("runs") / f"{Path(item.out).name}-{spec.digest(_identity(recipe))[:8]}"
+    out = Path(item.out)
+    files.check_writable_target(out, folder.LINEAGE)
+    state = _read_state(run)
+    threads = machine.choose_threads(state.get("threads") or item.threads or None)
+    precision = machine.choose_precision(item.precision)
+    say = _sayer(world.rank == 0)
+    say(f"Training {item.out}: {item.steps} steps of {item.batch_tokens} tokens; {threads.reason}; {precision.reason}.")
+    machine.set_seed(item.seed)
+    loaded, documents = prepare(recipe, run, say)
+    kept, held, hashes = _split(documents, item, loaded)
+    model = loaded.model.to(world.device).train()
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters; {_size(kept)}; checkpoints in {run}.")
+    loop = Loop(item, world, model, kept, held, run, precision.name == "bf16", say)
+    loop.resume(state)
+    result = loop.run_all(threads.count)
+    if world.rank == 0:
+        lineage = {"parent": loaded.lineage.get("self"), "seed": item.seed, "threads": threads.count,
+                   "recipe": spec.dump(recipe), "data": hashes, "moves": []}  # fmt: skip
+        final = model.cpu().eval()
+        final = stock(final) if isinstance(final, ShrewForCausalLM) else final
+        folder.save(replace(loaded, model=final, lineage=lineage), out)
+        say(f"Wrote {out}.")
+    world.barrier()
+    return result
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes a run this run: everything but the number of threads and how often things are written."""
+    free = {"threads", "checkpoint_every", "evaluate_every", "out", "compile"}
+    values = spec.dump(recipe)
+    values["train"] = {key: value for key, value in values["train"].items() if key not in free}
+    return values
+
+
+def _sayer(speak: bool) -> Any:
+    return (lambda text: print(text, file=sys.stderr, flush=True)) if speak else (lambda text: None)
+
+
+def _size(source: Any) -> str:
+    if isinstance(source, data.Stream):
+        return f"{len(source.tokens):,} tokens of text ({source.text_bytes / 1e6:.1f} MB)"
+    return f"{len(source.texts):,} labelled texts"
+
+
+def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[data.Document]]:
+    """The model to train with its tokenizer, and the documents (empty for a classifier, which reads labelled rows)."""
+    item = recipe.train
+    if item.init:
+        loaded = folder.load(item.init)
+        return loaded, [] if loaded.is_classifier else data.documents(item.data)
+    documents = data.documents(item.data)
+    kind, _, size = item.tokenizer.partition(":")
+    if kind == "bpe" and size.isdigit():
+        place = run / f"tokenizer-{size}"
+        if not (place / "tokenizer.json").exists():
+            say(f"Training a BPE tokenizer of {size} tokens.")
+            with files.new_folder(place, "tokenizer.json") as temporary:
+                train_tokenizer(documents, int(size), item.seed).save_pretrained(temporary)
+        tokenizer = _tokenizer(place)
+    elif Path(item.tokenizer).is_dir():
+        tokenizer = _tokenizer(Path(item.tokenizer))
+    else:
+        raise SpecError(f"tokenizer '{item.tokenizer}': give bpe:SIZE or a folder that holds a tokenizer.")
+    shape = recipe.model if recipe.model.vocabulary else replace(recipe.model, vocabulary=len(tokenizer))
+    if (shape.vocabulary or 0) < len(tokenizer):
+        raise SpecError(f"model.vocabulary {shape.vocabulary} is smaller than the tokenizer's {len(tokenizer)}.")
+    model = build(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                  pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    return folder.Loaded(model, tokenizer), documents
+
+
+def _tokenizer(place: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(place)
+
+
+def train_tokenizer(documents: list[data.Document], size: int, seed: int, sample: int = 40_000_000) -> Any:
+    """A byte-level BPE tokenizer of exactly `size` entries (256 bytes, one token that begins and ends documents, and
+    merges), trained on up to `sample` characters drawn by document."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    order = np.random.default_rng(seed).permutation(len(documents))
+    chosen, total = [], 0
+    for index in order:
+        if total < sample:
+            chosen.append(documents[index].text)
+            total += len(documents[index].text)
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    core.train_from_iterator(chosen, trainer)
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, pad_token=end)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled texts as batches for a sequence classifier, in the shape of `data.Batches`."""
+
+    texts: list[list[int]]
+    labels: list[int]
+    pad: int
+    rows: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [rows, T], labels [rows], mask [rows, T]."""
+        first = (number * self.world + self.rank) * self.rows
+        orders: dict[int, np.ndarray] = {}
+        picked = []
+        for place in range(first, first + self.rows):
+            epoch = place // len(self.texts)
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.texts))
+            picked.append(int(orders[epoch][place % len(self.texts)]))
+        width = max(len(self.texts[index]) for index in picked)
+        tokens = np.full((self.rows, width), self.pad)
+        mask = np.zeros((self.rows, width), dtype=np.int64)
+        for row, index in enumerate(picked):
+            tokens[row, : len(self.texts[index])] = self.texts[index]
+            mask[row, : len(self.texts[index])] = 1
+        return tokens, np.array([self.labels[index] for index in picked]), mask
+
+
+def read_labelled(item: TrainSpec, loaded: folder.Loaded) -> Labelled:
+    """The {"text", "label"} rows of the recipe's JSONL files, checked against the model's labels."""
+    texts, labels = [], []
+    known = {str(name): int(number) for name, number in loaded.model.config.label2id.items()}
+    for source in item.data:
+        for number, row in data.read_jsonl(Path(source)):
+            if not isinstance(row.get("text"), str) or "label" not in row:
+                raise DataError(f'{source}, line {number}: expected {{"text": ..., "label": ...}}.')
+            label = str(row["label"])
+            if label not in known:
+                raise DataError(f"{source}, line {number}: the model has no label '{label}'; {nearest(label, known)}")
+            texts.append(row["text"])
+            labels.append(known[label])
+    if not texts:
+        raise DataError(f"{', '.join(item.data)}: no labelled text in it.")
+    rows = loaded.tokenizer(texts, truncation=True, max_length=item.length)["input_ids"]
+    pad = loaded.tokenizer.pad_token_id
+    return Labelled(rows, labels, 0 if pad is None else pad, 1, item.seed)
+
+
+def _split(documents: list[data.Document], item: TrainSpec, loaded: folder.Loaded) -> tuple[Any, Any, dict[str, str]]:
+    """(training source, validation source or None, hashes of what was read)."""
+    if not documents:
+        return read_labelled(item, loaded), None, {"train": spec.digest(item.data)}
+    parts = {"train": documents}
+    if item.validation and len(documents) > 1:
+        shares = {"train": 1 - item.validation, "validation": item.validation}
+        parts = data.split_documents(documents, shares, "validation")
+    cache = files.cache_folder()
+    streams = {name: data.tokenize(part, loaded.tokenizer, cache) for name, part in parts.items()}
+    hashes = {name: spec.digest([document.text for document in part]) for name, part in parts.items()}
+    held = streams.get("validation")
+    return streams["train"], held if held and held.windows(item.length) else None, hashes
+
+
+def _read_state(run: Path) -> dict[str, Any]:
+    place = run / "checkpoint" / "state.json"
+    return json.loads(place.read_text()) if place.exists() else {}
+
+
+class Loop:
+    """The training loop's state: model, optimizers, averaged weights, log."""
+
+    def __init__(self, item: TrainSpec, world: World, model: Any, source: Any, held: Any, run: Path, bf16: bool,
+                 say: Any) -> None:  # fmt: skip
+        self.item, self.world, self.model, self.run, self.bf16, self.say = item, world, model, run, bf16, say
+        self.rows = max(item.batch_tokens // item.length // world.size, 1)
+        self.micro = item.micro_rows or max(min(self.rows, 2048 // item.length), 1)
+        if isinstance(source, Labelled):
+            self.batches: Any = replace(source, rows=self.rows, rank=world.rank, world=world.size)
+        else:
+            self.batches = data.Batches(source, item.length, self.rows, item.seed, world.rank, world.size)
+        self.held = held
+        self.optimizers = optimizers(model, item)
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if item.ema else {}
+        self.step, self.cpu_seconds = 0, 0.0
+        self.losses = torch.compile(self._losses) if item.compile else self._losses
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from the checkpoint whose state.json is `state`; nothing to do for an empty one."""
+        if not state:
+            return
+        place = self.run / "checkpoint"
+        missing, unexpected = self.model.load_state_dict(load_file(place / "model.safetensors"), strict=False)
+        if unexpected or set(missing) - set(self._tied()):
+            raise ShrewError(f"{place} does not fit this model; remove it to start again.")
+        if self.item.ema:
+            self.average = load_file(place / "average.safetensors")
+        moments = load_file(place / "optimizer.safetensors")
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    found = {key.rpartition("|")[2]: value for key, value in moments.items()
+                             if key.rpartition("|")[0] == names[id(p)]}  # fmt: skip
+                    optimizer.state[p] = found
+        self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
+        if self.world.rank == 0:
+            log = self.run / "log.jsonl"
+            lines = log.read_text().splitlines(keepends=True)
+            files.write_text(log, "".join(line for line in lines if json.loads(line)["step"] < self.step))
+        self.say(f"Going on from step {self.step}.")
+
+    def _tied(self) -> list[str]:
+        kept = {name for name, _ in self.model.named_parameters()}
+        return [name for name in self.model.state_dict() if name not in kept]
+
+    def save(self, threads: int) -> None:
+        """Write the checkpoint atomically."""
+        if self.world.rank:
+            return
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        moments = {
+            f"{names[id(p)]}|{key}": value.contiguous()
+            for optimizer in self.optimizers
+            for p, found in optimizer.state.items()
+            for key, value in found.items()
+            if isinstance(value, Tensor)
+        }
+        with files.new_folder(self.run / "checkpoint", "state.json") as temporary:
+            weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
+            weights |= {name: p.contiguous() for name, p in self.model.named_buffers() if name in self.model.state_dict()}
+            save_file(weights, temporary / "model.safetensors")
+            save_file(moments, temporary / "optimizer.safetensors")
+            if self.average:
+                save_file(self.average, temporary / "average.safetensors")
+            state = {"step": self.step, "threads": threads, "cpu_seconds": self.cpu_seconds}
+            (temporary / "state.json").write_text(json.dumps(state))
+
+    def _losses(self, tokens: Tensor, targets: Tensor, owner: Tensor) -> Tensor:
+        """Summed loss in nats of a micro-batch."""
+        if isinstance(self.batches, Labelled):
+            logits = self.model(input_ids=tokens, attention_mask=owner).logits
+            return objectives.classify(logits, targets)
+        if isinstance(self.model, ShrewForCausalLM):
+            hidden = self.model.hidden(tokens, owner if self.item.document_mask else None)
+            return objectives.next_token(self.model.lm_head(hidden), targets)
+        # Stock models read document borders from positions that start again at zero.
+        positions = _positions(owner) if self.item.document_mask else None
+        return objectives.next_token(self.model(tokens, position_ids=positions, use_cache=False).logits, targets)
+
+    def take_step(self) -> tuple[float, int]:
+        """One optimizer step; (mean loss in nats, tokens that counted)."""
+        arrays = self.batches[self.step]
+        machine.set_seed(self.item.seed * 1_000_003 + self.step * self.world.size + self.world.rank)
+        share = schedule(self.step, self.item)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+        count = torch.tensor(float((arrays[1] != objectives.IGNORE).sum()), device=self.world.device)
+        self.world.sum([count])
+        total = torch.zeros((), device=self.world.device)
+        for low in range(0, self.rows, self.micro):
+            parts = [torch.from_numpy(array[low : low + self.micro]).to(self.world.device) for array in arrays]
+            with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = self.losses(*parts)
+            (loss / count).backward()
+            total += loss.detach()
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.world.sum(grads)
+        self.world.sum([total])
+        if self.item.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.item.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, p in self.model.named_parameters() if self.average else ():
+                self.average[name].lerp_(p, 1 - self.item.ema)
+        mean = (total / count).item()
+        if not math.isfinite(mean):
+            raise ShrewError(f"the loss is {mean} at step {self.step}; lower --lr or raise --warmup, and start again.")
+        return mean, int(count.item())
+
+    @torch.no_grad()
+    def validate(self, limit: int = 32) -> float:
+        """Mean loss in nats per token on up to `limit` held-out windows."""
+        self.model.eval()
+        length, total, count = self.item.length, 0.0, 0
+        batches = data.Batches(self.held, length, 1, 0)
+        for index in range(min(self.held.windows(length), limit)):
+            arrays = [torch.from_numpy(array).to(self.world.device) for array in batches[index]]
+            total += self._losses(*arrays).item()
+            count += int((arrays[1] != objectives.IGNORE).sum())
+        self.model.train()
+        return total / max(count, 1)
+
+    def run_all(self, threads: int) -> dict[str, Any]:
+        """All remaining steps, with log, validation and checkpoints."""
+        item, line = self.item, {}
+        self.run.mkdir(parents=True, exist_ok=True)
+        rate = machine.matmul_rate(torch.bfloat16 if self.bf16 else torch.float32)
+        flops = flops_per_token(self.model, item.length)
+        begun, first, spoken = time.monotonic(), self.step, 0.0
+        with (self.run / "log.jsonl").open("a") as log:
+            while self.step < item.steps:
+                wall, cpu = time.monotonic(), time.process_time()
+                loss, tokens = self.take_step()
+                wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+                self.cpu_seconds += cpu
+                line = {"step": self.step, "loss": loss, "tokens_per_second": tokens / wall,
+                        "tokens_per_cpu_second": tokens / max(cpu, 1e-9), "mfu": flops * tokens / wall / rate,
+                        "cpu_seconds": self.cpu_seconds}  # fmt: skip
+                self.step += 1
+                last = self.step == item.steps
+                if self.held and (last or self.step % item.evaluate_every == 0):
+                    line["validation"] = self.validate()
+                if self.world.rank == 0:
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                if last or time.monotonic() - spoken > 10:
+                    spoken = time.monotonic()
+                    left = (spoken - begun) / (self.step - first) * (item.steps - self.step)
+                    self.say(describe(line, item.steps, left))
+                if last or self.step % item.checkpoint_every == 0:
+                    self.save(threads)
+        if self.average:
+            self.model.load_state_dict(self.average, strict=False)
+        return line
+
+
+def describe(line: dict[str, Any], steps: int, left: float) -> str:
+    """One line of progress."""
+    held = f", validation {line['validation']:.3f}" if "validation" in line else ""
+    return (
+        f"step {line['step'] + 1}/{steps}  loss {line['loss']:.3f}{held}  "
+        f"{line['tokens_per_cpu_second']:,.0f} tokens/CPU-s  MFU {line['mfu']:.2f}  "
+        f"{int(left // 3600)}:{int(left % 3600 // 60):02}:{int(left % 60):02} left"
+    )
+
+
+def optimizers(model: nn.Module, item: TrainSpec) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan 2024) for the matrices inside layers and AdamW for the rest, or AdamW for all."""
+    hidden, matrices, vectors = [], [], []
+    outer = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
+             for p in layer.parameters()} if hasattr(model, "get_input_embeddings") else set()  # fmt: skip
+    for p in model.parameters():
+        if p.ndim == 2 and id(p) not in outer:
+            hidden.append(p)
+        else:
+            (matrices if p.ndim > 1 else vectors).append(p)
+    adam = [{"params": matrices, "weight_decay": item.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    found: list[torch.optim.Optimizer] = []
+    if item.optimizer == "muon" and hidden:
+        found.append(torch.optim.Muon(hidden, lr=item.lr, weight_decay=item.weight_decay,
+                                      adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+    else:
+        adam.append({"params": hidden, "weight_decay": item.weight_decay})
+    adam = [group for group in adam if group["params"]]
+    found.append(torch.optim.AdamW(adam, lr=item.lr, betas=(0.9, 0.95), eps=1e-10, fused=True))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak"] = item.lr
+    return found
+
+
+def flops_per_token(model: nn.Module, length: int) -> int:
+    """Training FLOPs of one token: 6 per weight that multiplies (the head does, the embedding table does not, nor do
+    experts that are not chosen), 12 per layer, width and mean context for attention (Kaplan et al. 2020)."""
+    config: Any = model.config
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    if not getattr(config, "tie_word_embeddings", False):
+        weights -= model.get_input_embeddings().weight.numel()  # type: ignore[operator, union-attr]
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
+    layers, width = config.num_hidden_layers, config.hidden_size
+    return int(6 * (weights - experts * (1 - chosen)) + 12 * layers * width * length / 2)
+
+
+def _positions(owner: Tensor) -> Tensor:
+    """Positions [B, T] that start again where the document number [B, T] changes."""
+    place = torch.arange(owner.shape[1], device=owner.device).expand_as(owner)
+    new = torch.ones_like(owner, dtype=torch.bool)
+    new[:, 1:] = owner[:, 1:] != owner[:, :-1]
+    return place - torch.where(new, place, 0).cummax(1).values
