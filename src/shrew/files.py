@@ -32,8 +32,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -50,10 +50,12 @@ def check_writable_target(path: Path, mark: str) -> None:
         raise UsageError(f"{path} holds other things (no {mark}); choose a new or empty output folder.")
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; choose another output folder.")
-    parent = path
+    parent = path.resolve().parent
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
+    if not parent.is_dir():
+        raise UsageError(f"{parent} is a file; choose another output folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{parent} cannot be written to; choose another output folder.")
 
 
@@ -63,6 +65,7 @@ def new_folder(path: Path, mark: str) -> Iterator[Path]:
 
     An existing `path` is replaced only if it holds the file `mark`, as everything written here does.
     """
+    path = path.resolve()
     check_writable_target(path, mark)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -72,14 +75,22 @@ def new_folder(path: Path, mark: str) -> Iterator[Path]:
             if item.is_file():
                 with item.open("rb") as stream:
                     os.fsync(stream.fileno())
-        os.chmod(temporary, 0o755)
+            else:
+                sync_folder(item)
+        sync_folder(temporary)
+        temporary.chmod(0o755)
         if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            old = aside / path.name
+            try:
+                path.replace(old)
+                temporary.replace(path)
+            finally:
+                if not path.exists():
+                    old.replace(path)
+                shutil.rmtree(aside, ignore_errors=True)
         else:
-            os.replace(temporary, path)
+            temporary.replace(path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

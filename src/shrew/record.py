@@ -1,6 +1,5 @@
 """One measured fact, one JSON line. Reports, tables and plots are pure functions of records."""
 
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +14,7 @@ import msgspec
 
 from shrew import files
 from shrew.errors import DataError
+from shrew.machine import processor
 
 
 @cache
@@ -35,16 +35,11 @@ def commit() -> str:
 @cache
 def machine() -> str:
     """A short description of the machine: processor, cores, memory, system, Python."""
-    name = platform.processor() or platform.machine()
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         memory = ""
-    return f"{name}, {os.cpu_count()} cores{memory}, {platform.system()}, Python {platform.python_version()}"
+    return f"{processor()}, {os.cpu_count()} cores{memory}, {platform.system()}, Python {platform.python_version()}"
 
 
 def now() -> str:
@@ -76,25 +71,33 @@ class Record:
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Add records to a JSONL file; the lines are written in one call and synced."""
-    lines = "".join(json.dumps(msgspec.to_builtins(item), ensure_ascii=False) + "\n" for item in records)
+    """Add records to a JSONL file, all or (when the disk is full) none of them."""
+    rest = memoryview(_lines(records))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(lines)
-        stream.flush()
-        os.fsync(stream.fileno())
+    with path.open("ab", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        try:
+            while rest:
+                rest = rest[stream.write(rest) :]
+            os.fsync(stream.fileno())
+        except BaseException:
+            stream.truncate(size)
+            raise
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
     """Replace a JSONL file by these records."""
-    lines = (json.dumps(msgspec.to_builtins(item), ensure_ascii=False) + "\n" for item in records)
-    files.write_text(path, "".join(lines))
+    files.write_bytes(path, _lines(records))
+
+
+def _lines(records: Iterable[Record]) -> bytes:
+    return b"".join(msgspec.json.encode(item) + b"\n" for item in records)  # NaN, which JSON has not, becomes null
 
 
 def read(path: Path) -> list[Record]:
     """All records of a JSONL file; a bad line is named by its number."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # splitlines() would also split inside strings, at U+2028
     except FileNotFoundError:
         raise DataError(f"{path}: no such records file.") from None
     except (OSError, UnicodeDecodeError) as error:

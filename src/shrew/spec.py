@@ -46,9 +46,10 @@ def parse(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 def _refuse_unknown(cls: Any, values: dict[str, Any], where: str) -> None:
     hints = typing.get_type_hints(cls)
+    known = {item.name for item in dataclasses.fields(cls)}  # without the class variables, which are no keys
     for key, value in values.items():
-        if key not in hints:
-            raise SpecError(f"{where}: unknown key '{key}'; {nearest(key, hints)}")
+        if key not in known:
+            raise SpecError(f"{where}: unknown key '{key}'; {nearest(key, known)}")
         for inner in _dataclasses_in(hints[key]):
             tables = value if isinstance(value, list) else [value]
             if typing.get_origin(hints[key]) is dict and isinstance(value, dict):
@@ -71,8 +72,15 @@ def _plain(error: Exception) -> str:
 
 
 def dump(spec: Any) -> dict[str, Any]:
-    """Plain values of a spec, defaults included, None left out (TOML has no null)."""
-    return {key: value for key, value in msgspec.to_builtins(spec).items() if value is not None}
+    """Plain values of a spec, defaults included, None left out at every depth (TOML has no null)."""
+    plain: dict[str, Any] = _without_none(msgspec.to_builtins(spec))
+    return plain
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def digest(value: Any) -> str:
@@ -105,9 +113,10 @@ def add_flags(parser: argparse.ArgumentParser, cls: Any) -> None:
         if base is None:
             continue
         flag = "--" + item.name.replace("_", "-")
-        text = item.metadata.get("doc", "").replace("%", "%%")
+        text = item.metadata.get("doc", "")
         if item.default not in (MISSING, None):
             text += f" (default {item.default})"
+        text = text.replace("%", "%%")
         if base is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
@@ -141,15 +150,15 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text)
     if not match or match[2].upper() not in _UNITS:
         raise SpecError(f"'{text}' is no size; write it like 16MB or 512KiB.")
-    size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size <= 0:
-        raise SpecError(f"'{text}' is no size above zero; write it like 16MB or 512KiB.")
-    return size
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if not 1 <= size < 2**63:
+        raise SpecError(f"'{text}' is no size from 1 byte upward; write it like 16MB or 512KiB.")
+    return round(size)
 
 
 def parse_times(text: str) -> float:
     """'2x' -> 2.0: how many times faster."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*[xX]?\s*", text)
-    if not match or float(match[1]) < 1:
+    if not match or not 1 <= float(match[1]) < float("inf"):
         raise SpecError(f"'{text}' is no speed-up; write it like 2x (1x or more).")
     return float(match[1])

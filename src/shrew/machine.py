@@ -1,0 +1,201 @@
+"""What this machine is best at, found by trying: threads, precision, matrix-multiply rate; and one seed for everything.
+
+The right number of threads cannot be looked up: on a shared machine two threads have run forty times slower than one,
+and a processor with bf16 instructions but no matrix unit is faster in fp32. So both are measured once and kept a day.
+"""
+
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shrew import files
+from shrew.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+DAY = 24 * 3600
+ROUNDS = 3
+ROUND_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Threads:
+    """How many threads torch uses, and why."""
+
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The name of the arithmetic for matrix products in training, 'fp32' or 'bf16' (autocast), and why."""
+
+    name: str
+    reason: str
+
+
+def choose_threads(requested: int | None = None) -> Threads:
+    """Set torch's thread count: as requested, as OMP_NUM_THREADS says, or the faster of one and all cores.
+
+    Raises UsageError when `requested` is below 1.
+    """
+    import torch
+
+    if requested is not None:
+        if requested < 1:
+            raise UsageError(f"{requested} threads cannot work; ask for 1 or more.")
+        chosen = Threads(requested, f"{_threads(requested)}, as asked")
+    elif os.environ.get("OMP_NUM_THREADS"):
+        count = torch.get_num_threads()
+        chosen = Threads(count, f"{_threads(count)}, as OMP_NUM_THREADS says")
+    elif (cores := usable_cores()) == 1:
+        chosen = Threads(1, "1 thread: one core is all there is")
+    else:
+        one, many = _remember(f"threads {cores}", lambda: _step_times([1, cores]))
+        count, ratio = (cores, one / many) if many < one else (1, many / one)
+        other = 1 if count == cores else cores
+        chosen = Threads(count, f"{_threads(count)}: {ratio:.1f} times as fast as {other}")
+    torch.set_num_threads(chosen.count)
+    return chosen
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: the least of what the machine, the affinity and the container allow."""
+    limits = [os.cpu_count() or 1]
+    if hasattr(os, "sched_getaffinity"):
+        limits.append(len(os.sched_getaffinity(0)))
+    with suppress(ImportError):
+        import psutil
+
+        limits.append(psutil.cpu_count(logical=False) or limits[0])
+    with suppress(OSError, ValueError):  # a container's share of the processor; "max" is no number
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        limits.append(max(1, int(quota) // int(period)))
+    return min(limits)
+
+
+def _step_times(counts: list[int]) -> list[float]:
+    """Seconds per step of a small training-like workload at each thread count, the best of interleaved rounds.
+
+    A round is averaged over its steps, so that threads that keep waiting for each other show; the best round is taken,
+    so that one burst of someone else's work does not decide.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy, gelu, layer_norm
+
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randn(256, 256, generator=draw)
+    targets = torch.randint(256, (256,), generator=draw)
+    shapes = [(256, 1024), (1024, 256)]
+    wide, back = (torch.randn(shape, generator=draw).mul_(0.02).requires_grad_() for shape in shapes)
+
+    def step() -> None:
+        hidden = layer_norm(tokens, (256,))
+        for _ in range(4):
+            hidden = layer_norm(hidden + gelu(hidden @ wide) @ back, (256,))
+        cross_entropy(hidden, targets).backward()
+        wide.grad = back.grad = None
+
+    before = torch.get_num_threads()
+    best = dict.fromkeys(counts, float("inf"))
+    try:
+        for _ in range(ROUNDS):
+            for count in counts:
+                torch.set_num_threads(count)
+                step()
+                best[count] = min(best[count], _seconds_each(step))
+    finally:
+        torch.set_num_threads(before)
+    return [best[count] for count in counts]
+
+
+def _seconds_each(work: Callable[[], Any]) -> float:
+    """Mean seconds of one call, over calls for about ROUND_SECONDS."""
+    start, calls = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < ROUND_SECONDS:
+        work()
+        calls += 1
+    return spent / calls
+
+
+def matmul_rate(dtype: "torch.dtype", size: int = 1024) -> float:
+    """FLOP/s of a square matrix product on this processor at torch's present thread count, the best of three rounds."""
+    import torch
+
+    left, right = (torch.randn(size, size, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+    torch.mm(left, right)
+    return 2 * size**3 / min(_seconds_each(lambda: torch.mm(left, right)) for _ in range(ROUNDS))
+
+
+def choose_precision(requested: str = "auto") -> Precision:
+    """'fp32' or 'bf16' as requested; 'auto' takes the one whose matrix products are faster here (bf16 on a GPU).
+
+    Raises UsageError for any other word.
+    """
+    import torch
+
+    known = ("auto", "fp32", "bf16")
+    if requested not in known:
+        raise UsageError(f"unknown precision '{requested}'; {nearest(requested, known)}")
+    if requested != "auto":
+        return Precision(requested, f"{requested}, as asked")
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported():
+            return Precision("bf16", "bf16: the GPU has it")
+        return Precision("fp32", "fp32: this GPU has no bf16")
+    rates = _remember(
+        f"matmul {torch.get_num_threads()}", lambda: [matmul_rate(torch.float32), matmul_rate(torch.bfloat16)]
+    )
+    name, other = ("bf16", "fp32") if rates[1] > rates[0] else ("fp32", "bf16")
+    return Precision(name, f"{name}: {max(rates) / 1e9:.0f} GFLOP/s against {min(rates) / 1e9:.0f} in {other}")
+
+
+def _remember(what: str, measure: Callable[[], list[float]]) -> list[float]:
+    """A measurement of this machine that is at most a day old, else a new one."""
+    import torch
+
+    key = f"{what}, {platform.node()}, {processor()}, torch {torch.__version__}"
+    path = files.cache_folder() / "machine.json"
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        read = json.loads(path.read_text("utf-8"))
+        known = {name: item for name, item in read.items() if 0 <= time.time() - item["time"] < DAY}
+    if key not in known:
+        known[key] = {"time": time.time(), "values": measure()}
+        with suppress(OSError):  # without a cache it is only measured again
+            files.write_text(path, json.dumps(known, indent=1))
+    values: list[float] = known[key]["values"]
+    return values
+
+
+@cache
+def processor() -> str:
+    """The processor's name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device)."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
