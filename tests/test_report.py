@@ -284,11 +284,19 @@ def test_verdict_states_the_numbers_of_the_records() -> None:
 
 def test_not_met_names_the_nearest_miss_and_nothing_as_chosen() -> None:
     page = Page(render(example_records(met=False)))
-    told = "No model of at most 3.00 MB was proven to keep 98 % of the quality; the nearest miss, trial 7, has 2.79 MB"
+    told = "No model of at most 3 MB was proven to keep 98 % of the quality; the nearest miss, trial 7, has 2.79 MB"
     assert f"{told} and keeps 97.7 % (at least 97.3 %) of the quality on 40 documents" in page.text
     assert "✗ floor not met" in page.text
     assert "chosen" not in page.text.replace("nearest miss", "")
     assert not any("chosen" in value for _, name, value in page.attributes if name == "class")
+
+
+@pytest.mark.parametrize("label", ["chosen", "trial 7", ""])
+def test_a_size_labelled_chosen_is_not_shown_so_when_the_verdict_is_not_met(label: str) -> None:
+    records = [item for item in example_records() if item.metric != "verdict"]
+    page = Page(render([*records, rec(label, "verdict", "not met", task=FINAL)]))
+    assert not any("chosen" in value or "met" in value.split() for _, name, value in page.attributes if name == "class")
+    assert "chosen" not in page.text and "never seen by the search." not in page.text[:60]
 
 
 def test_not_met_without_any_candidate_gives_the_reason() -> None:

@@ -12,7 +12,7 @@ the two-sided 95 % interval; `n` counts what was resampled (`detail["units"]`, "
 
     metric              unit          detail
     retention           ""            "against": label, "lower_bound": share, "alpha": 0.05, "floor": 0.98,
-                                      "passed": bool; shares are 1-based: 0.986 is 98.6 %
+                                      "passed": bool; shares of 1: 0.986 is 98.6 %
     bits_per_byte       "bits/byte"
     macro_f1, accuracy,
     exact_match         ""            shares of 1

@@ -278,7 +278,7 @@ def _tensors(view: View) -> str:
             f'<td class="num">{words.size(sum(sizes))}</td>'
             f'<td class="num">{words.percent(sum(sizes) / whole)}</td></tr>\n'
         )
-    head = [("", "Part"), ("", "Type in the file"), ("num", "Tensors"), ("num", "Bytes"), ("num", "Share")]
+    head = [("", "Part"), ("", "Type"), ("num", "Tensors"), ("num", "Bytes"), ("num", "Share")]
     body = _scroll("Parts of the file", _table(head, rows)) + _untouched([item for _, _, item, _ in found])
     every = [
         f'<tr><th scope="row" class="name">{escape(item.detail.get("tensor", ""))}</th><td>{escape(kind)}</td>'
@@ -373,9 +373,9 @@ def _goals(goals: dict[str, Any]) -> str:
     told = []
     forms: dict[str, tuple[str, Callable[[float], str], str]] = {
         "keep": ("keep ", words.percent_exact, ""),
-        "under": ("at most ", words.size, ""),
+        "under": ("at most ", words.size_exact, ""),
         "faster": ("", words.value_of, " times as fast"),
-        "memory": ("within ", words.size, " of memory"),
+        "memory": ("within ", words.size_exact, " of memory"),
     }
     for key, (before, form, after) in forms.items():
         value = words.number_in(goals.get(key))

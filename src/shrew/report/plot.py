@@ -1,9 +1,9 @@
 """The frontier picture (size against quality) and small bars, as inline SVG with finite coordinates only."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from shrew.report import words
 from shrew.report.view import CHOSEN, HEALED, ORIGINAL, View, trial_number
@@ -30,7 +30,7 @@ class Point:
     def words(self) -> str:
         interval = ""
         if self.low is not None and self.high is not None:
-            interval = f" ({words.percent(self.low)} to {words.percent(self.high)})"
+            interval = f" ({words.interval(words.percent(self.low), words.percent(self.high))})"
         split = f", {self.split} split" if self.split else ""
         return f"{self.label}{split}: {words.size(self.size)}, keeps {words.percent(self.share)}{interval}"
 
@@ -46,10 +46,10 @@ def points(view: View) -> list[Point]:
         kind = kinds.get(model, "trial")
         if model == view.best:
             kind = "chosen" if view.met else "near"
-        for split in ("search", "final", ""):
+        for split in ("search", "final"):
             record = view.find(model, "retention", split)
             share = _share(record.value) if record else None
-            doubled = (split == "" and any(item.model == model for item in found)) or (
+            doubled = (split != "final" and kind in kinds.values() and _known(view, model, "final")) or (
                 # the chosen model is one of the trials: show its search measurement once, under its own name
                 view.met and model == view.chosen_trial and (split == "final" or _known(view, CHOSEN, split))
             )
@@ -135,7 +135,7 @@ class _Picture:
         for size in self.x_ticks:
             x = self.x(size)
             parts.append(f'<path class="axis" d="M{x:.1f} {bottom:.1f}v5"/>')
-            told = re.sub(r"\.?0+(?=\s)", "", told) if "." in (told := words.size(size)) else told
+            told = words.size_exact(size)
             parts.append(f'<text x="{x:.1f}" y="{bottom + 19:.1f}" text-anchor="middle">{told}</text>')
         scale = ", logarithmic" if self.log else ""
         middle = (left + right) / 2
@@ -162,7 +162,7 @@ class _Picture:
 
     def _staircase(self) -> str:
         """The frontier of the search: the best quality at each size or below."""
-        trials = [point for point in self.shown if point.split == "search" and point.kind != "original"]
+        trials = [point for point in self.shown if point.split == "search" and point.kind not in ("original", "healed")]
         steps, best = [], -math.inf
         for point in sorted(trials, key=lambda item: (item.size, -item.share)):
             if point.share > best and point.share >= self.bottom:
@@ -170,6 +170,8 @@ class _Picture:
                 steps.append((self.center(point)[0], self.y(point.share)))
         if len(steps) < 2:
             return ""
+        for (left, low), (right, high) in pairwise(steps):
+            self.taken += [(left, low - 1, right, low + 1), (right - 1, high, right + 1, low)]
         path = f"M{steps[0][0]:.1f} {steps[0][1]:.1f}" + "".join(f"H{x:.1f}V{y:.1f}" for x, y in steps[1:])
         return f'<path class="stairs" d="{path}"/>'
 
@@ -188,7 +190,7 @@ class _Picture:
         x, y = self.center(point)
         below = point.share < self.bottom
         kind = f"{point.kind} {'hollow' if point.split == 'search' else 'filled'}"
-        ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="11"/>' if point.kind == "chosen" else ""
+        ring = f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="11"/>' if kind == "chosen filled" else ""
         shape = _shape("below" if below else point.kind, x, y)
         return f'<g class="mark {kind}">{ring}{shape}<title>{words.escape(point.words)}</title></g>'
 
@@ -216,6 +218,7 @@ class _Picture:
         gap = 15 if point.kind == "chosen" else 9
         spots = [(x + gap, y - 6), (x - gap - wide, y - 6), (x - wide / 2, y - gap - 13), (x - wide / 2, y + gap + 1)]
         spots += [(x + gap, y - 22), (x - gap - wide, y - 22), (x + gap, y + 10), (x - gap - wide, y + 10)]
+        spots += [(right + 10 - wide, y - gap - 13), (right + 10 - wide, y + gap + 1)]
         best: tuple[int, float, float] | None = None
         for across, down in spots:
             box = (across, down, across + wide, down + 13)

@@ -8,14 +8,14 @@ CSS = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);
-font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:break-word}
+font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;overflow-wrap:anywhere}
 main,footer{max-width:52rem;margin:0 auto;padding:0 clamp(1rem,4vw,2rem)}
 main{padding-top:clamp(1.75rem,6vw,4rem)}
 .eyebrow{margin:0 0 .9rem;color:var(--soft);font-size:.875rem;overflow-wrap:anywhere}
 .state{display:inline-block;margin:0 .6rem 0 0;padding:.05rem .6rem;border:1px solid currentColor;border-radius:1rem;
 font-weight:600}
 .state.met{color:var(--accent)}.state.missed{color:var(--ink)}
-h1{margin:0;font-size:clamp(1.4rem,1.05rem + 1.7vw,2rem);line-height:1.3;font-weight:650;letter-spacing:-.012em;
+h1{margin:0;font-size:clamp(1.4rem,1.1rem + 1.4vw,1.8rem);line-height:1.3;font-weight:650;letter-spacing:-.012em;
 text-wrap:pretty}
 .note{color:var(--soft);max-width:42rem}
 header .note{margin:1rem 0 0}
@@ -30,7 +30,7 @@ h3{margin:1.75rem 0 .4rem;font-size:1rem;font-weight:600}
 p{margin:.4rem 0 1rem}
 .scroll{overflow-x:auto;margin:1rem 0;-webkit-overflow-scrolling:touch}
 .scroll:focus-visible,summary:focus-visible{outline:2px solid var(--accent);outline-offset:3px}
-table{border-collapse:collapse;width:100%;font-size:.875rem;line-height:1.45}
+table{border-collapse:collapse;overflow-wrap:break-word;width:100%;font-size:.875rem;line-height:1.45}
 th,td{padding:.45rem .75rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 th:first-child,td:first-child{padding-left:0}th:last-child,td:last-child{padding-right:0}
 thead th{border-bottom:1px solid var(--soft);font-weight:600;vertical-align:bottom}
@@ -71,7 +71,7 @@ align-items:center;padding:.6rem 0;border-bottom:1px solid var(--line);font-size
 .swatch.was{background:var(--soft);opacity:.55}
 pre,.text{font:.8125rem/1.55 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere;tab-size:4}
 pre{margin:1rem 0;padding:.9rem 1rem;background:var(--wash);border-radius:6px}
-code{font-family:var(--mono);font-size:.875em;overflow-wrap:anywhere}
+code{font-family:var(--mono);font-size:.875em;overflow-wrap:anywhere}pre code{font-size:inherit}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:.75rem;margin:1.5rem 0}
 .pair .prompt{grid-column:1/-1}
 .pair>div{min-width:0}
@@ -93,7 +93,8 @@ footer{margin-top:4rem;padding-top:1rem;padding-bottom:3rem;color:var(--soft);fo
 .facts{grid-template-columns:1fr 1fr}
 .rows li{grid-template-columns:1fr}
 .pair{grid-template-columns:1fr}
-th,td{padding:.45rem .45rem}.models small{white-space:normal}.rows .num{text-align:left}
+th,td{padding:.45rem .45rem}.models thead .num,.models small{white-space:normal}.rows .num{text-align:left;
+white-space:normal}.rows li>*{min-width:0}
 .rows li{gap:.35rem}
 .pairs{grid-template-columns:1fr;gap:0}.pairs dd{margin-bottom:.6rem}
 section{margin-top:2.75rem}
@@ -103,10 +104,11 @@ section{margin-top:2.75rem}
 @page{margin:18mm 16mm}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 body{font-size:10.5pt}main,footer{max-width:none;padding-left:0;padding-right:0}main{padding-top:0}
-.wide{display:block}.narrow{display:none}.frontier{max-width:16cm;margin:0 auto}
-section{margin-top:1.6rem}h2,h3,summary{break-after:avoid}
+.wide{display:block}.narrow{display:none}.frontier{max-width:14cm;margin:0 auto}
+section{margin-top:1.6rem}h2,h3,h2+.note,summary{break-after:avoid}
 figure,.rows li,.pair,tr,.facts{break-inside:avoid}
-.scroll{overflow:visible}table{font-size:8.5pt}.tight td{white-space:normal;overflow-wrap:anywhere}
+.scroll{overflow:visible}table{font-size:8.5pt}td small,th small{font-size:7.5pt}.tight td{white-space:normal;
+overflow-wrap:anywhere}
 pre,.pair .text{border:1px solid var(--line)}
 details::details-content{content-visibility:visible;height:auto;opacity:1}
 summary{list-style:none}summary::-webkit-details-marker{display:none}

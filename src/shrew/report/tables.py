@@ -121,5 +121,5 @@ def cell(record: Record, metric: Metric) -> Cell | None:
     if value is None:
         return None
     low, high = words.number_in(record.low), words.number_in(record.high)
-    small = f"{metric.words(low)} to {metric.words(high)}" if low is not None and high is not None else ""
+    small = words.interval(metric.words(low), metric.words(high)) if low is not None and high is not None else ""
     return Cell(metric.words(value), small)

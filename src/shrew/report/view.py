@@ -148,13 +148,13 @@ def sentence(view: View) -> str:
 
 def _missed(view: View, old: float | None, new: float | None) -> str:
     under, faster, memory = (words.number_in(view.goals.get(key)) for key in ("under", "faster", "memory"))
-    what = f"No model of at most {words.size(under)}" if under else "No model smaller than "
+    what = f"No model of at most {words.size_exact(under)}" if under else "No model smaller than "
     if not under:
         what = what + words.size(old) if old else "No smaller model"
     if faster:
         what += f", {words.value_of(faster)} times as fast"
     if memory:
-        what += f", within {words.size(memory)} of memory"
+        what += f", within {words.size_exact(memory)} of memory"
     what += f" was proven to keep {words.percent_exact(view.floor)} of the quality" if view.floor else " was found"
     kept = _kept(view, view.best, "final") or _kept(view, view.best, "")
     if view.best and new is not None and kept:
@@ -174,7 +174,10 @@ def facts(view: View) -> list[tuple[str, str]]:
     if kept is not None:
         floor = f", {words.percent_exact(view.floor)} asked for" if view.floor is not None else ""
         found.append((words.percent(kept), f"of the quality kept{floor}"))
-    for metric, caption in (("decode_ratio", "decoding speed, original = 1"), ("prefill_ratio", "prefill speed")):
+    for metric, caption in (
+        ("decode_ratio", "the original’s decoding speed"),
+        ("prefill_ratio", "the original’s prefill speed"),
+    ):
         ratio = view.value(view.best, metric)
         if ratio is not None and len(found) < 4:
             found.append((f"{words.times(ratio)} ×", caption))

@@ -76,11 +76,22 @@ def size(value: float) -> str:
     return f"{amount:.{2 if abs(amount) < 9.995 else 1 if abs(amount) < 99.95 else 0}f}{SPACE}{units[0]}"
 
 
+def size_exact(value: float) -> str:
+    """A size that somebody set or an axis names: 3 MB, not 3.00 MB."""
+    return re.sub(r"\.(\d*?)0+(?=\s)", lambda found: f".{found[1]}" if found[1] else "", size(value))
+
+
+def interval(low: str, high: str) -> str:
+    """'98.1 to 99.1 %': the unit is said once."""
+    number, space, unit = low.rpartition(SPACE)
+    return f"{number if space and high.endswith(space + unit) else low} to {high}"
+
+
 def count(value: float) -> str:
-    """A count, in millions from one million on: 5,820,000 is 5.82 million."""
+    """A count, in millions (M) and billions (B) from one million on: 5,820,000 is 5.82 M."""
     if abs(value) >= 1e9:
-        return f"{value / 1e9:.3g}{SPACE}billion"
-    return f"{value / 1e6:.3g}{SPACE}million" if abs(value) >= 1e6 else f"{value:,.0f}"
+        return f"{value / 1e9:.3g}{SPACE}B"
+    return f"{value / 1e6:.3g}{SPACE}M" if abs(value) >= 1e6 else f"{value:,.0f}"
 
 
 def percent(share: float) -> str:
