@@ -1,0 +1,132 @@
+"""Tasks: how quality is measured. `read` turns a user's file into one, split into four disjoint parts."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shrew.data import TEXT_SUFFIXES, Document, documents, read_jsonl
+from shrew.errors import DataError
+from shrew.tasks.choice import Choice, Question
+from shrew.tasks.completion import Completion, Prompt
+from shrew.tasks.labels import Labelled, Labels
+from shrew.tasks.scores import Scores
+from shrew.tasks.split import SALT, SHARES, deal, unique
+from shrew.tasks.text import Text
+
+__all__ = ["KEYS", "SALT", "SHARES", "TASKS", "Scores", "Task", "read", "read_text_task"]
+
+Task = Text | Labels | Choice | Completion
+TASKS: dict[str, type[Task]] = {"text": Text, "labels": Labels, "choice": Choice, "completion": Completion}
+KEYS = {  # what a JSONL line holds, and the task that it therefore is
+    "labels": ("text", "label"),
+    "choice": ("question", "options", "answer"),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+FEW, PASSAGE = 20, 4000  # with fewer documents than this, long ones are cut into passages of about so many characters
+
+
+def read(path: str | Path, name: str = "", shares: dict[str, float] | None = None) -> Task:
+    """The task that a file holds, told by the keys of its first line; anything that is not JSONL is text.
+
+    Exact duplicates are dropped and counted; the rest is dealt into calibration, healing, search and final parts by a
+    hash of its text, so that equal texts never stand in two parts. Raises DataError for what cannot be used.
+    """
+    source = Path(path)
+    if source.suffix not in (".jsonl", ".json", ".ndjson"):
+        return read_text_task([str(path)], name, shares)
+    if not source.exists():
+        raise DataError(f"{path}: no such file.")
+    rows = [(number, row) for number, row in read_jsonl(source)]
+    if not rows:
+        raise DataError(f"{path} is empty; a task needs at least 2 lines of JSON, and 100 or more to prove much.")
+    kind = next((kind for kind, keys in KEYS.items() if all(key in rows[0][1] for key in keys)), None)
+    if kind is None:
+        shapes = "; ".join(f"{', '.join(keys)} ({kind})" for kind, keys in KEYS.items())
+        raise DataError(f"{path}, line {rows[0][0]}: no known task has the keys {', '.join(rows[0][1])}; use {shapes}.")
+    if kind == "text":
+        return read_text_task([str(path)], name, shares)
+    found, dropped = unique([PARSERS[kind](row, f"{path}, line {number}", number) for number, row in rows])
+    splits = deal(found, KEYS[kind][0], shares or SHARES, str(path))
+    name = name or source.stem
+    if kind == "labels":
+        labels = tuple(sorted({item.label for item in found}, key=lambda label: (isinstance(label, str), label)))
+        if len(labels) < 2:
+            raise DataError(f"{path}: every line has the label '{labels[0]}'; a labels task needs at least 2 labels.")
+        return Labels(name=name, splits=splits, dropped=dropped, labels=labels)
+    if kind == "choice":
+        return Choice(name=name, splits=splits, dropped=dropped)
+    return Completion(name=name, splits=splits, dropped=dropped)
+
+
+def read_text_task(sources: Sequence[str], name: str = "", shares: dict[str, float] | None = None) -> Text:
+    """A text task from files, folders, globs or data sets. Fewer than 20 documents are cut into passages, so that a
+    single long file can be split and resampled too."""
+    found = documents(sources)
+    if len(found) < FEW:
+        found = [part for item in found for part in passages(item)]
+    found, dropped = unique(found)
+    known = {".jsonl", ".parquet", *TEXT_SUFFIXES}
+    first = Path(sources[0])
+    name = name or (first.stem if first.suffix in known else "text")
+    return Text(name=name, splits=deal(found, "text", shares or SHARES, ", ".join(sources)), dropped=dropped)
+
+
+def passages(document: Document, size: int = PASSAGE) -> list[Document]:
+    """A document cut at line ends into parts of about `size` characters; nothing is lost: they join to the original."""
+    parts, part, length = [], [], 0
+    for line in document.text.splitlines(keepends=True):
+        part.append(line)
+        length += len(line)
+        if length >= size:
+            parts.append("".join(part))
+            part, length = [], 0
+    if part:
+        parts.append("".join(part))
+    if len(parts) == 1:
+        return [document]
+    return [Document(f"{document.id}#{number}", text) for number, text in enumerate(parts, 1) if text.strip()]
+
+
+def _string(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: '{key}' must be a text, and it is {_shown(row, key)}.")
+    return value
+
+
+def _shown(row: dict[str, Any], key: str) -> str:
+    return f"{row[key]!r}" if key in row else "missing"
+
+
+def _labelled(row: dict[str, Any], where: str, number: int) -> Labelled:
+    text, label = _string(row, "text", where), row.get("label")
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        raise DataError(f"{where}: 'label' must be a text or a whole number, and it is {_shown(row, 'label')}.")
+    return Labelled(f"line {number}", text, label)
+
+
+def _question(row: dict[str, Any], where: str, number: int) -> Question:
+    question, options, answer = _string(row, "question", where), row.get("options"), row.get("answer")
+    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(item, str) and item for item in options):
+        raise DataError(f"{where}: 'options' must be a list of at least 2 texts, and it is {_shown(row, 'options')}.")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(options):
+        raise DataError(
+            f"{where}: 'answer' must be the number of the right option, 0 to {len(options) - 1}, "
+            f"and it is {_shown(row, 'answer')}."
+        )
+    return Question(f"line {number}", question, tuple(options), answer)
+
+
+def _prompt(row: dict[str, Any], where: str, number: int) -> Prompt:
+    prompt, completion = _string(row, "prompt", where), _string(row, "completion", where)
+    if not completion.strip():
+        raise DataError(f"{where}: 'completion' is empty; there is nothing to match.")
+    return Prompt(f"line {number}", prompt, completion)
+
+
+PARSERS: dict[str, Callable[[dict[str, Any], str, int], Any]] = {
+    "labels": _labelled,
+    "choice": _question,
+    "completion": _prompt,
+}

@@ -1,0 +1,141 @@
+"""What a task's scoring gives: one row of numbers for each resampling unit, and the metric as a function of the rows.
+
+Every metric is written over *weights* (how often each unit counts), so that a bootstrap of thousands of resamples is a
+few matrix products, and has an *influence* (how far one unit moves the metric), so that standard errors need no
+resampling at all.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from shrew.errors import DataError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one model on one split of one task.
+
+    `units` are the ids of what is resampled (documents or examples) and every column has one number for each of them:
+
+    - bits_per_byte: "bits", "bytes" (and "tokens"; with a reference "kl_bits", "agree"; bands, see `shrew.tasks.text`);
+    - macro_f1: "truth" and "guess", class numbers below len(classes), and "correct";
+    - accuracy, exact_match: "correct", 0 or 1.
+
+    `chance` is the metric of a predictor that knows nothing of the text; it is 0 for bits per byte, where it has no part.
+    """
+
+    task: str
+    split: str
+    metric: str
+    units: list[str]
+    columns: dict[str, np.ndarray]
+    chance: float = 0.0
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"unknown metric '{self.metric}'")
+        wrong = [name for name, column in self.columns.items() if len(column) != len(self.units)]
+        if wrong or not self.units:
+            raise ValueError(f"columns {wrong} do not have one number for each of {len(self.units)} units")
+
+    @property
+    def n(self) -> int:
+        return len(self.units)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric != "bits_per_byte"
+
+    def value(self, index: np.ndarray | None = None) -> float:
+        """The metric over all units, or over the units numbered by `index` (repeats count again)."""
+        if index is None:
+            return float(self.values(np.ones((1, self.n)))[0])
+        return float(self.values(np.bincount(index, minlength=self.n)[None].astype(np.float64))[0])
+
+    def values(self, weights: np.ndarray) -> np.ndarray:
+        """[S, n] weights of the units -> [S] values of the metric."""
+        return METRICS[self.metric].values(self, weights)
+
+    def influence(self) -> np.ndarray:
+        """[n] first-order effect of each unit on the metric (mean 0): its standard error is std(influence)/sqrt(n)."""
+        return METRICS[self.metric].influence(self)
+
+    def ratio(self, top: str, bottom: str) -> float:
+        """Sum of one column over the sum of another; NaN when there is nothing below the line."""
+        below = float(self.columns[bottom].sum())
+        return float(self.columns[top].sum()) / below if below else float("nan")
+
+    def accuracy(self) -> "Scores":
+        """The same answers scored by accuracy; chance is then the share of the commonest class."""
+        if self.metric == "accuracy":
+            return self
+        chance = float(np.bincount(self.columns["truth"]).max() / self.n)
+        return dataclasses.replace(self, metric="accuracy", chance=chance)
+
+    def check_pair(self, other: "Scores") -> None:
+        """Refuse to compare scores of different units, splits, tasks or metrics."""
+        mine = (self.task, self.split, self.metric, self.units)
+        if mine != (other.task, other.split, other.metric, other.units):
+            raise DataError(
+                f"{self.task}/{self.split} and {other.task}/{other.split} are not scores of the same units; "
+                "score both models on the same task and split."
+            )
+
+
+@dataclass(frozen=True)
+class Metric:
+    values: Callable[[Scores, np.ndarray], np.ndarray]
+    influence: Callable[[Scores], np.ndarray]
+
+
+def _ratio_values(scores: Scores, weights: np.ndarray) -> np.ndarray:
+    return (weights @ scores.columns["bits"]) / (weights @ scores.columns["bytes"])
+
+
+def _ratio_influence(scores: Scores) -> np.ndarray:
+    bits, size = scores.columns["bits"], scores.columns["bytes"]
+    return (bits - bits.sum() / size.sum() * size) / size.mean()
+
+
+def _mean_values(scores: Scores, weights: np.ndarray) -> np.ndarray:
+    return (weights @ scores.columns["correct"]) / weights.sum(1)
+
+
+def _mean_influence(scores: Scores) -> np.ndarray:
+    correct = scores.columns["correct"].astype(np.float64)
+    return correct - correct.mean()
+
+
+def _one_hot(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """[n, K] true positives and [n, K] truth + guess of each unit: F1 of a class is 2 sum(tp) / sum(both)."""
+    eye = np.eye(len(scores.classes))
+    truth, guess = eye[scores.columns["truth"]], eye[scores.columns["guess"]]
+    return truth * guess, truth + guess
+
+
+def _f1_values(scores: Scores, weights: np.ndarray) -> np.ndarray:
+    """Mean F1 over the classes that occur in the resample as truth or as guess (as scikit-learn's macro average)."""
+    hits, both = _one_hot(scores)
+    tp, seen = weights @ hits, weights @ both
+    f1 = np.divide(2 * tp, seen, out=np.zeros_like(tp), where=seen > 0)
+    return f1.sum(1) / np.maximum((seen > 0).sum(1), 1)
+
+
+def _f1_influence(scores: Scores) -> np.ndarray:
+    hits, both = _one_hot(scores)
+    seen = both.mean(0)
+    present = seen > 0
+    f1 = 2 * hits.mean(0)[present] / seen[present]
+    return ((2 * hits[:, present] - f1 * both[:, present]) / seen[present]).mean(1)
+
+
+METRICS = {
+    "bits_per_byte": Metric(_ratio_values, _ratio_influence),
+    "macro_f1": Metric(_f1_values, _f1_influence),
+    "accuracy": Metric(_mean_values, _mean_influence),
+    "exact_match": Metric(_mean_values, _mean_influence),
+}
