@@ -42,7 +42,9 @@ class DropLayers:
 
     count: Annotated[int, Meta(ge=0)] = doc("how many layers to leave out", 1)
     layers: tuple[int, ...] | None = doc("leave out exactly these layers (the first is 0), whatever count says", None)
-    measure: Measure = doc("what a layer's importance is: KL of the logits without it, or block influence", "kl")
+    measure: Literal["kl", "influence"] = doc(
+        "what a layer's importance is: KL of the logits without it, or block influence", "kl"
+    )
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
         """Raises SpecError for layers that are not there, UnsupportedError where the architecture allows no drop."""
