@@ -29,7 +29,7 @@ from shrew.spec import Meta, doc
 
 Measure = Literal["kl", "influence"]
 
-SCORE_TOKENS = 8192  # of calibration text; layers differ far more than the noise that this leaves
+SCORE_TOKENS = 4096  # of calibration text; layers differ far more than the noise that this leaves
 BATCH_VALUES = 1 << 25  # logits held at a time: 128 MB a copy
 
 

@@ -30,6 +30,8 @@ from shrew.moves.anatomy import (
 from shrew.moves.context import Context
 from shrew.spec import Meta, doc
 
+SCORE_TOKENS = 8192  # of calibration text
+
 
 @dataclass(frozen=True, kw_only=True)
 class Narrow:
@@ -152,7 +154,8 @@ def channel_scores(loaded: Loaded, context: Context) -> dict[str, torch.Tensor]:
     its activation's root mean square times the norm of its column in the out-projection; on a small trained llama it
     cut better than Minitron's mean |activation|.) Cached in `context.cache`, so that other widths cost no second pass.
     """
-    cached = context.cache / f"channels-{fingerprint(loaded.model, context.calibration, 'channels')}.safetensors"
+    key = fingerprint(loaded.model, context.calibration, "channels", SCORE_TOKENS)
+    cached = context.cache / f"channels-{key}.safetensors"
     if cached.exists():
         return load_file(cached)
     anatomy = read_anatomy(loaded.model)
@@ -171,7 +174,7 @@ def channel_scores(loaded: Loaded, context: Context) -> dict[str, torch.Tensor]:
     tokens = 0
     try:
         with torch.inference_mode():
-            for ids in batches(loaded, context.calibration, 2048):
+            for ids in batches(loaded, context.calibration, 2048, SCORE_TOKENS):
                 logits(loaded, ids)
                 tokens += ids.numel()
     finally:
