@@ -55,8 +55,9 @@ ATTENTION_PATTERNS: list[tuple[tuple[str, ...], str]] = [
 ]
 INTERLEAVED = {"query_key_value"}  # query, key and value of a head lie together: not cut here
 
-# Config keys that hold one entry a layer, and keys that other entries are derived from (stale once those are explicit).
+# Config keys that hold one entry a layer; that name layers by number; that say in short what one entry a layer says.
 PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "attention_layers")
+NUMBER_KEYS = ("mlp_only_layers",)
 STALE_KEYS = ("global_attn_every_n_layers", "sliding_window_pattern")
 INDEX_NAMES = {"layer_idx", "layer_index", "layer_id", "layer_number", "training"}
 
@@ -250,7 +251,7 @@ def with_settings(config: Any, **settings: Any) -> Any:
 
 
 def without_layers(model: Any, dropped: set[int]) -> Any:
-    """The config without some layers; lists with one entry a layer lose the same entries."""
+    """The config without some layers; lists with one entry a layer, or of layer numbers, follow."""
     config = copy.deepcopy(model.config)
     count = config.num_hidden_layers
     settings: dict[str, Any] = {}
@@ -258,6 +259,10 @@ def without_layers(model: Any, dropped: set[int]) -> Any:
         value = getattr(config, key, None)
         if isinstance(value, list) and len(value) == count:
             settings[key] = [entry for index, entry in enumerate(value) if index not in dropped]
+    places = {old: new for new, old in enumerate(index for index in range(count) if index not in dropped)}
+    for key in NUMBER_KEYS:
+        if numbers := getattr(config, key, None):
+            settings[key] = [places[index] for index in numbers if index in places]
     if "layer_types" in settings:
         for key in STALE_KEYS:
             if key in vars(config):
@@ -309,7 +314,7 @@ def rebuild(model: Any, config: Any, state: dict[str, torch.Tensor]) -> Any:
 
 
 def check_same_layer(kind: str, old: nn.Module, new: nn.Module, at: int) -> None:
-    """Refuse when a layer would work differently in its new place, beyond knowing its index (window, scale, sharing)."""
+    """Refuse when a layer would work differently in its new place, beyond knowing its index (its window, say)."""
     for (name, before), (_, after) in zip(old.named_modules(), new.named_modules(), strict=True):
         for key, value in vars(before).items():
             plain = value is None or isinstance(value, bool | int | float | str)

@@ -29,7 +29,7 @@ from shrew.spec import Meta, doc
 
 Measure = Literal["kl", "influence"]
 
-SCORE_TOKENS = 8192  # of calibration text; layers differ far more than the noise that this leaves
+SCORE_TOKENS = 4096  # of calibration text; layers differ far more than the noise that this leaves
 BATCH_VALUES = 1 << 25  # logits held at a time: 128 MB a copy
 
 
@@ -42,7 +42,9 @@ class DropLayers:
 
     count: Annotated[int, Meta(ge=0)] = doc("how many layers to leave out", 1)
     layers: tuple[int, ...] | None = doc("leave out exactly these layers (the first is 0), whatever count says", None)
-    measure: Measure = doc("what a layer's importance is: KL of the logits without it, or block influence", "kl")
+    measure: Literal["kl", "influence"] = doc(
+        "what a layer's importance is: KL of the logits without it, or block influence", "kl"
+    )
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
         """Raises SpecError for layers that are not there, UnsupportedError where the architecture allows no drop."""

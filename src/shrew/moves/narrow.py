@@ -30,7 +30,7 @@ from shrew.moves.anatomy import (
 from shrew.moves.context import Context
 from shrew.spec import Meta, doc
 
-Share = Annotated[float, Meta(gt=0, le=1)]
+SCORE_TOKENS = 8192  # of calibration text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,10 @@ class Narrow:
     name: ClassVar[str] = "narrow"
     paper: ClassVar[str] = "Muralidharan et al. 2024, Minitron (arXiv:2407.14679)"
 
-    mlp: Share = doc("share of the MLP channels to keep", 1.0)
-    heads: Share = doc("share of the attention's key-value groups to keep, with their query heads", 1.0)
+    mlp: Annotated[float, Meta(gt=0, le=1)] = doc("share of the MLP channels to keep", 1.0)
+    heads: Annotated[float, Meta(gt=0, le=1)] = doc(
+        "share of the attention's key-value groups to keep, with their query heads", 1.0
+    )
     multiple: Annotated[int, Meta(ge=1)] = doc("keep a multiple of this many MLP channels", 32)
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
@@ -116,23 +118,23 @@ def head_choices(loaded: Loaded) -> list[float]:
 
 def _check(loaded: Loaded, config: Any, mlps: list[Mlp], attentions: list[Attention]) -> None:
     """Refuse before any measuring what could not be built, or is packed already."""
-    for part in [*mlps, *attentions]:
-        for name in [*part.ins, part.out]:
-            if name in loaded.packed:
-                raise UnsupportedError(f"{name} is quantized already; put narrow before quantize in the recipe.")
+    parts: list[Mlp | Attention] = [*mlps, *attentions]
+    for name in [name for part in parts for name in (*part.ins, part.out)]:
+        if name in loaded.packed:
+            raise UnsupportedError(f"{name} is quantized already; put narrow before quantize in the recipe.")
     if not attentions:
         return
     shapes = skeleton(loaded.model, config)
-    for part in attentions:
-        axis = 0 if is_transposed(loaded.model, part.out) else 1
-        if shapes[part.out][axis] != config.num_attention_heads * part.head_dim:
+    for attention in attentions:
+        axis = 0 if is_transposed(loaded.model, attention.out) else 1
+        if shapes[attention.out][axis] != config.num_attention_heads * attention.head_dim:
             raise UnsupportedError(
                 f"{config.model_type} ties the size of a head to its hidden size divided by the number of heads, so "
                 "its heads cannot be cut; leave heads at 1."
             )
-        if part.refusal:
+        if attention.refusal:
             raise UnsupportedError(
-                f"{config.model_type}'s attention {part.refusal}, so its heads cannot be cut; leave heads at 1."
+                f"{config.model_type}'s attention {attention.refusal}, so its heads cannot be cut; leave heads at 1."
             )
 
 
@@ -147,11 +149,13 @@ def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
 def channel_scores(loaded: Loaded, context: Context) -> dict[str, torch.Tensor]:
     """Importance of every MLP channel and attention group on calibration text, by the name of the out-projection.
 
-    An MLP's channel [width] (of experts [experts, width]): mean |activation| times the norm of its column in the
-    out-projection. A key-value group [groups]: root mean square norm of what its query heads add to the layer's output.
-    Cached in `context.cache`, so that other widths cost no second pass.
+    For MLPs [width], for experts [experts, width], for key-value groups [groups]: the root mean square over tokens of
+    the norm of what the channel, or the group's query heads, add to the layer's output. (Of an MLP's channel that is
+    its activation's root mean square times the norm of its column in the out-projection; on a small trained llama it
+    cut better than Minitron's mean |activation|.) Cached in `context.cache`, so that other widths cost no second pass.
     """
-    cached = context.cache / f"channels-{fingerprint(loaded.model, context.calibration, 'channels')}.safetensors"
+    key = fingerprint(loaded.model, context.calibration, "channels", SCORE_TOKENS)
+    cached = context.cache / f"channels-{key}.safetensors"
     if cached.exists():
         return load_file(cached)
     anatomy = read_anatomy(loaded.model)
@@ -170,7 +174,7 @@ def channel_scores(loaded: Loaded, context: Context) -> dict[str, torch.Tensor]:
     tokens = 0
     try:
         with torch.inference_mode():
-            for ids in batches(loaded, context.calibration, 2048):
+            for ids in batches(loaded, context.calibration, 2048, SCORE_TOKENS):
                 logits(loaded, ids)
                 tokens += ids.numel()
     finally:
@@ -179,7 +183,7 @@ def channel_scores(loaded: Loaded, context: Context) -> dict[str, torch.Tensor]:
     scores = {}
     for mlp in anatomy.mlps:
         columns = _as_linear(loaded.model, mlp.out).double().norm(dim=-2).cpu()
-        scores[mlp.out] = (sums[mlp.out] / tokens * columns).float().contiguous()
+        scores[mlp.out] = ((sums[mlp.out] / tokens).sqrt() * columns).float().contiguous()
     for attention in anatomy.attentions:
         weight = _as_linear(loaded.model, attention.out).double().cpu()
         blocks = weight.unflatten(1, (attention.kv_heads, -1)).transpose(0, 1)  # [groups, hidden, channels]
@@ -197,7 +201,7 @@ def _as_linear(model: Any, name: str) -> torch.Tensor:
 
 def _note_channels(sums: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, Any], None]:
     def note(_: nn.Module, args: Any) -> None:
-        sums[name] = sums[name] + args[0].abs().flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+        sums[name] = sums[name] + args[0].square().flatten(0, -2).sum(0, dtype=torch.float64).cpu()
 
     return note
 
@@ -220,7 +224,7 @@ def _note_experts(sums: dict[str, torch.Tensor], name: str) -> Callable[[nn.Modu
         for expert in range(len(experts.gate_up_proj)):
             token, slot = torch.where(index == expert)
             gate, up = (hidden[token] @ experts.gate_up_proj[expert].T).chunk(2, dim=-1)
-            rows.append((experts.act_fn(gate) * up * weights[token, slot, None]).abs().sum(0, dtype=torch.float64))
+            rows.append((experts.act_fn(gate) * up * weights[token, slot, None]).square().sum(0, dtype=torch.float64))
         sums[name] = sums[name] + torch.stack(rows).cpu()
 
     return note
