@@ -1,4 +1,4 @@
-"""What a model costs: bytes, parameters, time, memory, energy. Only what was measured; nothing is estimated from wattages."""
+"""What a model costs: bytes, parameters, time, memory, energy; measured, never derived from an assumed wattage."""
 
 import os
 import re
@@ -81,7 +81,7 @@ def _alternate(models: Sequence[Loaded], work: Callable[[Loaded], None], rounds:
         for loaded in models:
             work(loaded)
         for turn in range(rounds):
-            for place in np.roll(np.arange(len(models)), turn):
+            for place in [(turn + step) % len(models) for step in range(len(models))]:
                 wall, cpu = time.perf_counter(), time.process_time()
                 work(models[place])
                 times[turn, place] = time.perf_counter() - wall, time.process_time() - cpu
@@ -109,8 +109,8 @@ def ratio_of_pairs(baseline: np.ndarray, new: np.ndarray, level: float = 0.95) -
 
 def _tokens(loaded: Loaded, count: int) -> torch.Tensor:
     length = min(count, likelihood.context_length(loaded.model))
-    draw = torch.Generator().manual_seed(0)
-    return torch.randint(0, min(likelihood.vocabulary(loaded.model), len(loaded.tokenizer)), (1, length), generator=draw)
+    known = min(likelihood.vocabulary(loaded.model), len(loaded.tokenizer))
+    return torch.randint(0, known, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def _prefill(loaded: Loaded, count: int) -> None:

@@ -1,4 +1,4 @@
-"""What paired scores can and cannot prove: intervals, a lower bound for the gate, exact tests, and what is too small to see.
+"""What paired scores can prove: intervals, a lower bound for the gate, exact tests, and what is too small to see.
 
 Two models are always compared on the same units (documents or examples), and units are resampled jointly: the spread of
 the units themselves cancels, only the difference between the models counts.

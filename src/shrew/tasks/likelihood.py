@@ -65,18 +65,18 @@ def check_causal(loaded: Loaded, task: str) -> None:
 def spans(rows: Sequence[Sequence[int]], window: int, stride: int, most: int) -> list[Span]:
     """Cut rows (whose first token is context only) so that every other token is scored exactly once.
 
-    The first pass scores the first `window` tokens; each later one advances by `stride`, so a scored token has at
-    least `window - stride` tokens before it, or all there are. No pass scores more than `most` tokens, which changes
-    memory and never the context of the first pass's tokens.
+    The first block scores the first `window` tokens; each later one advances by `stride`, so a scored token has at
+    least `window - stride` tokens before it, or all there are. No pass scores more than `most` tokens: a block that
+    has more is given in several passes with the same beginning, which saves memory and changes no token's context.
     """
     found = []
     for number, row in enumerate(rows):
-        end = 1
-        while end < len(row):
-            score = end
-            goal = min(len(row), window if score < window else score + stride)
-            end = min(goal, score + most)
-            found.append(Span(number, max(0, end - window), score, end))
+        score, goal = 1, min(len(row), window)
+        while score < len(row):
+            start = max(0, goal - window)
+            for low in range(score, goal, most):
+                found.append(Span(number, start, low, min(goal, low + most)))
+            score, goal = goal, min(len(row), goal + stride)
     return found
 
 

@@ -24,7 +24,7 @@ class Scores:
     - macro_f1: "truth" and "guess", class numbers below len(classes), and "correct";
     - accuracy, exact_match: "correct", 0 or 1.
 
-    `chance` is the metric of a predictor that knows nothing of the text; it is 0 for bits per byte, where it has no part.
+    `chance` is the metric of a predictor that knows nothing of the text; bits per byte do not use it.
     """
 
     task: str

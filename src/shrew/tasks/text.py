@@ -1,9 +1,9 @@
 """Held-out text, measured in bits per byte of its UTF-8 form: comparable between tokenizers.
 
 Each document is a row of its own. Its first token is predicted from the tokenizer's begin token, or from its end token
-where it has no other (that is what separates documents in training), or, with neither, is charged log2(vocabulary) bits.
-Documents longer than the window (the model's context, at most 1,024 tokens) are scored by a sliding context: every token
-exactly once, and after the first window with at least half a window of tokens before it.
+where it has no other (that is what separates documents in training), or, with neither, costs log2(vocabulary) bits.
+Documents longer than the window (the model's context, at most 1,024 tokens) are scored by a sliding context with a
+stride of half a window: every token exactly once, and after the first window with at least half a window before it.
 """
 
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ def token_bands(rows: Sequence[Sequence[int]], vocab: int) -> np.ndarray:
 
 
 def compare(old: torch.Tensor, new: torch.Tensor) -> tuple[float, int]:
-    """[n, V] logits of the reference and of the model -> (sum of KL(old || new) in nats, number of equal top choices)."""
+    """[n, V] logits of the reference and the model -> (sum of KL(old || new) in nats, number of equal top choices)."""
     total, agree = 0.0, 0
     for part in likelihood.pieces(old):
         p, q = old[part].double().log_softmax(1), new[part].double().log_softmax(1)
