@@ -34,7 +34,8 @@ from shrew.tasks.completion import Completion, Prompt, greedy, matches
 from shrew.tasks.labels import Labelled, Labels, chance_f1
 from shrew.tasks.text import Text, token_bands
 
-WORDS = "the shrew is a small mammal with a large brain and it eats twice its weight each day".split()
+TEXT = "the shrew is a small mammal with a large brain and it eats twice its weight each day"
+WORDS = TEXT.split()
 
 
 def sentences(count: int, longest: int = 40, seed: int = 0) -> list[str]:
@@ -116,10 +117,10 @@ def test_bits_per_byte_equals_the_slow_definition(name: str, request: pytest.Fix
     texts = ["Ein Übermaß an 数据.", *sentences(4, 8), " ".join(sentences(6, 40))]
     scores = text_task(texts).score(loaded, "final")
     window = likelihood.context_length(loaded.model)
-    start = loaded.tokenizer.bos_token_id if loaded.tokenizer.bos_token_id is not None else loaded.tokenizer.eos_token_id
+    start = {"llama": 1, "gpt2": 0, "olmoe": 1}[name]  # <s>, or the end token that separates documents
     for row, text in enumerate(texts):
         ids = [start, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        wanted = -sum(slow_log_probs(loaded, ids, window, window // 2)) / math.log(2)
+        wanted = -sum(slow_log_probs(loaded, ids, window, window * 3 // 4)) / math.log(2)
         assert scores.columns["bits"][row] == pytest.approx(wanted, rel=1e-4)
         assert scores.columns["bytes"][row] == len(text.encode())
         assert scores.columns["tokens"][row] == len(ids) - 1
@@ -180,7 +181,9 @@ def test_bands_by_hand() -> None:
     assert bands.tolist() == [3, 2, 3, 1, 3, 3, 3, 0, 3]
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(2, 64), st.integers(1, 64), st.integers(1, 99))
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(2, 64), st.integers(1, 64), st.integers(1, 99)
+)
 def test_spans_score_every_token_once(lengths: list[int], window: int, stride: int, most: int) -> None:
     stride = min(stride, window - 1)
     rows = [[0] * length for length in lengths]
@@ -282,7 +285,8 @@ def test_greedy_answers_do_not_depend_on_batching(name: str, request: pytest.Fix
     lengths = [1, 4, 9, 2, 7, 3, 5, 8, 6]
     alone = greedy(loaded, prompts, lengths, rows=1)
     assert greedy(loaded, prompts, lengths, rows=9) == alone
-    ids = [likelihood.first_token(loaded.tokenizer), *loaded.tokenizer(prompts[2], add_special_tokens=False)["input_ids"]]
+    start = likelihood.first_token(loaded.tokenizer)
+    ids = [start, *loaded.tokenizer(prompts[2], add_special_tokens=False)["input_ids"]]
     for _ in range(9):
         with torch.no_grad():
             ids.append(int(loaded.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -352,7 +356,7 @@ def test_influence_is_the_derivative(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     bits = Scores("t@1", "final", "bits_per_byte", [str(i) for i in range(n)],
                   {"bits": rng.lognormal(3, 1, n), "bytes": rng.integers(1, 99, n).astype(float)})  # fmt: skip
-    labels = label_scores([0, 1, 2] + rng.integers(0, 3, n - 3).tolist(), rng.integers(0, 3, n).tolist(), 3)
+    labels = label_scores([0, 1, 2, *rng.integers(0, 3, n - 3).tolist()], rng.integers(0, 3, n).tolist(), 3)
     for scores in (bits, labels, labels.accuracy()):
         step = 1e-6
         moved = np.ones((n, n)) + step * np.eye(n)

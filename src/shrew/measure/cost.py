@@ -127,33 +127,39 @@ def _decode(loaded: Loaded, steps: int) -> None:
 
 PROBE = """
 import sys
-import torch
 from pathlib import Path
+import torch
 from shrew import folder
+
+
+def peak():
+    try:  # the process's own peak; ru_maxrss would also hold that of the process it was forked from
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+before = peak()
 loaded = folder.load(sys.argv[1])
 length = min(64, getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 64)
 with torch.inference_mode():
     loaded.model(input_ids=torch.ones(1, length, dtype=torch.long), attention_mask=torch.ones(1, length))
-try:
-    # The process's own peak. ru_maxrss would also hold that of the process it was forked from.
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-except (OSError, StopIteration):
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print("peak", peak)
+print("peak", peak(), before)
 """
 
 
-def peak_memory(path: Path) -> int:
-    """Peak resident bytes of a fresh process that loads the folder and runs one prompt of 64 tokens."""
+def peak_memory(path: Path) -> tuple[int, int]:
+    """Peak resident bytes of a fresh process that loads the folder and runs one prompt of 64 tokens, and its peak
+    before loading (the interpreter and torch)."""
     command = [sys.executable, "-c", PROBE, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
-    found = re.search(r"^peak (\d+)$", done.stdout, re.MULTILINE)
+    found = re.search(r"^peak (\d+) (\d+)$", done.stdout, re.MULTILINE)
     if done.returncode != 0 or not found:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ShrewError(f"{path}: the process that measures memory failed ({reason}); run again with --no-cost.")
-    return int(found[1])
+    return int(found[1]), int(found[2])
 
 
 def _environment() -> dict[str, str]:
