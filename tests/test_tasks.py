@@ -88,7 +88,7 @@ def olmoe() -> Loaded:
     torch.manual_seed(2)
     config = OlmoeConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=16, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=4, num_experts=4, num_experts_per_tok=2,
-                         max_position_embeddings=64, initializer_range=0.2, pad_token_id=2)  # fmt: skip
+                         max_position_embeddings=64, initializer_range=0.2, pad_token_id=1)  # fmt: skip
     return Loaded(OlmoeForCausalLM(config).eval(), tokenizer)
 
 
@@ -117,7 +117,7 @@ def test_bits_per_byte_equals_the_slow_definition(name: str, request: pytest.Fix
     texts = ["Ein Übermaß an 数据.", *sentences(4, 8), " ".join(sentences(6, 40))]
     scores = text_task(texts).score(loaded, "final")
     window = likelihood.context_length(loaded.model)
-    start = {"llama": 1, "gpt2": 0, "olmoe": 1}[name]  # <s>, or the end token that separates documents
+    start = {"llama": 2, "gpt2": 0, "olmoe": 2}[name]  # <s>, or the end token that separates documents
     for row, text in enumerate(texts):
         ids = [start, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
         wanted = -sum(slow_log_probs(loaded, ids, window, window * 3 // 4)) / math.log(2)
