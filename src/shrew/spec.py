@@ -73,20 +73,21 @@ def _plain(error: Exception) -> str:
 
 def dump(spec: Any) -> dict[str, Any]:
     """Plain values of a spec, defaults included, None left out at every depth (TOML has no null)."""
-    plain: dict[str, Any] = _without_none(msgspec.to_builtins(spec))
-    return plain
+    values: dict[str, Any] = _values(spec)
+    return values
 
 
-def _without_none(value: Any) -> Any:
+def _values(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):  # by its fields: msgspec leaves attributes out that it has filled by default
+        value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _values(inner) for key, inner in value.items() if inner is not None}
+    return [_values(inner) for inner in value] if isinstance(value, list | tuple) else msgspec.to_builtins(value)
 
 
 def digest(value: Any) -> str:
     """SHA-256 of the canonical JSON of a spec or plain value: the cache key."""
-    plain = msgspec.to_builtins(value)
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(_values(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -140,8 +140,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes a run this run: everything but the number of threads and how often things are written."""
-    free = {"threads", "checkpoint_every", "evaluate_every", "out", "compile"}
+    """What makes a run this run. Its length is not part of it: a decay can branch off a trunk that is long enough."""
+    free = {"threads", "checkpoint_every", "evaluate_every", "out", "compile", "steps", "decay"}
     values = spec.dump(recipe)
     values["train"] = {key: value for key, value in values["train"].items() if key not in free}
     return values

@@ -1,16 +1,38 @@
-"""Model folders: everything Shrew reads or writes is a Hugging Face folder plus `shrew.json`, its lineage."""
+"""Model folders: everything Shrew reads or writes is a Hugging Face folder plus `shrew.json`, its lineage.
 
+`load` checks before transformers sees a file: the layout of the weights, their header, and what config.json says of
+them. `save` writes what the moves chose, with packed weights really packed, in one step.
+"""
+
+import copy
+import hashlib
 import json
+import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from shrew import files
+from shrew.errors import ShrewError
+from shrew.folder import compressed, packed
+from shrew.folder.check import TORCH_DTYPES, common_dtype, describe, fetch, quiet, read_model, read_packed
+from shrew.folder.headers import INDEX, SINGLE, Entry, read_headers, read_json
+from shrew.folder.packed import Grid, Packed, register
+
+__all__ = ["LINEAGE", "Grid", "Loaded", "Packed", "TensorInfo", "identity", "load", "register", "save", "tensors"]
 
 LINEAGE = "shrew.json"
+SHARD = 4_000_000_000  # bytes
 
 
 @dataclass
@@ -20,33 +42,187 @@ class Loaded:
     `model` holds float32 weights (of packed tensors: exactly the values that the file's codes stand for), in eval mode.
     `packed` maps parameter names to their chosen codes; `save` writes those codes, nothing is rounded a second time.
     `untouched` names every weight a move left as it was, with the reason. `lineage` is the content of `shrew.json`.
+    `dtype` is what dense weights are stored in; `stored` names the tensors of the file that had another one.
     """
 
     model: Any
     tokenizer: Any
     path: Path | None = None
-    packed: dict[str, Any] = field(default_factory=dict)
+    packed: dict[str, Packed] = field(default_factory=dict)
     untouched: dict[str, str] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.bfloat16
+    stored: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def is_classifier(self) -> bool:
         return type(self.model).__name__.endswith("ForSequenceClassification")
 
 
-def load(name: str | Path) -> Loaded:
-    path = Path(name)
-    config = json.loads((path / "config.json").read_text())
-    auto = AutoModelForCausalLM
-    if config["architectures"][0].endswith("ForSequenceClassification"):
-        auto = AutoModelForSequenceClassification
-    model = auto.from_pretrained(path, dtype=torch.float32).eval()
-    lineage = json.loads((path / LINEAGE).read_text()) if (path / LINEAGE).exists() else {}
-    return Loaded(model, AutoTokenizer.from_pretrained(path), path, lineage=lineage)
+@dataclass(frozen=True)
+class TensorInfo:
+    """One weight as the file holds it. `effective` is read from sizes on disk: "int4 g64 sym", "bf16", ..."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    bits_per_weight: float
+    effective: str
+    file: str
 
 
-def save(loaded: Loaded, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    with files.new_folder(path, LINEAGE) as temporary:
-        loaded.model.to(dtype).save_pretrained(temporary)
-        loaded.tokenizer.save_pretrained(temporary)
-        files.write_text(temporary / LINEAGE, json.dumps(loaded.lineage, indent=1))
+def load(name: str | Path, trust_remote_code: bool = False) -> Loaded:
+    """The model of a folder or of a Hub name ("starter" is the one that ships), float32 and in eval mode.
+
+    Raises FolderError, in one sentence, for everything that is wrong with the folder.
+    """
+    path = fetch(name)
+    entries, stated = describe(path, trust_remote_code)
+    model, tokenizer = read_model(path, entries, stated, trust_remote_code)
+    dtype = common_dtype(entries)
+    stored = {
+        key: TORCH_DTYPES[entry.dtype]
+        for key, entry in entries.items()
+        if entry.dtype in TORCH_DTYPES and TORCH_DTYPES[entry.dtype] != dtype and not key.endswith(_PARTS)
+    }
+    lineage = read_json(path / LINEAGE) if (path / LINEAGE).exists() else {}
+    return Loaded(model, tokenizer, path, read_packed(model, entries, stated), {}, lineage, dtype, stored)
+
+
+_PARTS = packed.PARTS + compressed.PARTS
+
+
+def save(loaded: Loaded, path: Path) -> str:
+    """Write a model folder in one step and return its layout: "dense", "compressed-tensors" or "shrew (reason)".
+
+    Weights in `loaded.packed` are written as their codes; the others in the dtype that the original had. A weight that
+    was changed after it was packed is refused, because its codes would no longer be the model. `loaded` stays as it is.
+    """
+    _check_codes(loaded)
+    state = remove_tied_weights_from_state_dict(dict(loaded.model.state_dict()), loaded.model)
+    for name in loaded.model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    chosen = _by_stored_name(loaded, state)
+    reason = compressed.obstacle(loaded.model, loaded.packed) if chosen else ""
+    dense = {name: tensor for name, tensor in state.items() if name not in chosen}
+    dense = revert_weight_conversion(loaded.model, dense)
+    content = {name: _as_stored(loaded, name, tensor) for name, tensor in dense.items()}
+    config = _config(loaded)
+    layout = "dense"
+    if chosen:
+        layout = f"shrew ({reason})" if reason else "compressed-tensors"
+        write = packed.to_parts if reason else compressed.to_parts
+        for name, item in chosen.items():
+            content |= write(name, item)
+        tables = {name: packed.to_entry(item) for name, item in chosen.items()}
+        config["quantization_config"] = (
+            {"quant_method": packed.METHOD, "tensors": tables} if reason else compressed.to_config(chosen)
+        )
+    with files.new_folder(Path(path), LINEAGE) as temporary, quiet():
+        _write_weights(temporary, content)
+        if loaded.model.can_generate():
+            loaded.model.generation_config.save_pretrained(temporary)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(temporary)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        lineage = loaded.lineage | {"format": 1, "layout": layout, "versions": _versions()}
+        (temporary / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", "utf-8")
+    return layout
+
+
+def _check_codes(loaded: Loaded) -> None:
+    for name, item in loaded.packed.items():
+        if not torch.equal(loaded.model.get_parameter(name).detach().float(), item.dense()):
+            raise ShrewError(f"'{name}' was changed after it was quantized; quantize last, or drop its codes first.")
+
+
+def _by_stored_name(loaded: Loaded, state: dict[str, Tensor]) -> dict[str, Packed]:
+    """`loaded.packed` under the names that are kept for tied weights."""
+    kept = {tensor.data_ptr(): name for name, tensor in state.items()}
+    return {kept[loaded.model.get_parameter(name).data_ptr()]: item for name, item in loaded.packed.items()}
+
+
+def _as_stored(loaded: Loaded, name: str, tensor: Tensor) -> Tensor:
+    dtype = loaded.stored.get(name, loaded.dtype) if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _config(loaded: Loaded) -> dict[str, Any]:
+    config = copy.deepcopy(loaded.model.config)
+    config.dtype = loaded.dtype
+    config.architectures = [type(loaded.model).__name__]
+    content: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    content.pop("quantization_config", None)
+    return content
+
+
+def _write_weights(folder: Path, content: dict[str, Tensor]) -> None:
+    split = split_torch_state_dict_into_shards(content, max_shard_size=SHARD)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: content[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("shrew")
+    except PackageNotFoundError:
+        own = "source"
+    return {"shrew": own, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version()}  # fmt: skip
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a folder's weights, in order."""
+    if (path / SINGLE).exists():
+        return [path / SINGLE]
+    return [path / name for name in sorted(set(read_json(path / INDEX)["weight_map"].values()))]
+
+
+def identity(path: str | Path) -> str:
+    """SHA-256 over config.json and the weights: the hash that lineage and caches use."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    read_json(path / "config.json")
+    read_headers(path)
+    for file in [path / "config.json", *weight_files(path)]:
+        digest.update(f"{file.name} {files.sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def tensors(path: str | Path) -> list[TensorInfo]:
+    """Every weight of a folder with its effective type, read from the files' own headers without loading a weight."""
+    path = Path(path)
+    entries, stated = describe(path, trust_remote_code=True)
+    table, suffixes = stated.tensors, _PARTS
+    listed = [
+        TensorInfo(name, entry.dtype, entry.shape, entry.bytes, _per_weight(entry.bytes, entry.shape),
+                   _SHORT.get(entry.dtype, entry.dtype.lower()), entry.file.name)
+        for name, entry in entries.items()
+        if not (table and name.endswith(suffixes))
+    ]  # fmt: skip
+    for name, meaning in table.items():
+        parts = [entries[name.removesuffix(stated.stem) + part] for part in stated.parts
+                 if name.removesuffix(stated.stem) + part in entries]  # fmt: skip
+        shape, size = tuple(meaning["shape"]), sum(part.bytes for part in parts)
+        grid = Grid(meaning["bits"], meaning["group"], meaning["symmetric"])
+        listed.append(TensorInfo(name, f"INT{grid.bits}", shape, size, _per_weight(size, shape), grid.label(),
+                                 _files(parts)))  # fmt: skip
+    return sorted(listed, key=lambda item: item.name)
+
+
+_SHORT = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
+
+
+def _per_weight(size: int, shape: Iterable[int]) -> float:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return 8 * size / count if count else 0.0
+
+
+def _files(parts: list[Entry]) -> str:
+    return ", ".join(sorted({part.file.name for part in parts}))

@@ -1,0 +1,223 @@
+"""What is wrong with a model folder, in one sentence; and the loading that follows when nothing is."""
+
+import logging
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from shrew.errors import FolderError
+from shrew.folder import compressed, packed
+from shrew.folder.headers import Entry, read_headers, read_json
+from shrew.folder.packed import Packed
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+STARTER = Path(__file__).parents[1] / "models" / "starter"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+CLASSIFIER = "ForSequenceClassification"
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What config.json says that matters before loading: the kind of model, and the packed weights by name."""
+
+    classifier: bool
+    method: str = ""
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def stem(self) -> str:
+        """The end of a weight's name that the names of its parts replace."""
+        return ".weight" if self.method == compressed.METHOD else ""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return compressed.PARTS if self.method == compressed.METHOD else packed.PARTS
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, warnings or reports of other libraries inside the block; afterwards all is as it was."""
+    noisy = transformers.utils.logging
+    level, bars = noisy.get_verbosity(), noisy.is_progress_bar_enabled()
+    noisy.set_verbosity(logging.CRITICAL)
+    noisy.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        noisy.set_verbosity(level)
+        if bars:
+            noisy.enable_progress_bar()
+
+
+def fetch(name: str | Path) -> Path:
+    """The local folder for a path, a Hub name, or "starter"."""
+    text = str(name)
+    if text == "starter":
+        return STARTER
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise FolderError(f"{path} is a file; give the model folder that holds config.json.")
+    if not HUB_NAME.fullmatch(text):
+        raise FolderError(f"There is no model folder at {path}; check the path.")
+    try:
+        kept = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(text, allow_patterns=kept))
+    except Exception as error:  # the hub raises its own, httpx's and OS errors; each means "not to be had"
+        raise FolderError(f"'{text}' is no folder here and could not be fetched from the Hub "
+                          f"({_short(error)}); check the name or the connection.") from None  # fmt: skip
+
+
+def _short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300].rstrip(".") if lines else type(error).__name__
+
+
+def describe(path: Path, trust_remote_code: bool) -> tuple[dict[str, Entry], Stated]:
+    """Check config.json and every header of a folder; returns the tensors of its files and what config.json states."""
+    if not path.is_dir():
+        raise FolderError(f"There is no model folder at {path}; check the path.")
+    if (path / "adapter_config.json").exists():
+        raise FolderError(f"{path} holds an adapter, not a whole model; merge it into its base model first.")
+    config = read_json(path / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise FolderError(f"{path / 'config.json'} names no model_type, so nothing can tell what model this is.")
+    if config.get("auto_map") and not trust_remote_code:
+        raise FolderError(f"{path} wants to run its own Python code (auto_map in config.json); read that code, and "
+                          "allow it with trust_remote_code if you trust it.")  # fmt: skip
+    if config.get("transformers_weights"):
+        raise FolderError(f"{path / 'config.json'} redirects the weights to another file (transformers_weights); "
+                          "remove that key.")  # fmt: skip
+    names = config.get("architectures") or [CAUSAL[0]]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise FolderError(f"{path / 'config.json'} has architectures that are no list of names.")
+    if not names[0].endswith((*CAUSAL, CLASSIFIER)):
+        raise FolderError(f"{path} holds a {names[0]}; Shrew works on causal language models and sequence classifiers.")
+    classifier = names[0].endswith(CLASSIFIER)
+    entries = read_headers(path, classifier)
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return entries, Stated(classifier)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method == packed.METHOD:
+        packed.check_entries(str(path), quantization, entries)
+        return entries, Stated(classifier, method, quantization["tensors"])
+    if method == compressed.METHOD:
+        return entries, Stated(classifier, method, compressed.read_entries(str(path), quantization, entries))
+    raise FolderError(f"{path} is quantized with '{method}', which Shrew does not read; start from the model it was "
+                      "made from.")  # fmt: skip
+
+
+def common_dtype(entries: dict[str, Entry]) -> torch.dtype:
+    """What most dense bytes of a folder are stored in; bf16 when all are packed."""
+    sizes: Counter[str] = Counter()
+    for name, entry in entries.items():
+        if entry.dtype in TORCH_DTYPES and not name.endswith(packed.PARTS + compressed.PARTS):
+            sizes[entry.dtype] += entry.bytes
+    return TORCH_DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.bfloat16
+
+
+def read_model(path: Path, entries: dict[str, Entry], stated: Stated, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The model (float32, eval) and tokenizer of a folder that `describe` accepted; raises FolderError."""
+    packed.register()
+    auto = AutoModelForSequenceClassification if stated.classifier else AutoModelForCausalLM
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            if stated.method:
+                config.quantization_config = {"quant_method": packed.METHOD, "tensors": stated.tensors,
+                                              "layout": stated.method}  # fmt: skip
+            with torch.device("meta"):
+                empty = auto.from_config(config, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise FolderError(f"{path / 'config.json'} describes no model that transformers {transformers.__version__} "
+                              f"can build ({_short(error)}).") from None  # fmt: skip
+        _check_shapes(path, empty, entries, stated)
+        try:
+            model, report = auto.from_pretrained(
+                path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code)  # fmt: skip
+        except Exception as error:
+            raise FolderError(f"{path} cannot be loaded ({_short(error)}).") from None
+        _check_report(path, report)
+        _check_finite(path, model)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            raise FolderError(f"{path} has no tokenizer that loads ({_short(error)}); copy the tokenizer files of the "
+                              "original model into it.") from None  # fmt: skip
+    return model.eval(), tokenizer
+
+
+def _check_shapes(path: Path, empty: Any, entries: dict[str, Entry], stated: Stated) -> None:
+    """Compare shapes by name before any memory is taken, so that a config that lies costs nothing."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    found = {name: tuple(meaning["shape"]) for name, meaning in stated.tensors.items()}
+    found |= {name: entry.shape for name, entry in entries.items() if name in shapes}
+    for name, shape in found.items():
+        if name in shapes and shape != shapes[name]:
+            raise FolderError(f"{path}: '{name}' has the shape {list(shape)} in the weights and {list(shapes[name])} by "
+                              "config.json; the two do not belong together.")  # fmt: skip
+    needed = sum(parameter.numel() for parameter in empty.parameters())
+    parts = packed.PARTS + compressed.PARTS if stated.tensors else ("\0",)
+    have = sum(math.prod(entry.shape) for name, entry in entries.items() if not name.endswith(parts))
+    have += sum(math.prod(meaning["shape"]) for meaning in stated.tensors.values())
+    if needed > 2 * have + 1_000_000:
+        raise FolderError(f"{path}: config.json describes {needed} weights and the files hold {have}; "
+                          "the two do not belong together.")  # fmt: skip
+
+
+def _check_report(path: Path, report: dict[str, Any]) -> None:
+    if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        raise FolderError(f"{path}: '{name}' has the shape {list(found)} in the weights and {list(wanted)} by "
+                          "config.json; the two do not belong together.")  # fmt: skip
+    for key, what in (("missing_keys", "is missing from the weights, though config.json asks for it"),
+                      ("unexpected_keys", "is in the weights, but config.json has no place for it")):  # fmt: skip
+        if report[key]:
+            name, others = min(report[key]), len(report[key]) - 1
+            more = f" (and {others} more)" if others else ""
+            raise FolderError(f"{path}: '{name}'{more} {what}; the two do not belong together.")
+
+
+def _check_finite(path: Path, model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        # A sum is finite unless something in it is not (or it overflows), and is cheaper than looking at each.
+        if not torch.isfinite(parameter.detach().sum()) and not torch.isfinite(parameter.detach()).all():
+            raise FolderError(f"{path}: '{name}' contains NaN or infinite weights; the model is broken, use another copy.")
+
+
+def read_packed(model: Any, entries: dict[str, Entry], stated: Stated) -> dict[str, Packed]:
+    """The codes of every packed weight, under the name that the model gives its parameter."""
+    read = compressed.from_parts if stated.method == compressed.METHOD else packed.from_parts
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for name, meaning in stated.tensors.items():
+        module = name.removesuffix(stated.stem)
+        parts = {part: _tensor(entries[module + part], module + part) for part in stated.parts if module + part in entries}
+        parts = {part.lstrip("."): tensor for part, tensor in parts.items()}
+        found[names[id(model.get_parameter(name))]] = read(parts, meaning)
+    return found
+
+
+def _tensor(entry: Entry, name: str) -> Tensor:
+    with safe_open(entry.file, framework="pt") as stream:
+        tensor: Tensor = stream.get_tensor(name)
+    return tensor

@@ -1,0 +1,246 @@
+"""Packed weights: what they are, how their bits lie in a file, and how transformers turns them back into numbers.
+
+A weight is seen as rows of inputs, cut into groups along the row. Each group has a bf16 scale; a code q stands for
+(q - zero) * scale, with zero = 2^(bits-1) for symmetric grids. Products are exact in float32: codes have at most 9
+significant bits and scales 8, so a float32 or bf16 reader gets the same numbers whichever order it multiplies in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from shrew.errors import FolderError
+from shrew.folder.headers import Entry
+
+METHOD = "shrew"
+PARTS = (":codes", ":scales", ":zeros")
+CHUNK = 1 << 22  # elements unpacked at once; bounds the memory that single bits need
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a weight may take: 2^bits codes a group; `group` 0 means one group a row."""
+
+    bits: int
+    group: int
+    symmetric: bool = True
+
+    def groups(self, cols: int) -> int:
+        """Groups in a row of `cols` weights; the last one may be shorter."""
+        return 1 if self.group == 0 or cols == 0 else -(-cols // self.group)
+
+    def label(self) -> str:
+        return f"int{self.bits} g{self.group or 'row'} {'sym' if self.symmetric else 'asym'}"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One weight as codes. codes uint8 [rows, cols], scales bf16 [rows, groups], zeros uint8 [rows, groups] or None.
+
+    `shape` is the parameter's; `transposed` says that its last dimension is the output (Conv1D), so that rows are
+    columns of the parameter. Leading dimensions (experts) are folded into rows.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    grid: Grid
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    def dense(self) -> Tensor:
+        """The parameter that the codes stand for, float32 of `shape`."""
+        return from_rows(dequantize(self.codes, self.scales, self.zeros, self.grid), self.shape, self.transposed)
+
+
+def to_rows(weight: Tensor, transposed: bool) -> Tensor:
+    """[..., out, in] (or [..., in, out] when `transposed`) -> [rows, in]."""
+    weight = weight.transpose(-1, -2) if transposed else weight
+    return weight.reshape(-1, weight.shape[-1])
+
+
+def from_rows(rows: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """The inverse of `to_rows`."""
+    if not transposed:
+        return rows.reshape(shape)
+    return rows.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """codes [rows, cols] -> float32 [rows, cols]: exactly the numbers that a saved file stands for."""
+    cols = codes.shape[1]
+    width = grid.group or cols
+
+    def spread(values: Tensor) -> Tensor:
+        wide = values.float()
+        return wide if wide.shape[1] == 1 else wide.repeat_interleave(width, dim=1)[:, :cols]
+
+    middle = 2.0 ** (grid.bits - 1) if zeros is None else spread(zeros)
+    return (codes.float() - middle) * spread(scales)
+
+
+def pack_bits(codes: Tensor, bits: int, align: int = 1) -> Tensor:
+    """uint8 codes [rows, cols] below 2^bits -> uint8 [rows, bytes]; each row is padded to `align` bytes.
+
+    Code i of a row takes bits [i * bits, (i + 1) * bits) of a little-endian stream.
+    """
+    rows, cols = codes.shape
+    width = -(-cols * bits // (8 * align)) * align
+    packed = np.zeros((rows, width), np.uint8)
+    step = max(1, CHUNK // max(cols, 1))
+    for at in range(0, rows, step):
+        part = codes[at : at + step].numpy()[..., None]
+        single = np.unpackbits(part, axis=-1, count=bits, bitorder="little").reshape(len(part), cols * bits)
+        row = np.packbits(single, axis=-1, bitorder="little")
+        packed[at : at + step, : row.shape[1]] = row
+    return torch.from_numpy(packed)
+
+
+def unpack_bits(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """The inverse of `pack_bits`: uint8 [rows, bytes] -> uint8 codes [rows, cols]."""
+    rows = packed.shape[0]
+    codes = np.empty((rows, cols), np.uint8)
+    step = max(1, CHUNK // max(cols, 1))
+    for at in range(0, rows, step):
+        part = packed[at : at + step].numpy()
+        single = np.unpackbits(part, axis=-1, count=cols * bits, bitorder="little").reshape(len(part), cols, bits)
+        codes[at : at + step] = np.packbits(single, axis=-1, bitorder="little")[..., 0]
+    return torch.from_numpy(codes)
+
+
+def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
+    """The tensors that a file holds for the weight `name`."""
+    bits = packed.grid.bits
+    parts = {name + ":codes": pack_bits(packed.codes, bits), name + ":scales": packed.scales.contiguous()}
+    if packed.zeros is not None:
+        parts[name + ":zeros"] = pack_bits(packed.zeros, bits)
+    return parts
+
+
+def from_parts(parts: dict[str, Tensor], entry: dict[str, Any]) -> Packed:
+    """A Packed from the tensors of a file (keys ":codes", ":scales", ":zeros") and its entry in config.json."""
+    grid = Grid(entry["bits"], entry["group"], entry["symmetric"])
+    shape, transposed = tuple(entry["shape"]), entry["transposed"]
+    cols = shape[-2] if transposed else shape[-1]
+    zeros = None if grid.symmetric else unpack_bits(parts[":zeros"], grid.bits, grid.groups(cols))
+    return Packed(unpack_bits(parts[":codes"], grid.bits, cols), parts[":scales"], zeros, grid, shape, transposed)
+
+
+def to_entry(packed: Packed) -> dict[str, Any]:
+    """What config.json says of one packed weight."""
+    grid = packed.grid
+    return {"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "shape": list(packed.shape),
+            "transposed": packed.transposed}  # fmt: skip
+
+
+def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
+    """Compare what config.json says of every packed weight with what the file holds; raises FolderError."""
+    tensors = stated.get("tensors") if isinstance(stated, dict) else None
+    if not isinstance(tensors, dict):
+        raise FolderError(f"{where}: quantization_config has no table of tensors; fetch the model again.")
+    expected: set[str] = set()
+    for name, entry in tensors.items():
+        parts = _expected_parts(where, name, entry)
+        for part, (dtype, shape) in parts.items():
+            found = entries.get(name + part)
+            if found is None or (found.dtype, found.shape) != (dtype, shape):
+                got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+                raise FolderError(f"{where}: config.json says {entry['bits']} bits for '{name}', so '{name + part}' "
+                                  f"should be {dtype} {list(shape)}, but the file has {got}.")  # fmt: skip
+        expected |= {name + part for part in parts}
+    for name in entries:
+        if name.endswith(PARTS) and name not in expected:
+            raise FolderError(f"{where}: the file holds '{name}', which config.json does not mention.")
+
+
+def _expected_parts(where: str, name: str, entry: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    kinds = {"bits": int, "group": int, "symmetric": bool, "shape": list, "transposed": bool}
+    right = isinstance(entry, dict) and set(entry) == set(kinds)
+    right = right and all(type(entry[key]) is kind for key, kind in kinds.items())
+    right = right and 2 <= entry["bits"] <= 8 and entry["group"] >= 0 and len(entry["shape"]) >= 2
+    if not right or not all(type(n) is int and n > 0 for n in entry["shape"]):
+        raise FolderError(f"{where}: quantization_config says nothing usable of '{name}'; fetch the model again.")
+    *lead, rows, cols = entry["shape"]
+    rows, cols = (cols, rows) if entry["transposed"] else (rows, cols)
+    for count in lead:
+        rows *= count
+    groups = Grid(entry["bits"], entry["group"]).groups(cols)
+    parts = {":codes": ("U8", (rows, -(-cols * entry["bits"] // 8))), ":scales": ("BF16", (rows, groups))}
+    if not entry["symmetric"]:
+        parts[":zeros"] = ("U8", (rows, -(-groups * entry["bits"] // 8)))
+    return parts
+
+
+class ShrewConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed folder; `tensors` maps parameter names to what their codes mean."""
+
+    def __init__(self, tensors: dict[str, Any] | None = None, layout: str = METHOD, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.tensors = tensors or {}
+        self.layout = layout
+        self.dequantize = True  # the loaded model is an ordinary dense one; transformers then forgets the packing
+
+
+class Unpack(ConversionOps):
+    """One weight's parts -> the dense weight, computed in float32 and then cast to the model's dtype."""
+
+    def __init__(self, hf_quantizer: HfQuantizer, read: Callable[[dict[str, Tensor], dict[str, Any]], Packed]) -> None:
+        self.hf_quantizer = hf_quantizer  # its presence tells transformers not to cast the parts
+        self.read = read
+
+    def __deepcopy__(self, _: Any) -> "Unpack":
+        return self  # transformers copies the operation for every weight; the table of tensors need not follow
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **_: Any) -> dict[str, Tensor]:
+        parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        tensors = self.hf_quantizer.quantization_config.tensors
+        prefix = f"{model.base_model_prefix}."  # a bare base model drops it from its names
+        entry = tensors.get(full_layer_name) or tensors.get(prefix + full_layer_name)
+        if entry is None:
+            entry = tensors[full_layer_name.removeprefix(prefix)]
+        dtype = model.get_parameter(full_layer_name).dtype
+        return {full_layer_name: self.read(parts, entry).dense().to(dtype)}
+
+
+class ShrewQuantizer(HfQuantizer):
+    quantization_config: ShrewConfig
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        from shrew.folder import compressed  # it builds on this file
+
+        if self.quantization_config.layout == compressed.METHOD:
+            names = [part.lstrip(".") for part in compressed.PARTS]
+            return [WeightConverter(names, "weight", [Unpack(self, compressed.from_parts)])]
+        return [WeightConverter(list(PARTS), "", [Unpack(self, from_parts)])]
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        # Nothing is left to undo when this model is saved: its weights are dense now.
+        model._weight_conversions = [
+            item
+            for item in model._weight_conversions or []
+            if not any(isinstance(step, Unpack) for step in getattr(item, "operations", ()))
+        ]
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+@cache
+def register() -> None:
+    """Teach transformers to read packed folders with plain `from_pretrained`; calling it again does nothing."""
+    register_quantization_config(METHOD)(ShrewConfig)
+    register_quantizer(METHOD)(ShrewQuantizer)
