@@ -215,7 +215,7 @@ def test_classifier_scores_by_hand_and_alone(monkeypatch: pytest.MonkeyPatch) ->
         with torch.no_grad():
             wanted = int(loaded.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.argmax())
         assert scores.columns["guess"][row] == wanted
-    monkeypatch.setattr("shrew.tasks.labels.TOKENS", 1)
+    monkeypatch.setattr(likelihood, "TOKENS", 64)  # as many tokens as the longest text: one at a time
     np.testing.assert_array_equal(task.score(loaded, "final").columns["guess"], scores.columns["guess"])
     numbers = [Labelled(item.id, item.text, list(names.values()).index(str(item.label))) for item in items]
     by_number = Labels(splits={"final": numbers}, labels=(0, 1, 2)).score(loaded, "final")
@@ -348,6 +348,9 @@ def test_weighted_values_equal_repeated_units(n: int, classes: int, seed: int) -
     assert scores.value(index) == pytest.approx(again.value())
     assert scores.accuracy().value(index) == pytest.approx(again.accuracy().value())
     assert abs(scores.influence().mean()) < 1e-9
+    read = Scores.parse(json.loads(json.dumps(scores.dump())))
+    assert read.value(index) == scores.value(index)
+    assert (read.task, read.units, read.classes) == (scores.task, scores.units, scores.classes)
 
 
 @settings(deadline=None, max_examples=30)

@@ -16,6 +16,7 @@ from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 
 WINDOW = 1024  # tokens of context at most
+TOKENS = 2**13  # tokens in one forward pass
 LOGITS = 2**26  # logits that one forward pass may give (256 MiB in float32)
 ROWS = 2**22  # logits that are normalised at once
 
@@ -81,10 +82,11 @@ def spans(rows: Sequence[Sequence[int]], window: int, stride: int, most: int) ->
 
 
 def batches(items: Sequence[Span], vocab: int) -> Iterator[list[Span]]:
-    """Spans of like length together, as many as the memory for logits allows."""
+    """Spans of like length together, as many as the memory for activations and logits allows."""
+    most = max(1, min(TOKENS, LOGITS // vocab))
     batch: list[Span] = []
     for item in sorted(items, key=lambda item: (item.end - item.start, item.row, item.score)):
-        if batch and (len(batch) + 1) * (item.end - item.start) * vocab > LOGITS:
+        if batch and (len(batch) + 1) * (item.end - item.start) > most:
             yield batch
             batch = []
         batch.append(item)

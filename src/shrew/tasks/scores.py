@@ -8,6 +8,7 @@ resampling at all.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,16 @@ class Scores:
             return self
         chance = float(np.bincount(self.columns["truth"]).max() / self.n)
         return dataclasses.replace(self, metric="accuracy", chance=chance)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values for JSON; `Scores.parse` gives the same scores back."""
+        columns = {name: column.tolist() for name, column in self.columns.items()}
+        return {**vars(self), "columns": columns, "classes": list(self.classes)}
+
+    @classmethod
+    def parse(cls, plain: dict[str, Any]) -> "Scores":
+        columns = {name: np.asarray(column) for name, column in plain["columns"].items()}
+        return cls(**{**plain, "columns": columns, "classes": tuple(plain["classes"])})
 
     def check_pair(self, other: "Scores") -> None:
         """Refuse to compare scores of different units, splits, tasks or metrics."""
