@@ -1,7 +1,6 @@
 """`shrew measure A B C`: what models can do and what they cost, as records, always against the first of them."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,8 +109,9 @@ def cost_records(run: str, model: str, loaded: Loaded, memory: bool = True) -> l
     found.append(Record(run=run, model=model, metric="energy", value=spent.value, unit=unit,
                         detail={"source": spent.source, "what": "prefill"}))  # fmt: skip
     if memory and loaded.path is not None:
-        peak = cost.peak_memory(loaded.path)
-        found.append(Record(run=run, model=model, metric="peak_memory", value=peak, unit="bytes"))
+        peak, before = cost.peak_memory(loaded.path)
+        found.append(Record(run=run, model=model, metric="peak_memory", value=peak, unit="bytes",
+                            detail={"before_loading": before}))  # fmt: skip
     return found
 
 
@@ -173,7 +173,7 @@ def main(argv: list[str]) -> int:
         record.append(args.records, found)
     if args.json:
         for item in found:
-            print(json.dumps(msgspec.to_builtins(item), ensure_ascii=False))
+            print(msgspec.json.encode(item).decode())
     else:
         show(found, labels)
     return 0

@@ -1,4 +1,4 @@
-"""What a model costs: bytes, parameters, time, memory, energy. Only what was measured; nothing is estimated from wattages."""
+"""What a model costs: bytes, parameters, time, memory, energy; measured, never derived from an assumed wattage."""
 
 import os
 import re
@@ -81,7 +81,7 @@ def _alternate(models: Sequence[Loaded], work: Callable[[Loaded], None], rounds:
         for loaded in models:
             work(loaded)
         for turn in range(rounds):
-            for place in np.roll(np.arange(len(models)), turn):
+            for place in [(turn + step) % len(models) for step in range(len(models))]:
                 wall, cpu = time.perf_counter(), time.process_time()
                 work(models[place])
                 times[turn, place] = time.perf_counter() - wall, time.process_time() - cpu
@@ -109,8 +109,8 @@ def ratio_of_pairs(baseline: np.ndarray, new: np.ndarray, level: float = 0.95) -
 
 def _tokens(loaded: Loaded, count: int) -> torch.Tensor:
     length = min(count, likelihood.context_length(loaded.model))
-    draw = torch.Generator().manual_seed(0)
-    return torch.randint(0, min(likelihood.vocabulary(loaded.model), len(loaded.tokenizer)), (1, length), generator=draw)
+    known = min(likelihood.vocabulary(loaded.model), len(loaded.tokenizer))
+    return torch.randint(0, known, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def _prefill(loaded: Loaded, count: int) -> None:
@@ -127,33 +127,39 @@ def _decode(loaded: Loaded, steps: int) -> None:
 
 PROBE = """
 import sys
-import torch
 from pathlib import Path
+import torch
 from shrew import folder
+
+
+def peak():
+    try:  # the process's own peak; ru_maxrss would also hold that of the process it was forked from
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+before = peak()
 loaded = folder.load(sys.argv[1])
 length = min(64, getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 64)
 with torch.inference_mode():
     loaded.model(input_ids=torch.ones(1, length, dtype=torch.long), attention_mask=torch.ones(1, length))
-try:
-    # The process's own peak. ru_maxrss would also hold that of the process it was forked from.
-    status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-except (OSError, StopIteration):
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print("peak", peak)
+print("peak", peak(), before)
 """
 
 
-def peak_memory(path: Path) -> int:
-    """Peak resident bytes of a fresh process that loads the folder and runs one prompt of 64 tokens."""
+def peak_memory(path: Path) -> tuple[int, int]:
+    """Peak resident bytes of a fresh process that loads the folder and runs one prompt of 64 tokens, and its peak
+    before loading (the interpreter and torch)."""
     command = [sys.executable, "-c", PROBE, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
-    found = re.search(r"^peak (\d+)$", done.stdout, re.MULTILINE)
+    found = re.search(r"^peak (\d+) (\d+)$", done.stdout, re.MULTILINE)
     if done.returncode != 0 or not found:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ShrewError(f"{path}: the process that measures memory failed ({reason}); run again with --no-cost.")
-    return int(found[1])
+    return int(found[1]), int(found[2])
 
 
 def _environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What paired scores can and cannot prove: intervals, a lower bound for the gate, exact tests, and what is too small to see.
+"""What paired scores can prove: intervals, a lower bound for the gate, exact tests, and what is too small to see.
 
 Two models are always compared on the same units (documents or examples), and units are resampled jointly: the spread of
 the units themselves cancels, only the difference between the models counts.
@@ -108,7 +108,7 @@ def margin(original: Scores, new: Scores, alpha: float = 0.05) -> float:
     freedom = max(1.0, 1 / float((share**2).sum()) - 1)
     count, size = unseen(original, effect, alpha)
     spread = float(np.hypot(error, np.sqrt(count) * size / n))
-    return count * size / n + student_quantile(1 - alpha, freedom) * spread
+    return float(count * size / n + student_quantile(1 - alpha, freedom) * spread)
 
 
 def unseen(original: Scores, effect: np.ndarray, alpha: float) -> tuple[float, float]:
@@ -179,7 +179,7 @@ def highest_keep(original: Scores, new: Scores | None = None, alpha: float = 0.0
         return 0.0
     effect, _ = _influence(original, new)
     error = float(effect.std(ddof=1)) / np.sqrt(original.n)
-    return max(0.0, 1 - margin(original, new, alpha) - NormalDist().inv_cdf(power) * error)
+    return max(0.0, float(1 - margin(original, new, alpha) - NormalDist().inv_cdf(power) * error))
 
 
 @cache

@@ -1,10 +1,11 @@
 """Tasks: how quality is measured. `read` turns a user's file into one, split into four disjoint parts."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shrew.data import TEXT_SUFFIXES, Document, documents, read_jsonl
+from shrew.data import Document, documents, read_jsonl
 from shrew.errors import DataError
 from shrew.tasks.choice import Choice, Question
 from shrew.tasks.completion import Completion, Prompt
@@ -59,16 +60,20 @@ def read(path: str | Path, name: str = "", shares: dict[str, float] | None = Non
     return Completion(name=name, splits=splits, dropped=dropped)
 
 
-def read_text_task(sources: Sequence[str], name: str = "", shares: dict[str, float] | None = None) -> Text:
-    """A text task from files, folders, globs or data sets. Fewer than 20 documents are cut into passages, so that a
-    single long file can be split and resampled too."""
+def read_text_task(
+    sources: Sequence[str], name: str = "", shares: dict[str, float] | None = None, cut: int | None = None
+) -> Text:
+    """A text task from files, folders, globs or data sets, in the parts that `shares` names.
+
+    Documents are cut into passages of about `cut` characters if that is given; fewer than 20 documents always are, so
+    that a single long file can be split and resampled too.
+    """
     found = documents(sources)
-    if len(found) < FEW:
-        found = [part for item in found for part in passages(item)]
+    if cut is not None or len(found) < FEW:
+        found = [part for item in found for part in passages(item, cut or PASSAGE)]
     found, dropped = unique(found)
-    known = {".jsonl", ".parquet", *TEXT_SUFFIXES}
-    first = Path(sources[0])
-    name = name or (first.stem if first.suffix in known else "text")
+    stem = Path(sources[0].replace(":", "-")).stem
+    name = name or (stem if re.fullmatch(r"[\w.-]+", stem) else "text")
     return Text(name=name, splits=deal(found, "text", shares or SHARES, ", ".join(sources)), dropped=dropped)
 
 

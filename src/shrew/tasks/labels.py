@@ -18,8 +18,6 @@ from shrew.tasks import likelihood
 from shrew.tasks.scores import Scores
 from shrew.tasks.split import SplitTask
 
-TOKENS = 8192  # tokens in one forward pass
-
 
 @dataclass(frozen=True)
 class Labelled:
@@ -109,8 +107,7 @@ def chance_f1(truth: np.ndarray, classes: int) -> float:
 def classifier_logits(loaded: Loaded, texts: Sequence[str]) -> np.ndarray:
     """[n] texts -> [n, K] logits; texts longer than the model's context lose their end."""
     tokenizer, model = loaded.tokenizer, loaded.model
-    length = likelihood.context_length(model, 2**20)
-    limit = min(length, 8192)
+    limit = min(likelihood.context_length(model, likelihood.TOKENS), tokenizer.model_max_length)
     rows = tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)["input_ids"]
     pad = model.config.get_text_config().pad_token_id
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
@@ -118,7 +115,7 @@ def classifier_logits(loaded: Loaded, texts: Sequence[str]) -> np.ndarray:
     while order:
         # Without a padding token a causal classifier cannot tell where a row ends: then only equal lengths share a
         # batch, and such models take one row at a time.
-        size = 1 if pad is None else max(1, TOKENS // len(rows[order[-1]]))
+        size = 1 if pad is None else max(1, likelihood.TOKENS // len(rows[order[-1]]))
         places, order = order[-size:], order[: len(order) - size]
         width = len(rows[places[-1]])
         ids = torch.full((len(places), width), 0 if pad is None else pad)

@@ -16,6 +16,7 @@ from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 
 WINDOW = 1024  # tokens of context at most
+TOKENS = 2**13  # tokens in one forward pass
 LOGITS = 2**26  # logits that one forward pass may give (256 MiB in float32)
 ROWS = 2**22  # logits that are normalised at once
 
@@ -65,26 +66,27 @@ def check_causal(loaded: Loaded, task: str) -> None:
 def spans(rows: Sequence[Sequence[int]], window: int, stride: int, most: int) -> list[Span]:
     """Cut rows (whose first token is context only) so that every other token is scored exactly once.
 
-    The first pass scores the first `window` tokens; each later one advances by `stride`, so a scored token has at
-    least `window - stride` tokens before it, or all there are. No pass scores more than `most` tokens, which changes
-    memory and never the context of the first pass's tokens.
+    The first block scores the first `window` tokens; each later one advances by `stride`, so a scored token has at
+    least `window - stride` tokens before it, or all there are. No pass scores more than `most` tokens: a block that
+    has more is given in several passes with the same beginning, which saves memory and changes no token's context.
     """
     found = []
     for number, row in enumerate(rows):
-        end = 1
-        while end < len(row):
-            score = end
-            goal = min(len(row), window if score < window else score + stride)
-            end = min(goal, score + most)
-            found.append(Span(number, max(0, end - window), score, end))
+        score, goal = 1, min(len(row), window)
+        while score < len(row):
+            start = max(0, goal - window)
+            for low in range(score, goal, most):
+                found.append(Span(number, start, low, min(goal, low + most)))
+            score, goal = goal, min(len(row), goal + stride)
     return found
 
 
 def batches(items: Sequence[Span], vocab: int) -> Iterator[list[Span]]:
-    """Spans of like length together, as many as the memory for logits allows."""
+    """Spans of like length together, as many as the memory for activations and logits allows."""
+    most = max(1, min(TOKENS, LOGITS // vocab))
     batch: list[Span] = []
     for item in sorted(items, key=lambda item: (item.end - item.start, item.row, item.score)):
-        if batch and (len(batch) + 1) * (item.end - item.start) * vocab > LOGITS:
+        if batch and (len(batch) + 1) * (item.end - item.start) > most:
             yield batch
             batch = []
         batch.append(item)

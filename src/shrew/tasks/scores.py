@@ -8,6 +8,7 @@ resampling at all.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Scores:
     - macro_f1: "truth" and "guess", class numbers below len(classes), and "correct";
     - accuracy, exact_match: "correct", 0 or 1.
 
-    `chance` is the metric of a predictor that knows nothing of the text; it is 0 for bits per byte, where it has no part.
+    `chance` is the metric of a predictor that knows nothing of the text; bits per byte do not use it.
     """
 
     task: str
@@ -75,6 +76,16 @@ class Scores:
             return self
         chance = float(np.bincount(self.columns["truth"]).max() / self.n)
         return dataclasses.replace(self, metric="accuracy", chance=chance)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values for JSON; `Scores.parse` gives the same scores back."""
+        columns = {name: column.tolist() for name, column in self.columns.items()}
+        return {**vars(self), "columns": columns, "classes": list(self.classes)}
+
+    @classmethod
+    def parse(cls, plain: dict[str, Any]) -> "Scores":
+        columns = {name: np.asarray(column) for name, column in plain["columns"].items()}
+        return cls(**{**plain, "columns": columns, "classes": tuple(plain["classes"])})
 
     def check_pair(self, other: "Scores") -> None:
         """Refuse to compare scores of different units, splits, tasks or metrics."""

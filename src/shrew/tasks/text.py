@@ -1,11 +1,12 @@
 """Held-out text, measured in bits per byte of its UTF-8 form: comparable between tokenizers.
 
 Each document is a row of its own. Its first token is predicted from the tokenizer's begin token, or from its end token
-where it has no other (that is what separates documents in training), or, with neither, is charged log2(vocabulary) bits.
-Documents longer than the window (the model's context, at most 1,024 tokens) are scored by a sliding context: every token
-exactly once, and after the first window with at least half a window of tokens before it.
+where it has no other (that is what separates documents in training), or, with neither, costs log2(vocabulary) bits.
+Documents longer than the window (the model's context, at most 1,024 tokens) are scored by a sliding context with a
+stride of three quarters of it: every token exactly once, and after the first window with at least a quarter before it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,7 +20,7 @@ from shrew.tasks import likelihood
 from shrew.tasks.scores import Scores
 from shrew.tasks.split import SplitTask
 
-LN2 = float(np.log(2))
+LN2 = math.log(2)
 BANDS = (0.5, 0.8, 0.95, 1.0)  # cumulative share of the tokens: the commonest half, ..., the rarest twentieth
 
 
@@ -31,13 +32,12 @@ class Text(SplitTask):
     version: ClassVar[int] = 1
     metric: ClassVar[str] = "bits_per_byte"
     splits: dict[str, list[Document]]
+    window: int = likelihood.WINDOW  # tokens of context at most
 
     def texts(self, loaded: Loaded, split: str) -> list[str]:
         return [item.text for item in self.examples(split)]
 
-    def score(
-        self, loaded: Loaded, split: str, reference: Loaded | None = None, window: int = likelihood.WINDOW
-    ) -> Scores:
+    def score(self, loaded: Loaded, split: str, reference: Loaded | None = None) -> Scores:
         """Bits and bytes of every document. Columns, one number a document:
 
         - "bits", "bytes", "tokens";
@@ -60,11 +60,11 @@ class Text(SplitTask):
         if start is None:
             for number, body in enumerate(bodies):
                 self._add(columns, number, np.full(1, np.log2(len(loaded.tokenizer))), bands[body[:1]])
-        length = likelihood.context_length(loaded.model, window)
+        length = likelihood.context_length(loaded.model, self.window)
         if other is not None:
-            length = min(length, likelihood.context_length(other, window))
+            length = min(length, likelihood.context_length(other, self.window))
         vocab = likelihood.vocabulary(loaded.model)
-        plan = likelihood.spans(rows, length, max(1, length // 2), max(1, likelihood.LOGITS // vocab))
+        plan = likelihood.spans(rows, length, max(1, length * 3 // 4), max(1, likelihood.LOGITS // vocab))
         for batch in likelihood.batches(plan, vocab):
             found = likelihood.logits(loaded.model, rows, batch)
             wanted = likelihood.logits(other, rows, batch) if other is not None else [None] * len(batch)
@@ -100,7 +100,7 @@ def token_bands(rows: Sequence[Sequence[int]], vocab: int) -> np.ndarray:
 
 
 def compare(old: torch.Tensor, new: torch.Tensor) -> tuple[float, int]:
-    """[n, V] logits of the reference and of the model -> (sum of KL(old || new) in nats, number of equal top choices)."""
+    """[n, V] logits of the reference and the model -> (sum of KL(old || new) in nats, number of equal top choices)."""
     total, agree = 0.0, 0
     for part in likelihood.pieces(old):
         p, q = old[part].double().log_softmax(1), new[part].double().log_softmax(1)
