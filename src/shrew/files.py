@@ -107,3 +107,10 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("SHREW_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "shrew"
+
+
+def copy_folder(source: Path, target: Path, mark: str) -> None:
+    """Copy a flat folder to `target` in one step; see `new_folder`."""
+    with new_folder(target, mark) as temporary:
+        for item in source.iterdir():
+            shutil.copyfile(item, temporary / item.name)

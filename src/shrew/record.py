@@ -72,7 +72,7 @@ class Record:
 
 def append(path: Path, records: Iterable[Record]) -> None:
     """Add records to a JSONL file, all or (when the disk is full) none of them."""
-    rest = memoryview(_lines(records))
+    rest = memoryview(lines(records))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as stream:
         size = stream.seek(0, os.SEEK_END)
@@ -87,10 +87,10 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 def write(path: Path, records: Iterable[Record]) -> None:
     """Replace a JSONL file by these records."""
-    files.write_bytes(path, _lines(records))
+    files.write_bytes(path, lines(records))
 
 
-def _lines(records: Iterable[Record]) -> bytes:
+def lines(records: Iterable[Record]) -> bytes:
     return b"".join(msgspec.json.encode(item) + b"\n" for item in records)  # NaN, which JSON has not, becomes null
 
 

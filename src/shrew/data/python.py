@@ -46,7 +46,7 @@ class Manifest:
 
 def corpus(part: str) -> Iterator[tuple[str, str]]:
     """(id, text) of 'train', 'evaluation' or 'stdlib' (the training share of the standard library alone)."""
-    parts = {"train": lambda: build()[0], "evaluation": evaluation, "stdlib": lambda: standard_library()[0]}
+    parts = {"train": lambda: build()[0], "evaluation": evaluation, "stdlib": lambda: standard_library(False)[0]}
     if part not in parts:
         raise DataError(f"python:{part}: no such part; {nearest(part, parts)}")
     yield from parts[part]()
@@ -83,14 +83,14 @@ def _text(path: Path) -> str | None:
         return None
 
 
-def standard_library() -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """The training share of the standard library and what was dropped from it, by reason."""
+def standard_library(tests: bool = True) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """The training share of the standard library, with or without its tests, and what was dropped by reason."""
     held = evaluation()
     names = {id.removeprefix("python:").split("/")[0].removesuffix(".py") for id, _ in held}
     runs = Runs(text for _, text in held)
     kept, dropped = [], {"evaluation module": len(held), "test of an evaluation module": 0, "shared run": 0}
     for name, text in _library():
-        if _is_evaluation(name):
+        if _is_evaluation(name) or (not tests and "test" in name):
             continue
         if any(f"test_{module.strip('_')}" in name or f"/{module}/" in f"/{name}" for module in names):
             dropped["test of an evaluation module"] += 1

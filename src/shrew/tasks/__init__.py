@@ -33,6 +33,8 @@ def read(path: str | Path, name: str = "", shares: dict[str, float] | None = Non
     Exact duplicates are dropped and counted; the rest is dealt into calibration, healing, search and final parts by a
     hash of its text, so that equal texts never stand in two parts. Raises DataError for what cannot be used.
     """
+    if str(path) == "python":
+        return read_python()
     source = Path(path)
     if source.suffix not in (".jsonl", ".json", ".ndjson"):
         return read_text_task([str(path)], name, shares)
@@ -75,6 +77,14 @@ def read_text_task(
     stem = Path(sources[0].replace(":", "-")).stem
     name = name or (stem if re.fullmatch(r"[\w.-]+", stem) else "text")
     return Text(name=name, splits=deal(found, "text", shares or SHARES, ", ".join(sources)), dropped=dropped)
+
+
+def read_python() -> Text:
+    """The starter's own task: evaluation modules of the running interpreter's standard library, the other modules to
+    calibrate and heal on. The evaluation modules were never trained on, see `shrew.data.python`."""
+    held = split_documents(documents(["python:evaluation"]), {"search": 0.35, "final": 0.65}, SALT)
+    rest = split_documents(documents(["python:stdlib"]), {"calibration": 0.1, "healing": 0.9}, SALT)
+    return Text(name="python", splits=rest | held)
 
 
 def passages(document: Document, size: int = PASSAGE) -> list[Document]:

@@ -1,0 +1,165 @@
+"""Moves: ways to make a model smaller, or to heal it. `shrew apply` runs a list of them.
+
+A move is a row of MOVES: a frozen dataclass whose fields are its flags, its recipe keys and its cache key, with
+`apply(loaded, context) -> loaded`. Between two moves the model goes through its saved folder, so a chain of moves in
+one run, in several runs or out of the cache gives the same bytes.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from shrew import files, folder, machine, spec
+from shrew.errors import SpecError, UsageError, nearest
+from shrew.folder import Loaded
+from shrew.moves.context import Context
+from shrew.moves.distil import Distil
+from shrew.moves.drop_layers import DropLayers
+from shrew.moves.narrow import Narrow
+from shrew.moves.quantize import Quantize
+from shrew.moves.source import Source, context_of, fingerprint, open_task
+
+__all__ = ["MOVES", "Context", "Move", "Recipe", "Source", "apply_moves", "main", "parse_moves", "table"]
+
+
+class Move(Protocol):
+    name: Any
+    paper: Any
+
+    def apply(self, loaded: Loaded, context: Context) -> Loaded: ...
+
+
+MOVES: dict[str, type] = {move.name: move for move in (Quantize, DropLayers, Narrow, Distil)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe that `shrew apply` runs."""
+
+    source: Source
+    moves: list[dict[str, Any]] = field(default_factory=list)
+
+
+def parse_moves(tables: Sequence[dict[str, Any]], where: str) -> list[Move]:
+    """[[moves]] tables, each with its `name`, as moves; unknown names and keys are refused with the nearest known."""
+    found = []
+    for number, values in enumerate(tables, 1):
+        name = str(values.get("name", ""))
+        if name not in MOVES:
+            raise SpecError(f"{where}, move {number}: unknown move '{name}'; {nearest(name, MOVES)}")
+        rest = {key: value for key, value in values.items() if key != "name"}
+        found.append(spec.parse(MOVES[name], rest, f"{where}, move {number} ({name})"))
+    return found
+
+
+def table(move: Move) -> dict[str, Any]:
+    """A move as its recipe table, defaults included."""
+    return {"name": move.name, **spec.dump(move)}
+
+
+def apply_moves(original: Path, moves: Sequence[Move], source: Source, context: Context, keep: bool = True) -> Path:
+    """The folder in the cache that these moves make of `original`; what is there already is not made again.
+
+    With `keep` False the folders of all but the last move are removed once they have served.
+    """
+    base = fingerprint(source, original, context)
+    path = original
+    for count in range(1, len(moves) + 1):
+        tables = [table(move) for move in moves[:count]]
+        out = context.cache / "applied" / spec.digest([base, tables])[:32]
+        if not (out / folder.LINEAGE).exists():
+            loaded = folder.load(path)
+            origin = loaded.lineage.get("moves", [])
+            loaded.lineage = {"parent": {"name": Path(source.model).name, "sha256": base["original"]},
+                              "moves": [*origin, tables[-1]], "data": base, "seed": source.seed,
+                              "threads": source.threads}  # fmt: skip
+            loaded = moves[count - 1].apply(loaded, context)
+            loaded.lineage["untouched"] = loaded.untouched
+            folder.save(loaded, out)
+        if path != original and not keep:
+            shutil.rmtree(path)
+        path = out
+    return path
+
+
+def main(argv: list[str]) -> int:
+    first = argv[0] if argv else ""
+    if first.endswith(".toml"):
+        return _apply_recipe(argv)
+    return _apply_one(argv)
+
+
+def _apply_recipe(argv: list[str]) -> int:
+    parser = _parser("Run the moves of a recipe.")
+    parser.add_argument("recipe", type=Path, help="a TOML file with [source] and [[moves]]")
+    parser.add_argument("--model", help="another model than the recipe's")
+    args = parser.parse_args(argv)
+    recipe = spec.parse(Recipe, spec.read_toml(args.recipe), str(args.recipe))
+    source = replace(recipe.source, model=args.model) if args.model else recipe.source
+    return _run(source, parse_moves(recipe.moves, str(args.recipe)), args)
+
+
+def _apply_one(argv: list[str]) -> int:
+    parser = _parser("Apply one move to a model, or a recipe of them: shrew apply RECIPE.toml --out FOLDER.")
+    parser.add_argument("model", help="model folder or hub name")
+    names = parser.add_subparsers(dest="move", required=True, metavar="MOVE")
+    for name, move in MOVES.items():
+        text = (move.__doc__ or "").strip().splitlines()[0]
+        sub = names.add_parser(name, help=f"{text} [{move.paper}]", description=text)
+        spec.add_flags(sub, move)
+        sub.add_argument("--text", action="append", default=[], help="text to calibrate and heal on")
+        sub.add_argument("--task", default="", help="task file (JSONL) to take such text from")
+        sub.add_argument("--seed", type=int, default=0)
+        _common(sub)
+    known = [item for item in argv[1:2] if not item.startswith("-")]
+    if known and known[0] not in MOVES:
+        raise UsageError(f"unknown move '{known[0]}'; {nearest(known[0], MOVES)}")
+    args = parser.parse_args(argv)
+    source = Source(model=args.model, task=args.task, text=args.text, seed=args.seed)
+    return _run(source, [spec.from_flags(MOVES[args.move], args)], args)
+
+
+def _parser(text: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shrew apply", description=text)
+    _common(parser)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="model folder to write")
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print what was made as JSON")
+
+
+def _run(source: Source, moves: list[Move], args: argparse.Namespace) -> int:
+    out = getattr(args, "out", None)
+    if out is None:
+        raise UsageError("say where to write the model: --out FOLDER.")
+    files.check_writable_target(out, folder.LINEAGE)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    original = folder.load(source.model)
+    threads = machine.choose_threads(source.threads or None)
+    source = replace(source, threads=threads.count)
+    say(f"Applying {', '.join(move.name for move in moves)} to {source.model}; {threads.reason}.")
+    # A move that needs no text can do without any; one that does says so itself.
+    needs_text = bool(source.task or source.text or original.lineage.get("recipe"))
+    if needs_text:
+        context = context_of(source, original, open_task(source, original), say)
+    else:
+        context = Context([], [], original, source.seed, files.cache_folder(), say)
+    assert original.path is not None
+    made = apply_moves(original.path, moves, source, context)
+    files.copy_folder(made, out, folder.LINEAGE)
+    listed = [vars(item) | {"shape": list(item.shape)} for item in folder.tensors(out)]
+    size = sum(item["bytes"] for item in listed)
+    say(f"Wrote {out}: {size:,} bytes of weights.")
+    if getattr(args, "json", False):
+        print(json.dumps({"out": str(out), "bytes": size, "tensors": listed}))
+    return 0

@@ -1,0 +1,100 @@
+"""What moves are applied to and with: a model, its task and texts, all disjoint, from a few plain settings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from shrew import data, files, folder
+from shrew.errors import DataError, UsageError
+from shrew.folder import Loaded
+from shrew.moves.context import Context
+from shrew.spec import Meta, digest, doc
+from shrew.tasks import Task, read, read_text_task
+from shrew.tasks.labels import Labels, label_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The `[source]` table of a recipe: which model, which texts, how much of them."""
+
+    model: str = doc("model folder or hub name; 'starter' is the one that ships")
+    task: str = doc("task file (JSONL); default: the text, or the starter's own", "")
+    text: list[str] = doc("text to calibrate and heal on: files, folders, globs", default_factory=list)
+    window: Annotated[int, Meta(ge=16)] = doc("tokens in a calibration or healing window", 512)
+    calibration: Annotated[int, Meta(ge=1)] = doc("calibration tokens, at most", 16384)
+    healing: Annotated[int, Meta(ge=1)] = doc("healing tokens, at most", 1_000_000)
+    seed: int = doc("seed of healing and resampling", 0)
+    threads: Annotated[int, Meta(ge=0)] = doc("CPU threads; 0: probed once", 0)
+
+
+def open_task(source: Source, original: Loaded) -> Task:
+    """The task of a source: its file, or held-out bits per byte of its text, or of Python for a model trained on it."""
+    if source.task:
+        return read(source.task)
+    if source.text:
+        return read_text_task(source.text)
+    trained = original.lineage.get("recipe", {}).get("train", {}).get("data", [])
+    if "python:train" in trained:
+        return read("python")
+    raise UsageError("nothing to measure quality on; give --task FILE.jsonl or --text FILE.")
+
+
+def context_of(source: Source, original: Loaded, task: Task, say: Callable[[str], None]) -> Context:
+    """Calibration and healing windows, disjoint from what the task measures on, with the original as the teacher."""
+    labels = None
+    if source.task and source.text and not original.is_classifier:
+        # The task says what quality is; the text is there to calibrate and heal on. A text that the task measures
+        # on is left out of it.
+        measured = {text for split in ("search", "final") for text in task.texts(original, split)}
+        found = [item for item in data.documents(source.text) if item.text not in measured]
+        parts = data.split_documents(found, {"calibration": 0.2, "healing": 0.8}, "source")
+        texts = {name: [item.text for item in part] for name, part in parts.items()}
+    else:
+        texts = {name: task.texts(original, name) for name in ("calibration", "healing")}
+        if isinstance(task, Labels) and original.is_classifier:
+            known = label_ids(original, task.labels)
+            labels = np.array([known[item.label] for item in task.examples("healing")])
+    calibration = windows(original, texts["calibration"], source.window, source.calibration)
+    healing = windows(original, texts["healing"], source.window, source.healing)
+    if not calibration:
+        raise DataError("the calibration text is shorter than two tokens; give more text.")
+    labels = labels[: len(healing)] if labels is not None else None
+    return Context(calibration, healing, original, source.seed, files.cache_folder(), say, labels)
+
+
+def windows(loaded: Loaded, texts: list[str], length: int, limit: int) -> list[np.ndarray]:
+    """Token ids in windows of at most `length`, about `limit` tokens in all: classifiers get one window a text,
+    others the pieces of each document that are long enough to learn from."""
+    length = min(length, getattr(loaded.model.config, "max_position_embeddings", None) or length)
+    found: list[np.ndarray] = []
+    total = 0
+    for low in range(0, len(texts), 64):
+        batch = texts[low : low + 64]
+        if loaded.is_classifier:
+            rows = loaded.tokenizer(batch, truncation=True, max_length=length)["input_ids"]
+        else:
+            rows = data.encode(loaded.tokenizer, batch)
+        for row in rows:
+            shortest = 1 if loaded.is_classifier else min(len(row), length // 4, 2)
+            for start in range(0, len(row), length):
+                piece = np.array(row[start : start + length], dtype=np.int64)
+                if len(piece) >= max(shortest, 1):
+                    found.append(piece)
+                    total += len(piece)
+                if total >= limit:
+                    return found
+    return found
+
+
+def fingerprint(source: Source, original: Path, context: Context) -> dict[str, Any]:
+    """What a move's result depends on besides the move: the hash of the original, of the texts, and the settings."""
+    return {
+        "original": folder.identity(original),
+        "calibration": digest([row.tolist() for row in context.calibration]),
+        "healing": digest([row.tolist() for row in context.healing]),
+        "seed": source.seed,
+        "threads": source.threads,
+    }

@@ -1,0 +1,62 @@
+"""`shrew shrink`: the smallest model that keeps a wanted share of the quality, with the proof.
+
+1. Score the original; measure what each part of each layer loses at 2, 3 and 4 bits, and what each cut loses.
+2. Solve for the best bits under any byte budget (exact knapsack), for each structural cut.
+3. Heal one candidate of each cut briefly at one size, and keep the cut that comes out best.
+4. Heal candidates of that cut fully and close in on the smallest that holds on the search split.
+5. Only then open the final split, for a few named candidates, from the safest downward.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from shrew import files, folder, record, report, spec
+from shrew.errors import FloorNotMet, SpecError, UsageError
+from shrew.moves.source import Source
+from shrew.search.run import Run
+from shrew.search.wanted import ShrinkSpec
+
+__all__ = ["ShrinkSpec", "main"]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="shrew shrink", description="Find the smallest model that keeps the quality, and prove it."
+    )
+    parser.add_argument("model", help="model folder or hub name; 'starter' is the one that ships")
+    parser.add_argument("--task", default="", help="task file (JSONL): labels, choice, completion or text")
+    parser.add_argument("--text", action="append", default=[], help="text: a file, folder or glob; may be repeated")
+    parser.add_argument("--out", type=Path, help="folder to write (default: MODEL-small)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of healing and resampling")
+    parser.add_argument("--json", action="store_true", help="print the records as JSON lines")
+    spec.add_flags(parser, ShrinkSpec)
+    args = parser.parse_args(argv)
+    wanted = spec.from_flags(ShrinkSpec, args)
+    goals = wanted.goals()
+    out = args.out or Path(f"{Path(args.model).name}-small")
+    if out.resolve() == Path(args.model).resolve():
+        raise UsageError(f"{out} is the model itself; choose another output folder.")
+    files.check_writable_target(out, folder.LINEAGE)
+    if wanted.keep is not None and wanted.keep < 0.05:
+        raise SpecError(f"--keep {wanted.keep} is a share of 1; write 0.98 for 98 %.")
+    source = Source(model=args.model, task=args.task, text=args.text, seed=args.seed)
+    command = "shrew shrink " + " ".join(argv)
+    run = Run(source, wanted, goals, out, command, _say)
+    records, missed = run.all()
+    if args.json:
+        print(record.lines(records).decode(), end="")
+    else:
+        Console(file=sys.stdout).print(report.summary(records))
+    _say(f"Wrote {out / 'report.html'}, records and recipe." if not missed else f"Wrote {out / 'report.html'}.")
+    if missed:
+        raise FloorNotMet(missed)
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+

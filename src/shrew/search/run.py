@@ -1,0 +1,409 @@
+"""One run of the search, from the original to the verdict."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from shrew import files, folder, machine, spec
+from shrew.errors import ShrewError
+from shrew.measure import cost, statistics
+from shrew.moves.source import Source, context_of, open_task
+from shrew.record import Record
+from shrew.search import trial
+from shrew.search.allocate import Group
+from shrew.search.executor import LocalExecutor
+from shrew.search.gate import Verdict, fixed_sequence, judge
+from shrew.search.propose import Candidate, Curve, Family, inherited
+from shrew.search.records import emit
+from shrew.search.wanted import ShrinkSpec
+from shrew.tasks import Scores
+
+MEASURED = (2, 3, 4)  # widths whose damage is measured; wider ones follow
+ROUNDS = 8
+CUTS = 3  # structural families tried beside the uncut model
+
+
+@dataclass
+class Trial:
+    """One model that was made and scored on the search split."""
+
+    label: str
+    moves: list[dict[str, Any]]
+    folder: Path
+    bytes: int
+    parameters: int
+    active: int
+    scores: Scores
+    seconds: float
+    reused: bool
+    candidate: Candidate | None = None
+    retention: float = 1.0
+    full: bool = True
+
+
+class Run:
+    def __init__(self, source: Source, wanted: ShrinkSpec, goals: dict[str, float | None], out: Path, command: str,
+                 say: Callable[[str], None]) -> None:  # fmt: skip
+        self.wanted, self.goals, self.out, self.command, self.say = wanted, goals, out, command, say
+        self.begun = time.monotonic()
+        self.original = folder.load(source.model)
+        cores = machine.usable_cores()
+        size = sum(p.numel() * 4 for p in self.original.model.parameters())
+        room = max(int(psutil.virtual_memory().available / (size * 6 + 5e8)), 1)
+        self.jobs = wanted.jobs or min(cores, room)
+        self.source = replace(source, threads=max(cores // self.jobs, 1))
+        self.json = json.dumps(spec.dump(self.source), sort_keys=True)
+        self.task = open_task(self.source, self.original)
+        self.context = context_of(self.source, self.original, self.task, say)
+        self.trials: list[Trial] = []
+        self.tried: list[str] = []
+        self.references: dict[str, Scores] = {}
+        self.curve = Curve(1.0)
+
+    # -- what the parts share ------------------------------------------------------------------------------------
+
+    def heal(self, steps: int, teacher: float | None = None) -> dict[str, Any] | None:
+        """The healing move's table, or None where there is nothing to heal on or with."""
+        if not steps or not self.context.healing:
+            return None
+        table = {"name": "distil", "steps": steps, "lr": self.wanted.lr, "rows": self.wanted.rows}
+        return table if teacher is None else {**table, "teacher": teacher}
+
+    def start(self, moves: list[dict[str, Any]], split: str = "search") -> "Future[dict[str, Any]]":
+        return self.executor.submit(trial.run_trial, self.json, moves, split)
+
+    def finish(self, future: "Future[dict[str, Any]]", moves: list[dict[str, Any]], candidate: Candidate | None,
+               full: bool) -> Trial:  # fmt: skip
+        """Wait for a trial, judge it on the search split, say so, learn from it."""
+        found = future.result()
+        scores = trial.unpack_scores(found["scores"])
+        item = Trial(f"trial {len(self.trials) + 1}", moves, Path(found["folder"]), found["bytes"],
+                     found["parameters"], found["active_parameters"], scores, found["seconds"], found["reused"],
+                     candidate, full=full)  # fmt: skip
+        item.retention = min(statistics.retention(reference, scores) for reference in self.references.values())
+        self.trials.append(item)
+        if candidate is not None:
+            self.curve.learn(candidate, item.retention)
+        name = f"{candidate.family.name}, {candidate.mean_bits():.2f} bits" if candidate else "8 bits, no healing"
+        again = ", from the cache" if item.reused else f", {item.seconds:.0f} CPU-s"
+        self.say(f"{item.label}: {name}: {item.bytes / 1e6:.2f} MB keeps {item.retention:.2%}"
+                 f"{' (briefly healed)' if not full and self.wanted.heal else ''}{again}; "
+                 f"{self.minutes():.1f} minutes so far.")  # fmt: skip
+        return item
+
+    def minutes(self) -> float:
+        return (time.monotonic() - self.begun) / 60
+
+    def in_time(self) -> bool:
+        return self.minutes() < self.wanted.minutes
+
+    def margin(self, scores: Scores) -> float:
+        """How far a retention must be above the floor on the search split to be likely proven on the final one."""
+        worst = 0.0
+        share = (scores.n / max(len(self.task.examples("final")), 1)) ** 0.5
+        for reference in self.references.values():
+            gap = statistics.retention(reference, scores) - statistics.lower_bound(reference, scores)
+            worst = max(worst, gap * min(share, 1.0))
+        return worst
+
+    def holds(self, item: Trial) -> bool:
+        """Whether a trial meets every goal as far as the search split can tell."""
+        fits = self.goals["under"] is None or item.bytes <= self.goals["under"]
+        keep = self.goals["keep"]
+        return fits and (keep is None or item.retention - self.margin(item.scores) >= keep)
+
+    # -- the five parts ------------------------------------------------------------------------------------------
+
+    def all(self) -> tuple[list[Record], str]:
+        """Everything; the records and, if no model was proven, the sentence that says what came nearest."""
+        self.plan()
+        self.executor = LocalExecutor(self.jobs, self.source.threads)
+        try:
+            control = self.baseline()
+            families = self.families()
+            live = self.rank(families)
+            self.control(control)
+            self.close_in(live)
+            chosen, verdicts, order = self.final()
+            records = emit(self, chosen, verdicts, order)
+        except BaseException:
+            self.executor.close(wait=False)
+            raise
+        self.executor.close()
+        return self.write(records, chosen, verdicts)
+
+    def plan(self) -> None:
+        wishes = [f"keep at least {self.goals['keep']:.1%} of the quality"] if self.goals["keep"] else []
+        wishes += [f"{name} {getattr(self.wanted, name)}" for name in ("under", "faster", "memory") if self.goals[name]]
+        self.say(f"Shrinking {self.source.model}: {' and '.join(wishes)}.")
+        self.say(f"  {self.task.describe()}")
+        self.say(f"  {len(self.context.calibration)} calibration and {len(self.context.healing)} healing windows; "
+                 f"{self.jobs} trials at a time, {self.source.threads} thread(s) each.")  # fmt: skip
+        self.say(f"  Cuts (layers, channels) x bits (2 to 8, by measured damage), each healed for "
+                 f"{self.wanted.heal // 4} steps to rank and {self.wanted.heal} to finish; no new trial after "
+                 f"{self.wanted.minutes:g} minutes.")  # fmt: skip
+
+    def baseline(self) -> "Future[dict[str, Any]] | None":
+        """Score the original; start its twin that is trained on the healing text; try plain 8 bits."""
+        first = self.start([])
+        safe = {"name": "quantize", "bits": 8, "group": self.wanted.group, "method": "rtn", "embeddings": True}
+        anchor = self.start([safe])
+        twin = self.heal(self.wanted.heal, teacher=1.0 if self.original.is_classifier and self.context.labels is None
+                         else 0.0)  # fmt: skip
+        control = self.start([twin]) if twin else None
+        found = first.result()
+        scores = trial.unpack_scores(found["scores"])
+        self.references["original"] = scores
+        self.original_bytes = found["bytes"]
+        self.curve = Curve(loss_of(scores))
+        self.finish(anchor, [safe], None, True)
+        self.provable = statistics.highest_keep(scores, self.trials[0].scores)
+        share = (scores.n / max(len(self.task.examples("final")), 1)) ** 0.5
+        self.provable = 1 - (1 - self.provable) * min(share, 1.0)
+        rounds = 4 + 4
+        self.say(f"The original: {scores.metric.replace('_', ' ')} {scores.value():.4f} on {scores.n} units, "
+                 f"{self.original_bytes / 1e6:.2f} MB. The highest --keep that this much text can prove is about "
+                 f"{self.provable:.4f}. About {rounds} trials follow.")  # fmt: skip
+        if self.goals["keep"] is not None and self.goals["keep"] > self.provable:
+            self.say(f"  --keep {self.goals['keep']} is above that; expect no proof, or give more text.")
+        return control
+
+    def control(self, future: "Future[dict[str, Any]] | None") -> None:
+        """The original trained on the same healing text with the same settings: healing must not pass for
+        compression, so every retention from here on is against the better of the two."""
+        if future is None:
+            return
+        found = future.result()
+        scores = trial.unpack_scores(found["scores"])
+        self.references["healed original"] = scores
+        self.control_folder = Path(found["folder"])
+        self.say(f"The original healed alike keeps {statistics.retention(self.references['original'], scores):.2%}.")
+        for item in self.trials:
+            item.retention = min(statistics.retention(reference, item.scores)
+                                 for reference in self.references.values())  # fmt: skip
+
+    def families(self) -> list[Family]:
+        """The uncut model and its cuts, each with the measured damage of every choice of bits."""
+        wanted, parts = self.wanted, trial.groups(self.original)
+        items = [{"tensors": [name for name, _, _ in item.tensors], "bits": bits} for item in parts for bits in MEASURED]
+        share = -(-len(items) // max(self.jobs, 1))
+        profiles = [self.executor.submit(trial.profile, self.json, items[low : low + share], wanted.group,
+                                         wanted.symmetric) for low in range(0, len(items), share)]  # fmt: skip
+        plain = self.executor.submit(trial.cut, self.json, [])
+        single = self.executor.submit(trial.layer_damages, self.json, [])
+        narrow = {share: [{"name": "narrow", "mlp": share}] for share in (0.75, 0.5)}
+        cuts = {f"MLP {share:.0%}": (moves, []) for share, moves in narrow.items()}
+        measured = [value for future in profiles for value in future.result()]
+        damages: dict[str, dict[int, float]] = {}
+        for item, found in zip(items, range(len(items)), strict=True):
+            part = parts[found // len(MEASURED)].name
+            damages.setdefault(part, {})[int(item["bits"])] = measured[found]  # type: ignore[call-overload]
+        scores = single.result()
+        if len(scores) > 2 and min(scores) < float("inf"):
+            least = scores.index(min(scores))
+            drop: list[dict[str, Any]] = [{"name": "drop-layers", "layers": [least]}]
+            cuts["1 layer less"] = (drop, [least])
+            cuts["1 layer less, MLP 75%"] = ([*drop, *narrow[0.75]], [least])
+        futures = {name: self.executor.submit(trial.cut, self.json, moves) for name, (moves, _) in cuts.items()}
+        base = plain.result()
+        prefix = trial.find_layers(self.original.model)[0]
+        families = [family("no cut", [], base, damages, [], prefix, base)]
+        refused = []
+        for name, (moves, dropped) in cuts.items():
+            found_cut = futures[name].result()
+            if "refused" in found_cut:
+                refused.append(f"{name}: {found_cut['refused']}")
+            else:
+                families.append(family(name, moves, found_cut, damages, dropped, prefix, base))
+        self.tried = [item.name for item in families] + [f"not {item}" for item in refused]
+        for item in refused:
+            self.say(f"  not tried: {item}")
+        return self.fast_enough(families)
+
+    def fast_enough(self, families: list[Family]) -> list[Family]:
+        """With --faster, only the cuts that compute little enough: quantization alone speeds nothing up in torch."""
+        if self.goals["faster"] is None:
+            return families
+        return [item for item in families if item.flops * self.goals["faster"] <= 1.25] or families[-1:]
+
+    def rank(self, families: list[Family]) -> list[Family]:
+        """Heal one candidate of each family briefly at one size; the families worth going on with, best first."""
+        keep = self.goals["keep"] or 0.0
+        ladder = families[0].ladder(self.wanted.group, self.wanted.symmetric)
+        likely = [item for item in ladder if self.curve.predict(item) >= keep] or ladder[:1]
+        size = min(likely[-1].bytes, int(self.goals["under"] or likely[-1].bytes))
+        cuts = sorted(families[1:], key=lambda item: item.cut)[:CUTS]
+        brief = self.heal(max(self.wanted.heal // 4, 1) if self.wanted.heal else 0)
+        found: list[tuple[Candidate, list[dict[str, Any]], Future[dict[str, Any]]]] = []
+        for item in [families[0], *cuts]:
+            candidate = item.candidate(size, self.wanted.group, self.wanted.symmetric)
+            if candidate is not None:
+                moves = candidate.moves(brief, self.wanted.group, self.wanted.symmetric)
+                found.append((candidate, moves, self.start(moves)))
+        done = [self.finish(future, moves, candidate, False) for candidate, moves, future in found]
+        done.sort(key=lambda item: -item.retention)
+        close = [item for item in done if done[0].retention - item.retention < 0.25 * (1 - keep)] if keep else done[:1]
+        live = [item.candidate.family for item in close[:2] if item.candidate is not None]
+        if live:
+            self.say(f"Going on with: {', '.join(item.name for item in live)}.")
+        return live or families[:1]
+
+    def close_in(self, live: list[Family]) -> None:
+        """Fully healed trials of the live families, ever nearer to the smallest that holds."""
+        group, symmetric = self.wanted.group, self.wanted.symmetric
+        heal = self.heal(self.wanted.heal)
+        self.curve.seen = {name: points[-1:] for name, points in self.curve.seen.items()}
+        ladders = {item.name: item.ladder(group, symmetric) for item in live}
+        asked: set[str] = set()
+        for _ in range(ROUNDS):
+            if not self.in_time():
+                self.say(f"{self.wanted.minutes:g} minutes are over; no new trial.")
+                break
+            picked = self.next_candidates(live, ladders, asked)
+            if not picked:
+                break
+            started = [(item, item.moves(heal, group, symmetric)) for item in picked]
+            futures = [(item, moves, self.start(moves)) for item, moves in started]
+            asked.update(key_of(item) for item in picked)
+            for item, moves, future in futures:
+                self.finish(future, moves, item, True)
+
+    def next_candidates(
+        self, live: list[Family], ladders: dict[str, list[Candidate]], asked: set[str]
+    ) -> list[Candidate]:
+        """The most promising untried candidates: smaller than the best that holds, and predicted to hold too; where
+        nothing holds yet, the smallest predicted to, or the next larger ones."""
+        keep = self.goals["keep"]
+        full = [item for item in self.trials if item.full and item.candidate is not None]
+        holding = [item.bytes for item in full if self.holds(item)]
+        limit = min([*holding, self.goals["under"] or float("inf")])
+        margin = max((self.margin(item.scores) for item in self.trials[-3:]), default=0.0)
+        picked: list[Candidate] = []
+        for item in live:
+            failed = [old.bytes for old in full
+                      if old.candidate and old.candidate.family.name == item.name and not self.holds(old)]  # fmt: skip
+            floor = max(failed, default=0)
+            fresh = [new for new in ladders[item.name]
+                     if key_of(new) not in asked and new.bytes < limit * 0.985 and new.bytes > floor * 1.005]  # fmt: skip
+            if keep is None:
+                picked += fresh[:1] if not full else []
+                continue
+            likely = [new for new in fresh if self.curve.predict(new) >= keep + margin]
+            if likely:
+                picked += likely[-1:]
+                # Beside it a bolder one, so that two cores close in from both sides.
+                bolder = [new for new in fresh if new.bytes < likely[-1].bytes * 0.97]
+                if len(live) == 1 and bolder and self.curve.predict(bolder[0]) >= keep - 0.3 * (1 - keep):
+                    picked += bolder[:1]
+            elif not holding and fresh:
+                picked += fresh[len(fresh) // 2 : len(fresh) // 2 + 1]
+        return sorted(picked, key=lambda new: new.bytes)[: max(self.jobs, 1)]
+
+    def final(self) -> tuple[Trial | None, dict[str, Verdict], list[Trial]]:
+        """Open the final split for at most `candidates` named models, from the safest downward."""
+        full = [item for item in self.trials if item.full]
+        holding = sorted((item for item in full if self.holds(item)), key=lambda item: item.bytes)
+        named = self.affordable(holding[: self.wanted.candidates])
+        if not named:
+            fits = [item for item in full if self.goals["under"] is None or item.bytes <= self.goals["under"]] or full
+            named = self.affordable(sorted(fits, key=lambda item: -item.retention)[:1])
+        order = sorted(named, key=lambda item: -item.bytes)
+        sizes = ", ".join(f"{item.bytes / 1e6:.2f} MB" for item in order)
+        self.say(f"Opening the final split for {len(order)} candidate(s): {sizes}.")
+        controls = [[]] + ([[self.heal(self.wanted.heal, self.twin_teacher())]] if len(self.references) > 1 else [])
+        waiting = [self.start([table for table in moves if table], "final") for moves in controls]
+        ahead = {item.label: self.start(item.moves, "final") for item in order[:1]}
+        names = ["original", "healed original"][: len(waiting)]
+        self.finals = {name: trial.unpack_scores(future.result()["scores"])
+                       for name, future in zip(names, waiting, strict=True)}  # fmt: skip
+        references = dict(self.finals)
+
+        def verdicts() -> Any:
+            for item in order:
+                future = ahead.get(item.label) or self.start(item.moves, "final")
+                scores = trial.unpack_scores(future.result()["scores"])
+                self.finals[item.label] = scores
+                verdict = judge(references, scores, self.goals["keep"] or 0.0, self.source.seed)
+                self.say(f"  {item.bytes / 1e6:.2f} MB keeps {verdict.interval.value:.2%} of the {verdict.against}, at "
+                         f"least {verdict.lower_bound:.2%}: {'proven' if verdict.passed else 'not proven'}.")  # fmt: skip
+                yield item.label, verdict
+
+        name, opened = fixed_sequence(verdicts())
+        chosen = next((item for item in order if item.label == name), None)
+        if chosen is not None and self.goals["under"] is not None and chosen.bytes > self.goals["under"]:
+            chosen = None
+        return chosen, dict(opened), order
+
+    def twin_teacher(self) -> float:
+        return 1.0 if self.original.is_classifier and self.context.labels is None else 0.0
+
+    def affordable(self, items: Sequence[Trial]) -> list[Trial]:
+        """Those that are fast and lean enough, measured one after the other while nothing else runs."""
+        left = list(items)
+        if self.goals["faster"] and left:
+            models = [self.original, *(folder.load(item.folder) for item in left)]
+            found = cost.speeds(models)
+            kind = "prefill" if self.original.is_classifier else "decode"
+            left = [item for item, speed in zip(left, found[kind][1:], strict=True)
+                    if speed.wall_ratio.low >= self.goals["faster"]]  # fmt: skip
+        if self.goals["memory"]:
+            left = [item for item in left if cost.peak_memory(item.folder) <= self.goals["memory"]]
+        return left
+
+    def write(self, records: list[Record], chosen: Trial | None, verdicts: dict[str, Verdict]) -> tuple[list[Record], str]:
+        """Write the result; the sentence of the nearest miss where nothing was proven."""
+        from shrew import record, report
+
+        page = report.render(records)
+        with files.new_folder(self.out, folder.LINEAGE) as temporary:
+            if chosen is not None:
+                for item in chosen.folder.iterdir():
+                    (temporary / item.name).write_bytes(item.read_bytes())
+                (temporary / "recipe.toml").write_text(self.recipe(chosen), "utf-8")
+            else:
+                (temporary / folder.LINEAGE).write_text(json.dumps({"format": 1, "verdict": "not met"}) + "\n")
+            (temporary / "records.jsonl").write_bytes(record.lines(records))
+            (temporary / "report.html").write_text(page, "utf-8")
+        if chosen is not None:
+            return records, ""
+        if not verdicts:
+            return records, "no model met the goals; relax --under, --faster or --memory, or give more --minutes."
+        label, best = max(verdicts.items(), key=lambda pair: pair[1].lower_bound)
+        near = next(item for item in self.trials if item.label == label)
+        return records, (
+            f"no smaller model was proven to keep {self.goals['keep']:.2%}; the nearest miss is {near.bytes / 1e6:.2f} MB "
+            f"with {best.interval.value:.2%} (at least {best.lower_bound:.2%}); lower --keep, raise --heal or give "
+            "more text."
+        )
+
+    def recipe(self, item: Trial) -> str:
+        """The TOML that `shrew apply` reproduces this trial's weights from."""
+        comment = f"Made by: {self.command}\nRun again: shrew apply recipe.toml --out FOLDER"
+        return spec.to_toml({"source": spec.dump(self.source), "moves": item.moves}, comment)
+
+
+def key_of(item: Candidate) -> str:
+    return f"{item.family.name} {item.bits}"
+
+
+def loss_of(scores: Scores) -> float:
+    """The original's loss in nats a token, where the metric is one; 1 otherwise."""
+    if scores.metric != "bits_per_byte":
+        return 1.0
+    return scores.ratio("bits", "tokens") * 0.6931471805599453
+
+
+def family(name: str, moves: list[dict[str, Any]], found: dict[str, Any], damages: dict[str, dict[int, float]],
+           dropped: Sequence[int], prefix: str, base: dict[str, Any]) -> Family:  # fmt: skip
+    parts = tuple(Group(part, tuple((tensor, rows, cols) for tensor, rows, cols in tensors))
+                  for part, tensors in found["groups"])  # fmt: skip
+    return Family(name, tuple(moves), parts, inherited(parts, damages, dropped, prefix), found["damage"],
+                  found["rest"], found["active"] / base["active"])  # fmt: skip
+
+

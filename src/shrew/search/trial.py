@@ -1,0 +1,211 @@
+"""What a worker does: apply moves and score the result, or measure how much damage a choice does. All by hash.
+
+Every function takes and gives plain values. A finished result lies in the cache under the hash of all it depends on;
+asking again, in this run or the next, reads it back.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from shrew import files, folder, spec
+from shrew.folder import Loaded
+from shrew.folder.packed import Grid, dequantize, from_rows, to_rows
+from shrew.measure import cost
+from shrew.errors import UnsupportedError
+from shrew.moves import Context, apply_moves, parse_moves
+from shrew.moves.anatomy import batches, find_layers, logits
+from shrew.moves.drop_layers import droppable, layer_scores
+from shrew.moves.grids import nearest
+from shrew.moves.quantize import quantizable
+from shrew.moves.source import Source, context_of, fingerprint, open_task
+from shrew.search.allocate import Group
+from shrew.tasks import Scores, Task
+
+VERSION = 1  # of what is cached; raised when a trial's meaning changes
+PROFILE_TOKENS = 6144
+PROFILE_VALUES = 1 << 25
+
+
+@lru_cache(maxsize=2)
+def opened(source_json: str) -> tuple[Loaded, Task, Context]:
+    """Original, task and context of a source; kept, since every job of a worker is about the same one."""
+    source = spec.parse(Source, json.loads(source_json), "source")
+    original = folder.load(source.model)
+    task = open_task(source, original)
+    return original, task, context_of(source, original, task, lambda text: None)
+
+
+def cached(kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The stored result of `key`, or that of `compute`; "reused" says which."""
+    place = files.cache_folder() / kind / f"{spec.digest([VERSION, key])[:32]}.json"
+    if place.exists():
+        return {**json.loads(place.read_text("utf-8")), "reused": True}
+    result = compute()
+    files.write_text(place, json.dumps(result))
+    return {**result, "reused": False}
+
+
+def run_trial(source_json: str, moves: list[dict[str, Any]], split: str) -> dict[str, Any]:
+    """Apply moves to the original (none: the original itself) and score the saved folder on a split.
+
+    Returns folder, bytes (of the weights file), parameters, scores and the CPU-seconds that it took.
+    """
+    original, task, context = opened(source_json)
+    source = spec.parse(Source, json.loads(source_json), "source")
+    assert original.path is not None
+    base = fingerprint(source, original.path, context)
+    key = [base, moves, task_key(task, split)]
+    place = files.cache_folder() / "trials" / f"{spec.digest([VERSION, key])[:32]}.json"
+    if place.exists():
+        found = json.loads(place.read_text("utf-8"))
+        if Path(found["folder"]).exists():
+            return {**found, "reused": True}
+    begun = time.process_time()
+    path = apply_moves(original.path, parse_moves(moves, "trial"), source, context)
+    loaded = folder.load(path) if moves else original
+    scores = task.score(loaded, split)
+    total, active = cost.parameters(loaded.model)
+    result = {
+        "folder": str(path), "bytes": cost.disk_size(path).weights, "parameters": total, "active_parameters": active,
+        "scores": pack_scores(scores), "seconds": time.process_time() - begun,
+    }  # fmt: skip
+    files.write_text(place, json.dumps(result))
+    return {**result, "reused": False}
+
+
+def task_key(task: Task, split: str) -> str:
+    return spec.digest([task.label, split, [vars(item) for item in task.examples(split)]])
+
+
+def pack_scores(scores: Scores) -> dict[str, Any]:
+    return {**vars(scores), "columns": {name: column.tolist() for name, column in scores.columns.items()}}
+
+
+def unpack_scores(plain: dict[str, Any]) -> Scores:
+    columns = {name: np.array(column) for name, column in plain["columns"].items()}
+    return Scores(**{**plain, "columns": columns, "classes": tuple(plain["classes"])})
+
+
+def groups(loaded: Loaded) -> list[Group]:
+    """Quantizable weights in groups that share their bits: each part (attention, feed-forward, ...) of each layer, and
+    every weight outside the layers alone."""
+    prefix = find_layers(loaded.model)[0]
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for name, target in quantizable(loaded.model)[0].items():
+        inside = name.removeprefix(prefix + ".").split(".") if name.startswith(prefix + ".") else []
+        key = f"{prefix}.{inside[0]}.{inside[1]}" if len(inside) > 2 else name
+        rows = to_rows(target.weight, target.transposed)
+        found.setdefault(key, []).append((name, rows.shape[0], rows.shape[1]))
+    return [Group(name, tuple(tensors)) for name, tensors in found.items()]
+
+
+def profile(source_json: str, items: list[dict[str, Any]], group: int, symmetric: bool) -> list[float]:
+    """Damage of each item {"tensors": [names], "bits": n} alone, rounded to nearest: KL(original || changed) in nats a
+    prediction on calibration text."""
+    return [
+        cached("profile", [_base_key(source_json), item, group, symmetric],
+               lambda item=item: {"damage": _damage(source_json, item, group, symmetric)})["damage"]  # type: ignore[misc]
+        for item in items
+    ]  # fmt: skip
+
+
+def layer_damages(source_json: str, without: list[int]) -> list[float]:
+    """KL of leaving out each layer besides `without`; infinite where the architecture lets a layer not go."""
+    original, _, context = opened(source_json)
+    free = droppable(original.model, set(without))
+    scores = layer_scores(original, context, "kl", without)
+    return [score if number in free else float("inf") for number, score in enumerate(scores)]
+
+
+def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
+    """What structural moves leave: the groups of the cut model, its damage before healing, the bytes that stay
+    unquantized, and its active parameters. {"refused": reason} where the architecture does not allow them."""
+    original, _, context = opened(source_json)
+    source = spec.parse(Source, json.loads(source_json), "source")
+    assert original.path is not None
+
+    def compute() -> dict[str, Any]:
+        assert original.path is not None
+        try:
+            path = apply_moves(original.path, parse_moves(moves, "cut"), source, context)
+        except UnsupportedError as error:
+            return {"refused": str(error)}
+        changed = folder.load(path) if moves else original
+        found = groups(changed)
+        weights = sum(rows * cols for item in found for _, rows, cols in item.tensors)
+        names = sum(len(item.tensors) for item in found)
+        total, active = cost.parameters(changed.model)
+        element = torch.empty(0, dtype=changed.dtype).element_size()
+        # A packed weight has two or three entries in the header instead of one, of about a hundred bytes each.
+        rest = cost.disk_size(path).weights - weights * element + names * 200
+        with torch.inference_mode():
+            damage = divergence(original, changed, context) if moves else 0.0
+        return {"groups": [[item.name, item.tensors] for item in found], "damage": damage, "rest": rest,
+                "active": active, "total": total}  # fmt: skip
+
+    return cached("cuts", [_base_key(source_json), moves], compute)
+
+
+def _base_key(source_json: str) -> str:
+    original, _, context = opened(source_json)
+    assert original.path is not None
+    return spec.digest(fingerprint(spec.parse(Source, json.loads(source_json), "source"), original.path, context))
+
+
+@torch.inference_mode()
+def _damage(source_json: str, item: dict[str, Any], group: int, symmetric: bool) -> float:
+    original, _, context = opened(source_json)
+    found = quantizable(original.model)[0]
+    targets = [found[name] for name in item["tensors"]]
+    kept = [target.weight.detach().clone() for target in targets]
+    wanted = reference(source_json)
+    try:
+        for target in targets:
+            rows = to_rows(target.weight.detach(), target.transposed)
+            grid = Grid(item["bits"], group if group < rows.shape[1] else 0, symmetric)
+            codes, scales, zeros = nearest(rows, grid)
+            rounded = dequantize(codes, scales, zeros, grid)
+            target.weight.copy_(from_rows(rounded, tuple(target.weight.shape), target.transposed))
+        return divergence(original, original, context, wanted)
+    finally:
+        for target, weight in zip(targets, kept, strict=True):
+            target.weight.copy_(weight)
+
+
+def _profile_batches(loaded: Loaded, context: Context) -> list[torch.Tensor]:
+    wide = 1 if loaded.is_classifier else loaded.model.config.get_text_config().vocab_size
+    limit = min(PROFILE_TOKENS, max(PROFILE_VALUES // wide, 512))
+    return list(batches(loaded, context.calibration, 2048, limit))
+
+
+@lru_cache(maxsize=1)
+def reference(source_json: str) -> list[torch.Tensor]:
+    """Log-probabilities of the original on the profile's batches."""
+    original, _, context = opened(source_json)
+    return _log_probabilities(original, _profile_batches(original, context))
+
+
+def _log_probabilities(loaded: Loaded, ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [F.log_softmax(logits(loaded, item).float(), dim=-1).flatten(0, -2) for item in ids]
+
+
+def divergence(
+    original: Loaded, changed: Loaded, context: Context, wanted: list[torch.Tensor] | None = None
+) -> float:
+    """KL(original || changed) in nats a prediction on calibration text; `wanted` are the original's log-probabilities."""
+    ids = _profile_batches(original, context)
+    wanted = wanted or _log_probabilities(original, ids)
+    total = sum(
+        float(F.kl_div(new, old, log_target=True, reduction="sum"))
+        for new, old in zip(_log_probabilities(changed, ids), wanted, strict=True)
+    )
+    return total / sum(len(item) for item in wanted)
+

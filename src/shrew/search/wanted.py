@@ -1,0 +1,37 @@
+"""What the user of `shrew shrink` asks for."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from shrew import spec
+from shrew.spec import Meta, doc
+
+ALONE = 0.98  # the floor when nothing else was asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkSpec:
+    """What the user asks for; everything else is derived and printed."""
+
+    keep: Annotated[float, Meta(gt=0, le=1)] | None = doc("share of the quality to keep (0.98 if nothing is asked)", None)
+    under: str | None = doc("largest weights file, such as 16MB", None)
+    faster: str | None = doc("at least so many times faster, such as 2x", None)
+    memory: str | None = doc("largest peak memory of a fresh process, such as 500MB", None)
+    minutes: Annotated[float, Meta(gt=0)] = doc("start no new trial after this long", 30.0)
+    heal: Annotated[int, Meta(ge=0)] = doc("steps that a finalist is healed for; a quarter of it to rank cuts", 64)
+    lr: Annotated[float, Meta(gt=0)] = doc("peak learning rate of healing", 5e-4)
+    rows: Annotated[int, Meta(ge=1)] = doc("windows of text in a healing step", 4)
+    group: Annotated[int, Meta(ge=16)] = doc("weights that share a scale", 64)
+    symmetric: bool = doc("grids without zero points", True)
+    candidates: Annotated[int, Meta(ge=1, le=8)] = doc("models that may be tried on the final split", 3)
+    jobs: Annotated[int, Meta(ge=0)] = doc("trials at a time; 0: one a core", 0)
+
+    def goals(self) -> dict[str, float | None]:
+        """The wanted numbers. Raises SpecError for sizes and factors that are none."""
+        alone = self.keep is None and not (self.under or self.faster or self.memory)
+        return {
+            "keep": ALONE if alone else self.keep,
+            "under": spec.parse_bytes(self.under) if self.under else None,
+            "faster": spec.parse_times(self.faster) if self.faster else None,
+            "memory": spec.parse_bytes(self.memory) if self.memory else None,
+        }
