@@ -132,8 +132,9 @@ def save(loaded: Loaded, path: Path) -> str:
 
 
 def _check_codes(loaded: Loaded) -> None:
+    current = dict(loaded.model.named_parameters(remove_duplicate=False))
     for name, item in loaded.packed.items():
-        if not torch.equal(loaded.model.get_parameter(name).detach().float(), item.dense()):
+        if name not in current or not torch.equal(current[name].detach().float(), item.dense()):
             raise ShrewError(f"'{name}' was changed after it was quantized; quantize last, or drop its codes first.")
 
 

@@ -136,8 +136,10 @@ def read_headers(folder: Path, classifier: bool = False) -> dict[str, Entry]:
         return read_header(folder / SINGLE)
     if not (folder / INDEX).exists():
         if pickles := sorted(item.name for suffix in ("*.bin", "*.pt", "*.pth") for item in folder.glob(suffix)):
-            raise FolderError(f"{folder} holds pickle weights ({pickles[0]}), which can run code when they are read; "
-                              f"if you trust them, convert them with: {convert_command(folder, classifier)}")  # fmt: skip
+            raise FolderError(
+                f"{folder} holds pickle weights ({pickles[0]}), which can run code when they are read; if you trust "
+                f"them, convert them with: {convert_command(folder, classifier)}"
+            )
         raise FolderError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there.")
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
@@ -145,7 +147,7 @@ def read_headers(folder: Path, classifier: bool = False) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in sorted(set(places.values())):
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
-            raise FolderError(f"{folder / INDEX} points at '{file[:200]}', which is no safetensors file of this folder.")
+            raise FolderError(f"{folder / INDEX} points at '{file[:200]}', which is no safetensors file in it.")
         if not (folder / file).exists():
             raise FolderError(f"{folder / file} is missing, though the index names it; fetch the model again.")
         for name, entry in read_header(folder / file).items():
@@ -154,5 +156,5 @@ def read_headers(folder: Path, classifier: bool = False) -> dict[str, Entry]:
             entries[name] = entry
     for name, file in places.items():
         if name not in entries or entries[name].file.name != file:
-            raise FolderError(f"{folder / file} lacks tensor '{name[:200]}', though the index names it; fetch it again.")
+            raise FolderError(f"{folder / file} lacks tensor '{name[:200]}', though the index says so; fetch it again.")
     return entries

@@ -14,7 +14,9 @@ CHUNK = 1 << 22  # weights searched at once; bounds memory
 BLOCK = 128  # columns whose errors are spread together in gptq
 
 
-def fit(rows: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = True) -> tuple[Tensor, Tensor | None]:
+def fit(
+    rows: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Scales bf16 [rows, groups] and zero points uint8 [rows, groups] (None when symmetric) for float32 [rows, cols].
 
     With `search`, each group takes the clipping range of least squared error, weighted by `importance` (broadcastable
