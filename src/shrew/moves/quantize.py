@@ -244,7 +244,7 @@ def hessians(loaded: Loaded, calibration: Sequence[np.ndarray]) -> dict[str, Ten
         elif _readable_experts(module):
             handles.append(module.register_forward_pre_hook(sums.experts(name)))
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for sequence in calibration:
                 model(input_ids=torch.from_numpy(np.asarray(sequence, np.int64))[None])
     finally:
