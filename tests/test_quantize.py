@@ -108,9 +108,9 @@ def slow_gptq(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid, damp: float
     return result.float()
 
 
-@pytest.mark.parametrize("grid", [Grid(3, 16), Grid(4, 0), Grid(2, 16, False)], ids=Grid.label)
+@pytest.mark.parametrize("grid", [Grid(3, 16), Grid(4, 48), Grid(4, 0), Grid(2, 100, False)], ids=Grid.label)
 def test_gptq_equals_its_definition(grid: Grid) -> None:
-    rows, inputs = matrix(3, 12, 48), correlated(7, 400, 48)
+    rows, inputs = matrix(3, 12, 144), correlated(7, 800, 144)
     hessian = inputs.T @ inputs
     fast = grids.dequantize(*grids.gptq(rows[None], *grids.decompose(hessian[None], 0.01), grid), grid)
     slow = slow_gptq(rows, hessian, grid, 0.01)

@@ -208,13 +208,15 @@ class Unpack(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *_: Any, **known: Any) -> dict[str, Any]:
         full_layer_name, model = known["full_layer_name"], known["model"]
         parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        device = next(iter(parts.values())).device
+        parts = {key: value.cpu() for key, value in parts.items()}  # bits are unpacked there
         tensors = self.tensors
         prefix = f"{model.base_model_prefix}."  # a bare base model drops it from its names
         entry = tensors.get(full_layer_name) or tensors.get(prefix + full_layer_name)
         if entry is None:
             entry = tensors[full_layer_name.removeprefix(prefix)]
         dtype = model.get_parameter(full_layer_name).dtype
-        return {full_layer_name: self.read(parts, entry).dense().to(dtype)}
+        return {full_layer_name: self.read(parts, entry).dense().to(device, dtype)}
 
 
 class ShrewQuantizer(HfQuantizer):
