@@ -512,7 +512,7 @@ ENTRY = st.fixed_dictionaries({"dtype": JSON, "shape": JSON | st.just([1]), "dat
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), ENTRY | JSON, min_size=1), st.integers(0, 8))
+@given(st.dictionaries(st.sampled_from(["a", "b\n", "__metadata__"]), ENTRY | JSON, min_size=1), st.integers(0, 8))
 def test_hostile_headers_are_refused_politely(tmp_path_factory: Any, header: dict[str, Any], data: int) -> None:
     path = tmp_path_factory.getbasetemp() / "hostile.safetensors"
     text = json.dumps(header).encode()

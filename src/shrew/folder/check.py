@@ -86,8 +86,8 @@ def fetch(name: str | Path) -> Path:
 
 
 def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300].rstrip(".") if lines else type(error).__name__
+    text = " ".join(str(error).split())
+    return text[:250].rstrip(".:") or type(error).__name__
 
 
 def describe(path: Path, trust_remote_code: bool) -> tuple[dict[str, Entry], Stated]:
