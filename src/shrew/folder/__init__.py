@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
@@ -33,6 +34,7 @@ __all__ = ["LINEAGE", "Grid", "Loaded", "Packed", "TensorInfo", "identity", "loa
 
 LINEAGE = "shrew.json"
 SHARD = 4_000_000_000  # bytes
+_PARTS = packed.PARTS + compressed.PARTS
 
 
 @dataclass
@@ -87,10 +89,8 @@ def load(name: str | Path, trust_remote_code: bool = False) -> Loaded:
         if entry.dtype in TORCH_DTYPES and TORCH_DTYPES[entry.dtype] != dtype and not key.endswith(_PARTS)
     }
     lineage = read_json(path / LINEAGE) if (path / LINEAGE).exists() else {}
-    return Loaded(model, tokenizer, path, read_packed(model, entries, stated), {}, lineage, dtype, stored)
-
-
-_PARTS = packed.PARTS + compressed.PARTS
+    untouched = lineage.pop("untouched", {})
+    return Loaded(model, tokenizer, path, read_packed(model, entries, stated), untouched, lineage, dtype, stored)
 
 
 def save(loaded: Loaded, path: Path) -> str:
@@ -98,6 +98,7 @@ def save(loaded: Loaded, path: Path) -> str:
 
     Weights in `loaded.packed` are written as their codes; the others in the dtype that the original had. A weight that
     was changed after it was packed is refused, because its codes would no longer be the model. `loaded` stays as it is.
+    Raises ShrewError when the disk refuses; an older folder at `path` is then untouched.
     """
     _check_codes(loaded)
     state = remove_tied_weights_from_state_dict(dict(loaded.model.state_dict()), loaded.model)
@@ -119,21 +120,27 @@ def save(loaded: Loaded, path: Path) -> str:
         config["quantization_config"] = (
             {"quant_method": packed.METHOD, "tensors": tables} if reason else compressed.to_config(chosen)
         )
-    with files.new_folder(Path(path), LINEAGE) as temporary, quiet():
-        _write_weights(temporary, content)
-        if loaded.model.can_generate():
-            loaded.model.generation_config.save_pretrained(temporary)
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(temporary)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        lineage = loaded.lineage | {"format": 1, "layout": layout, "versions": _versions()}
-        (temporary / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", "utf-8")
+    lineage = loaded.lineage | {"format": 1, "layout": layout, "versions": _versions()}
+    if loaded.untouched:
+        lineage["untouched"] = loaded.untouched
+    try:
+        with files.new_folder(Path(path), LINEAGE) as temporary, quiet():
+            _write_weights(temporary, content)
+            if loaded.model.can_generate():  # not its own save_pretrained, which refuses settings that others shipped
+                loaded.model.generation_config.to_json_file(temporary / "generation_config.json")
+            if loaded.tokenizer is not None:
+                loaded.tokenizer.save_pretrained(temporary)
+            (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+            (temporary / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", "utf-8")
+    except (OSError, SafetensorError) as error:
+        raise ShrewError(f"{path} could not be written ({error}); make room and run again.") from None
     return layout
 
 
 def _check_codes(loaded: Loaded) -> None:
+    current = dict(loaded.model.named_parameters(remove_duplicate=False))
     for name, item in loaded.packed.items():
-        if not torch.equal(loaded.model.get_parameter(name).detach().float(), item.dense()):
+        if name not in current or not torch.equal(current[name].detach().float(), item.dense()):
             raise ShrewError(f"'{name}' was changed after it was quantized; quantize last, or drop its codes first.")
 
 

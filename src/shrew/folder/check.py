@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,8 +86,8 @@ def fetch(name: str | Path) -> Path:
 
 
 def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300].rstrip(".") if lines else type(error).__name__
+    text = " ".join(str(error).split())
+    return text[:250].rstrip(".:") or type(error).__name__
 
 
 def describe(path: Path, trust_remote_code: bool) -> tuple[dict[str, Entry], Stated]:
@@ -112,6 +112,10 @@ def describe(path: Path, trust_remote_code: bool) -> tuple[dict[str, Entry], Sta
         raise FolderError(f"{path} holds a {names[0]}; Shrew works on causal language models and sequence classifiers.")
     classifier = names[0].endswith(CLASSIFIER)
     entries = read_headers(path, classifier)
+    for key in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
+        if type(config.get(key)) is int and config[key] > max(1000, len(entries)):
+            raise FolderError(f"{path / 'config.json'} asks for {config[key]} layers, and the weights hold "
+                              f"{len(entries)} tensors; the two do not belong together.")  # fmt: skip
     quantization = config.get("quantization_config")
     if not quantization:
         return entries, Stated(classifier)
@@ -151,9 +155,10 @@ def read_model(path: Path, entries: dict[str, Entry], stated: Stated, trust_remo
                               f"can build ({_short(error)}).") from None  # fmt: skip
         _check_shapes(path, empty, entries, stated)
         try:
-            model, report = auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code)  # fmt: skip
+            model, report = loaded
         except Exception as error:
             raise FolderError(f"{path} cannot be loaded ({_short(error)}).") from None
         _check_report(path, report)
@@ -173,8 +178,7 @@ def _check_shapes(path: Path, empty: Any, entries: dict[str, Entry], stated: Sta
     found |= {name: entry.shape for name, entry in entries.items() if name in shapes}
     for name, shape in found.items():
         if name in shapes and shape != shapes[name]:
-            raise FolderError(f"{path}: '{name}' has the shape {list(shape)} in the weights and {list(shapes[name])} by "
-                              "config.json; the two do not belong together.")  # fmt: skip
+            raise _shape_error(path, name, shape, shapes[name])
     needed = sum(parameter.numel() for parameter in empty.parameters())
     parts = packed.PARTS + compressed.PARTS if stated.tensors else ("\0",)
     have = sum(math.prod(entry.shape) for name, entry in entries.items() if not name.endswith(parts))
@@ -184,11 +188,15 @@ def _check_shapes(path: Path, empty: Any, entries: dict[str, Entry], stated: Sta
                           "the two do not belong together.")  # fmt: skip
 
 
+def _shape_error(path: Path, name: str, found: Sequence[int], wanted: Sequence[int]) -> FolderError:
+    return FolderError(f"{path}: '{name}' has the shape {list(found)} in the weights and {list(wanted)} by "
+                       "config.json; the two do not belong together.")  # fmt: skip
+
+
 def _check_report(path: Path, report: dict[str, Any]) -> None:
     if report["mismatched_keys"]:
         name, found, wanted = min(report["mismatched_keys"])
-        raise FolderError(f"{path}: '{name}' has the shape {list(found)} in the weights and {list(wanted)} by "
-                          "config.json; the two do not belong together.")  # fmt: skip
+        raise _shape_error(path, name, found, wanted)
     for key, what in (("missing_keys", "is missing from the weights, though config.json asks for it"),
                       ("unexpected_keys", "is in the weights, but config.json has no place for it")):  # fmt: skip
         if report[key]:
@@ -201,7 +209,7 @@ def _check_finite(path: Path, model: Any) -> None:
     for name, parameter in model.named_parameters():
         # A sum is finite unless something in it is not (or it overflows), and is cheaper than looking at each.
         if not torch.isfinite(parameter.detach().sum()) and not torch.isfinite(parameter.detach()).all():
-            raise FolderError(f"{path}: '{name}' contains NaN or infinite weights; the model is broken, use another copy.")
+            raise FolderError(f"{path}: '{name}' contains NaN or infinite weights; use another copy of the model.")
 
 
 def read_packed(model: Any, entries: dict[str, Entry], stated: Stated) -> dict[str, Packed]:
@@ -211,8 +219,11 @@ def read_packed(model: Any, entries: dict[str, Entry], stated: Stated) -> dict[s
     found = {}
     for name, meaning in stated.tensors.items():
         module = name.removesuffix(stated.stem)
-        parts = {part: _tensor(entries[module + part], module + part) for part in stated.parts if module + part in entries}
-        parts = {part.lstrip("."): tensor for part, tensor in parts.items()}
+        parts = {
+            part.lstrip("."): _tensor(entries[module + part], module + part)
+            for part in stated.parts
+            if module + part in entries
+        }
         found[names[id(model.get_parameter(name))]] = read(parts, meaning)
     return found
 

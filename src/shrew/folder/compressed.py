@@ -101,7 +101,7 @@ def read_entries(where: str, stated: dict[str, Any], entries: dict[str, Entry]) 
         module = part.removesuffix(".weight_packed")
         scale, shape = entries.get(module + ".weight_scale"), entries.get(module + ".weight_shape")
         if scale is None or shape is None or (shape.dtype, shape.shape) != ("I64", (2,)):
-            raise FolderError(f"{where}: '{part}' has no matching weight_scale and weight_shape; fetch the model again.")
+            raise FolderError(f"{where}: '{part}' has no matching weight_scale and weight_shape; fetch it again.")
         rows, cols = _read_shape(shape)
         right = entry.dtype == "I32" and len(entry.shape) == 2 and len(scale.shape) == 2 and rows > 0 and cols > 0
         right = right and entry.shape[0] == scale.shape[0] == rows and scale.dtype in ("BF16", "F16", "F32")
@@ -110,7 +110,10 @@ def read_entries(where: str, stated: dict[str, Any], entries: dict[str, Entry]) 
             raise FolderError(f"{where}: '{part}' {list(entry.shape)} does not fit its shape {[rows, cols]} and scales "
                               f"{list(scale.shape)} at {' or '.join(map(str, claimed))} bits.")  # fmt: skip
         group = 0 if scale.shape[1] == 1 else cols // scale.shape[1]
-        symmetric = module + ".weight_zero_point" not in entries
+        zeros = entries.get(module + ".weight_zero_point")
+        symmetric = zeros is None
+        if zeros is not None and (zeros.dtype, zeros.shape) != ("I32", (-(-rows * bits // 32), scale.shape[1])):
+            raise FolderError(f"{where}: '{module}.weight_zero_point' does not fit the scales; fetch the model again.")
         found[module + ".weight"] = {"bits": bits, "group": group, "symmetric": symmetric, "shape": [rows, cols],
                                      "transposed": False}  # fmt: skip
     return found
@@ -119,13 +122,14 @@ def read_entries(where: str, stated: dict[str, Any], entries: dict[str, Entry]) 
 def _claimed_widths(where: str, stated: dict[str, Any]) -> list[int]:
     groups = stated.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
-    widths = set()
+    widths: set[int] = set()
     for group in groups:
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict) or weights.get("type", "int") != "int" or group.get("input_activations"):
             raise FolderError(f"{where} is compressed in a way that Shrew does not read (only integer weights); "
                               "start from the model it was made from.")  # fmt: skip
-        widths.add(weights.get("num_bits"))
+        bits = weights.get("num_bits")
+        widths.add(bits if type(bits) is int else 0)
     if stated.get("format") != "pack-quantized" or not widths or not widths <= set(range(2, 9)):
         raise FolderError(f"{where} is compressed as '{stated.get('format')}', and Shrew reads only pack-quantized "
                           "integers; start from the model it was made from.")  # fmt: skip

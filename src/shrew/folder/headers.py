@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _short(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 
 def _entry(path: Path, name: str, value: Any, data: int) -> Entry:
     def wrong(what: str) -> FolderError:
-        return FolderError(f"{path}: tensor '{name[:200]}' {what}; fetch the file again.")
+        return FolderError(f"{path}: tensor {name[:200]!r} {what}; fetch the file again.")
 
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise wrong("does not have exactly dtype, shape and data_offsets")
@@ -113,7 +113,7 @@ def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):
         if entry.start != at:
             what = "overlaps another tensor" if entry.start < at else "leaves a hole before it"
-            raise FolderError(f"{path}: tensor '{name[:200]}' {what}; the file is damaged or hostile, fetch it again.")
+            raise FolderError(f"{path}: tensor {name[:200]!r} {what}; the file is damaged or hostile, fetch it again.")
         at += entry.bytes
     if at > size:
         raise FolderError(f"{path} is truncated: {at} bytes expected, {size} found; fetch it again.")
@@ -136,8 +136,10 @@ def read_headers(folder: Path, classifier: bool = False) -> dict[str, Entry]:
         return read_header(folder / SINGLE)
     if not (folder / INDEX).exists():
         if pickles := sorted(item.name for suffix in ("*.bin", "*.pt", "*.pth") for item in folder.glob(suffix)):
-            raise FolderError(f"{folder} holds pickle weights ({pickles[0]}), which can run code when they are read; "
-                              f"if you trust them, convert them with: {convert_command(folder, classifier)}")  # fmt: skip
+            raise FolderError(
+                f"{folder} holds pickle weights ({pickles[0]}), which can run code when they are read; if you trust "
+                f"them, convert them with: {convert_command(folder, classifier)}"
+            )
         raise FolderError(f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there.")
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
@@ -145,14 +147,14 @@ def read_headers(folder: Path, classifier: bool = False) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file in sorted(set(places.values())):
         if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file or not file.endswith(".safetensors"):
-            raise FolderError(f"{folder / INDEX} points at '{file[:200]}', which is no safetensors file of this folder.")
+            raise FolderError(f"{folder / INDEX} points at {file[:200]!r}, which is no safetensors file in it.")
         if not (folder / file).exists():
             raise FolderError(f"{folder / file} is missing, though the index names it; fetch the model again.")
         for name, entry in read_header(folder / file).items():
             if name in entries:
-                raise FolderError(f"{folder}: tensor '{name[:200]}' is in two files; fetch the model again.")
+                raise FolderError(f"{folder}: tensor {name[:200]!r} is in two files; fetch the model again.")
             entries[name] = entry
     for name, file in places.items():
         if name not in entries or entries[name].file.name != file:
-            raise FolderError(f"{folder / file} lacks tensor '{name[:200]}', though the index names it; fetch it again.")
+            raise FolderError(f"{folder / file} lacks tensor {name[:200]!r}, though the index says so; fetch it again.")
     return entries

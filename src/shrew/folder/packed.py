@@ -46,8 +46,9 @@ class Grid:
 class Packed:
     """One weight as codes. codes uint8 [rows, cols], scales bf16 [rows, groups], zeros uint8 [rows, groups] or None.
 
-    `shape` is the parameter's; `transposed` says that its last dimension is the output (Conv1D), so that rows are
-    columns of the parameter. Leading dimensions (experts) are folded into rows.
+    Scales of folders that others wrote may be fp16 or fp32. `shape` is the parameter's; `transposed` says that its last
+    dimension is the output (Conv1D), so that rows are columns of the parameter. Leading dimensions (experts) are folded
+    into rows.
     """
 
     codes: Tensor
@@ -150,19 +151,19 @@ def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
     expected: set[str] = set()
     for name, entry in tensors.items():
         parts = _expected_parts(where, name, entry)
-        for part, (dtype, shape) in parts.items():
+        for part, (dtypes, shape) in parts.items():
             found = entries.get(name + part)
-            if found is None or (found.dtype, found.shape) != (dtype, shape):
+            if found is None or found.dtype not in dtypes or found.shape != shape:
                 got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
                 raise FolderError(f"{where}: config.json says {entry['bits']} bits for '{name}', so '{name + part}' "
-                                  f"should be {dtype} {list(shape)}, but the file has {got}.")  # fmt: skip
+                                  f"should be {dtypes[0]} {list(shape)}, but the file has {got}.")  # fmt: skip
         expected |= {name + part for part in parts}
     for name in entries:
         if name.endswith(PARTS) and name not in expected:
             raise FolderError(f"{where}: the file holds '{name}', which config.json does not mention.")
 
 
-def _expected_parts(where: str, name: str, entry: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _expected_parts(where: str, name: str, entry: Any) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     kinds = {"bits": int, "group": int, "symmetric": bool, "shape": list, "transposed": bool}
     right = isinstance(entry, dict) and set(entry) == set(kinds)
     right = right and all(type(entry[key]) is kind for key, kind in kinds.items())
@@ -174,9 +175,12 @@ def _expected_parts(where: str, name: str, entry: Any) -> dict[str, tuple[str, t
     for count in lead:
         rows *= count
     groups = Grid(entry["bits"], entry["group"]).groups(cols)
-    parts = {":codes": ("U8", (rows, -(-cols * entry["bits"] // 8))), ":scales": ("BF16", (rows, groups))}
+    parts: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        ":codes": (("U8",), (rows, -(-cols * entry["bits"] // 8))),
+        ":scales": (("BF16", "F16", "F32"), (rows, groups)),
+    }
     if not entry["symmetric"]:
-        parts[":zeros"] = ("U8", (rows, -(-groups * entry["bits"] // 8)))
+        parts[":zeros"] = (("U8",), (rows, -(-groups * entry["bits"] // 8)))
     return parts
 
 
@@ -184,7 +188,7 @@ class ShrewConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed folder; `tensors` maps parameter names to what their codes mean."""
 
     def __init__(self, tensors: dict[str, Any] | None = None, layout: str = METHOD, **_: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.tensors = tensors or {}
         self.layout = layout
         self.dequantize = True  # the loaded model is an ordinary dense one; transformers then forgets the packing
@@ -193,22 +197,26 @@ class ShrewConfig(QuantizationConfigMixin):
 class Unpack(ConversionOps):
     """One weight's parts -> the dense weight, computed in float32 and then cast to the model's dtype."""
 
-    def __init__(self, hf_quantizer: HfQuantizer, read: Callable[[dict[str, Tensor], dict[str, Any]], Packed]) -> None:
+    def __init__(self, hf_quantizer: "ShrewQuantizer", read: Callable[..., Packed]) -> None:
         self.hf_quantizer = hf_quantizer  # its presence tells transformers not to cast the parts
+        self.tensors = hf_quantizer.quantization_config.tensors
         self.read = read
 
     def __deepcopy__(self, _: Any) -> "Unpack":
         return self  # transformers copies the operation for every weight; the table of tensors need not follow
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **_: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], *_: Any, **known: Any) -> dict[str, Any]:
+        full_layer_name, model = known["full_layer_name"], known["model"]
         parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        tensors = self.hf_quantizer.quantization_config.tensors
+        device = next(iter(parts.values())).device
+        parts = {key: value.cpu() for key, value in parts.items()}  # bits are unpacked there
+        tensors = self.tensors
         prefix = f"{model.base_model_prefix}."  # a bare base model drops it from its names
         entry = tensors.get(full_layer_name) or tensors.get(prefix + full_layer_name)
         if entry is None:
             entry = tensors[full_layer_name.removeprefix(prefix)]
         dtype = model.get_parameter(full_layer_name).dtype
-        return {full_layer_name: self.read(parts, entry).dense().to(dtype)}
+        return {full_layer_name: self.read(parts, entry).dense().to(device, dtype)}
 
 
 class ShrewQuantizer(HfQuantizer):

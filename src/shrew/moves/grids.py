@@ -11,10 +11,12 @@ from shrew.folder.packed import Grid, dequantize
 __all__ = ["Grid", "decompose", "dequantize", "encode", "fit", "gptq", "nearest"]
 
 CHUNK = 1 << 22  # weights searched at once; bounds memory
-BLOCK = 128  # columns whose errors are spread together in gptq
+BLOCK = 64  # columns, at least, whose errors are spread together in gptq
 
 
-def fit(rows: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = True) -> tuple[Tensor, Tensor | None]:
+def fit(
+    rows: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Scales bf16 [rows, groups] and zero points uint8 [rows, groups] (None when symmetric) for float32 [rows, cols].
 
     With `search`, each group takes the clipping range of least squared error, weighted by `importance` (broadcastable
@@ -124,8 +126,9 @@ def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[T
     middle = torch.full((batch, count), 2.0 ** (grid.bits - 1))
     scale, zero = torch.ones(batch, count), middle
     top_code = 2**grid.bits - 1
-    for start in range(0, cols, BLOCK):
-        end = min(start + BLOCK, cols)
+    block = width * max(1, BLOCK // width) if grid.group else BLOCK  # groups start where blocks do or inside them
+    for start in range(0, cols, block):
+        end = min(start + block, cols)
         errors = torch.empty(batch, end - start, count)
         for column in range(start, end):
             if column % width == 0:

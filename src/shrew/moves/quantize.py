@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shrew.moves.context import Context
 
 SMALLEST_ROW = 16
+HEAD = "an embedding or output head; quantized only when embeddings are asked for"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,12 @@ class Quantize:
     method: Literal["gptq", "rtn"] = doc("gptq spreads errors by calibration text; rtn rounds to nearest", "gptq")
     symmetric: bool = doc("no zero points", True)
     embeddings: bool = doc("quantize embeddings and output head too", False)
-    tensors: dict[str, int] = doc("bits of single weights by name; 0 or 16 leaves one alone", default_factory=dict)
+    tensors: dict[str, int] = doc("bits of single weights by name; 0 or 16 leaves one alone", default_factory=dict)  # noqa: RUF009
     damp: Annotated[float, Meta(gt=0, le=1)] = doc("gptq: added to the diagonal, as a share of its mean", 0.01)
 
     def __post_init__(self) -> None:
         if 0 < self.group < 16:
-            raise SpecError(f"quantize: group {self.group} would cost more in scales than it saves; use 16 or more, or 0.")
+            raise SpecError(f"quantize: group {self.group} costs more in scales than it saves; use 16 or more, or 0.")
         for name, bits in self.tensors.items():
             if bits not in (0, 2, 3, 4, 5, 6, 7, 8, 16):
                 raise SpecError(f"quantize: {bits} bits for '{name}'; use 2 to 8, or 0 to leave it alone.")
@@ -82,12 +83,12 @@ class Quantize:
             head = target.kind in ("embedding", "tied", "head")
             bits = asked.get(name, 0 if head and not self.embeddings else self.bits)
             if bits in (0, 16):
-                untouched[name] = ("left alone on request" if name in asked else
-                                   "an embedding or output head; quantized only when embeddings are asked for")  # fmt: skip
+                untouched[name] = "left alone on request" if name in asked else HEAD
                 continue
             if name in loaded.packed:
-                raise UnsupportedError(f"'{name}' is already {loaded.packed[name].grid.label()}; rounding it a second time "
-                                       "loses more than rounding once, so start from the original.")  # fmt: skip
+                now = loaded.packed[name].grid.label()
+                raise UnsupportedError(f"'{name}' is already {now}; rounding it twice loses more than rounding once, "
+                                       "so start from the original.")  # fmt: skip
             cols = target.weight.shape[-2 if target.transposed else -1]
             targets[name] = target, Grid(bits, self.group if self.group < cols else 0, self.symmetric)
         loaded.untouched |= untouched
@@ -106,7 +107,7 @@ class Quantize:
         silent = (batched.diagonal(dim1=-2, dim2=-1).sum(-1) <= 0).nonzero()[:, 0].tolist()
         if silent and len(targets) == 1 and targets[0].kind == "experts":
             numbers = ", ".join(map(str, silent))
-            context.say(f"{targets[0].name}: no calibration text reached experts {numbers}, so they are rounded to nearest")
+            context.say(f"{targets[0].name}: no text reached experts {numbers}, so they are rounded to nearest")
         parts = [to_rows(target.weight.detach().float(), target.transposed) for target in targets]
         rows = torch.cat(parts).reshape(len(batched), -1, batched.shape[-1])
         codes, scales, zeros = grids.gptq(rows, *grids.decompose(batched, self.damp), grid)
@@ -243,7 +244,7 @@ def hessians(loaded: Loaded, calibration: Sequence[np.ndarray]) -> dict[str, Ten
         elif _readable_experts(module):
             handles.append(module.register_forward_pre_hook(sums.experts(name)))
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for sequence in calibration:
                 model(input_ids=torch.from_numpy(np.asarray(sequence, np.int64))[None])
     finally:
