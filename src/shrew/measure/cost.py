@@ -153,7 +153,7 @@ print("peak", peak(), before)
 def peak_memory(path: Path) -> tuple[int, int]:
     """Peak resident bytes of a fresh process that loads the folder and runs one prompt of 64 tokens, and its peak
     before loading (the interpreter and torch)."""
-    command = [sys.executable, "-c", PROBE, str(path)]
+    command = [sys.executable, "-c", PROBE, str(path.resolve())]  # absolute: no name of a shipped model
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
     found = re.search(r"^peak (\d+) (\d+)$", done.stdout, re.MULTILINE)
     if done.returncode != 0 or not found:
