@@ -120,7 +120,7 @@ def save(loaded: Loaded, path: Path) -> str:
         config["quantization_config"] = (
             {"quant_method": packed.METHOD, "tensors": tables} if reason else compressed.to_config(chosen)
         )
-    lineage = loaded.lineage | {"format": 1, "layout": layout, "versions": _versions()}
+    lineage = loaded.lineage | {"format": 1, "layout": layout, "versions": versions()}
     if loaded.untouched:
         lineage["untouched"] = loaded.untouched
     try:
@@ -173,7 +173,7 @@ def _write_weights(folder: Path, content: dict[str, Tensor]) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     try:
         own = version("shrew")
     except PackageNotFoundError:

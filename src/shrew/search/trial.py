@@ -209,3 +209,11 @@ def divergence(
     )
     return total / sum(len(item) for item in wanted)
 
+
+
+def compared(source_json: str, path: str) -> dict[str, Any]:
+    """Scores of a folder on the search split with KL and agreement to the original beside them."""
+    original, task, _ = opened(source_json)
+    key = [_base_key(source_json), folder.identity(path), task_key(task, "search")]
+    found = cached("compared", key, lambda: pack_scores(task.score(folder.load(path), "search", original)))
+    return {name: value for name, value in found.items() if name != "reused"}

@@ -1,0 +1,209 @@
+"""What a run of the search measured, as records in the vocabulary of `shrew.report`."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shrew import folder, spec
+from shrew.folder import Loaded
+from shrew.measure import cost_records, paired_bootstrap, quality_records, speed_records
+from shrew.record import Record
+from shrew.search import trial
+from shrew.search.gate import ALPHA, Verdict
+from shrew.tasks import Scores
+
+if TYPE_CHECKING:
+    from shrew.search.run import Run, Trial
+
+SAMPLES, PROMPT, CONTINUED = 3, 48, 48  # prompts, and their tokens and new tokens
+
+
+def emit(run: "Run", chosen: "Trial | None", verdicts: dict[str, Verdict], order: "list[Trial]") -> list[Record]:
+    """All records of a run; the details are of the chosen model or, without one, of the nearest miss."""
+    name = f"shrink-{spec.digest([run.command, run.source, time.time_ns()])[:12]}"
+    found = [_plan(run, name)]
+    found += _references(run, name)
+    for item in run.trials:
+        found += _trial(run, name, item)
+    best = chosen
+    if best is None and verdicts:
+        label = max(verdicts, key=lambda key: verdicts[key].lower_bound)
+        best = next(item for item in order if item.label == label)
+    label = "" if best is None else "chosen" if chosen is not None else best.label
+    if best is not None:
+        found += _details(run, name, label, best, verdicts, chosen is not None)
+    for item in order:
+        if item is not best and item.label in verdicts:
+            found += _final(run, name, item.label, item.label, verdicts)
+    outcome = "met" if chosen is not None else "not met"
+    found.append(Record(run=name, model=label, metric="verdict", value=outcome, task=_task(run, "final"), detail={
+        "reason": "" if best else "nothing that was tried met the goals on the search split",
+        "cpu_seconds": sum(item.seconds for item in run.trials if not item.reused),
+        "wall_seconds": time.monotonic() - run.begun,
+        "not_measured": ["speed in other runtimes", "tasks other than this one"],
+    }))  # fmt: skip
+    return found
+
+
+def _task(run: "Run", split: str) -> str:
+    return f"{run.task.label}/{split}"
+
+
+def _plan(run: "Run", name: str) -> Record:
+    splits = {}
+    for split in run.task.splits:
+        items = run.task.splits[split]
+        sizes = [len(getattr(item, "text", "").encode()) for item in items]
+        splits[split] = {"documents": len(items)} | ({"bytes": sum(sizes)} if any(sizes) else {})
+    return Record(run=name, model="", metric="plan", value=None, seed=run.source.seed, detail={
+        "model": run.source.model, "command": run.command, "goals": run.goals, "tried": run.tried,
+        "settings": spec.dump(run.wanted), "versions": folder.versions(), "threads": run.source.threads,
+        "candidates": run.wanted.candidates, "splits": splits, "provable_keep": run.provable,
+    })  # fmt: skip
+
+
+def _references(run: "Run", name: str) -> list[Record]:
+    found = cost_records(name, "original", run.original)
+    twins = {"original": run.references["original"], **run.references}
+    for label, scores in twins.items():
+        final = run.finals.get(label)
+        for each, base in ((scores, run.references["original"]), (final, run.finals.get("original"))):
+            if each is not None and base is not None:
+                found += quality_records(name, label, each, base, seed=run.source.seed)
+    return found
+
+
+def _trial(run: "Run", name: str, item: "Trial") -> list[Record]:
+    against, scores = min(run.references.items(), key=lambda pair: _value(pair[1], item.scores))
+    kept = paired_bootstrap(scores, item.scores, seed=run.source.seed)
+    return [
+        Record(run=name, model=item.label, metric="trial", value=item.seconds, unit="CPU-seconds",
+               detail={"moves": item.moves, "reused": item.reused}),
+        Record(run=name, model=item.label, metric="bytes", value=item.bytes, unit="bytes"),
+        Record(run=name, model=item.label, metric="parameters", value=item.parameters),
+        Record(run=name, model=item.label, metric="retention", value=kept.value, low=kept.low, high=kept.high,
+               n=kept.n, task=_task(run, "search"), detail={"against": against, "units": _units(item.scores)}),
+    ]  # fmt: skip
+
+
+def _value(reference: Scores, scores: Scores) -> float:
+    return paired_bootstrap(reference, scores, samples=1).value
+
+
+def _units(scores: Scores) -> str:
+    return "documents" if scores.metric == "bits_per_byte" else "examples"
+
+
+def _final(run: "Run", name: str, label: str, key: str, verdicts: dict[str, Verdict]) -> list[Record]:
+    """Quality of a candidate on the final split, with the gate's verdict."""
+    verdict, scores = verdicts[key], run.finals[key]
+    found = [item for item in quality_records(name, label, scores, run.finals[verdict.against], verdict.against,
+                                              ALPHA, run.source.seed) if item.metric != "retention"]  # fmt: skip
+    kept = verdict.interval
+    found.append(Record(run=name, model=label, metric="retention", value=kept.value, low=kept.low, high=kept.high,
+                        n=kept.n, task=_task(run, "final"), seed=run.source.seed, detail={
+                            "against": verdict.against, "lower_bound": verdict.lower_bound, "alpha": ALPHA,
+                            "floor": run.goals["keep"], "passed": verdict.passed, "units": _units(scores)}))  # fmt: skip
+    return found
+
+
+def _details(run: "Run", name: str, label: str, item: "Trial", verdicts: dict[str, Verdict], met: bool) -> list[Record]:
+    """Everything that the page shows of one model."""
+    common: dict[str, Any] = {"run": name, "model": label}
+    loaded = folder.load(item.folder)
+    found = _steps(run, common, item)
+    if met:
+        search = [record for record in _trial(run, name, item) if record.metric == "retention"]
+        found += [Record(**{**vars(record), "model": label}) for record in search]
+    found += _final(run, name, label, item.label, verdicts)
+    for record in cost_records(name, label, loaded):
+        detail = {**record.detail, "trial": item.label} if record.metric == "bytes" and met else record.detail
+        found.append(Record(**{**vars(record), "detail": detail}))
+    found += speed_records(name, ["original", label], [run.original, loaded], rounds=5)
+    if not loaded.is_classifier and run.task.metric == "bits_per_byte":
+        found += _agreement(run, common, item)
+        found += samples(run, common, run.original, loaded)
+    untouched = loaded.lineage.get("untouched", {})
+    for tensor in folder.tensors(item.folder):
+        detail = {"tensor": tensor.name, "class": _class(tensor.name), "bytes": tensor.bytes,
+                  "shape": list(tensor.shape)}  # fmt: skip
+        if tensor.name in untouched:
+            detail["reason"] = untouched[tensor.name]
+        found.append(Record(**common, metric="tensor", value=tensor.effective, detail=detail))
+    found.append(Record(**common, metric="recipe", value=run.recipe(item)))
+    found.append(Record(**common, metric="use", value=None, detail={"tools": uses(run, loaded)}))
+    return found
+
+
+def _steps(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
+    """Size and quality after each move of the recipe: what each one bought."""
+    futures = [run.start(item.moves[:count]) for count in range(1, len(item.moves))]
+    found = []
+    for number, move in enumerate(item.moves, 1):
+        if number < len(item.moves):
+            done = futures[number - 1].result()
+            scores, size = trial.unpack_scores(done["scores"]), done["bytes"]
+        else:
+            scores, size = item.scores, item.bytes
+        base = min(run.references.values(), key=lambda reference: _value(reference, scores))
+        kept = paired_bootstrap(base, scores, seed=run.source.seed)
+        detail = {"step": number, "move": move, "bytes": size, "units": _units(scores)}
+        found.append(Record(**common, metric="move", value=kept.value, low=kept.low, high=kept.high, n=kept.n,
+                            task=_task(run, "search"), detail=detail))  # fmt: skip
+    return found
+
+
+def _agreement(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
+    """KL to the original and agreement of the likeliest token, on calibration text's measure of the search split."""
+    scores = trial.unpack_scores(run.executor.submit(trial.compared, run.json, str(item.folder)).result())
+    found = quality_records(common["run"], common["model"], scores, seed=run.source.seed)
+    return [record for record in found if record.metric in ("kl", "top1_agreement")]
+
+
+def samples(run: "Run", common: dict[str, Any], before: Loaded, after: Loaded) -> list[Record]:
+    """The same prompts continued by both models, greedily."""
+    found = []
+    for item in run.task.examples("search")[:SAMPLES]:
+        ids = before.tokenizer(item.text, add_special_tokens=False)["input_ids"]
+        start = min(len(ids) // 3, 200)
+        prompt = ids[start : start + PROMPT]
+        if len(prompt) < 8:
+            continue
+        texts = [continuation(loaded, prompt) for loaded in (before, after)]
+        detail = {"prompt": before.tokenizer.decode(prompt), "before": texts[0], "after": texts[1],
+                  "how": f"greedy, {CONTINUED} tokens"}  # fmt: skip
+        found.append(Record(**common, metric="sample", value=None, detail=detail))
+    return found
+
+
+@torch.inference_mode()
+def continuation(loaded: Loaded, prompt: list[int]) -> str:
+    ids = torch.tensor([prompt])
+    made = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=CONTINUED, do_sample=False,
+                                 pad_token_id=loaded.tokenizer.pad_token_id or 0)  # fmt: skip
+    return str(loaded.tokenizer.decode(made[0, len(prompt) :]))
+
+
+def _class(name: str) -> str:
+    parts = {"attention": ("attn", "attention"), "mlp": ("mlp", "ffn", "feed_forward", "experts"),
+             "embedding": ("embed", "wte", "wpe", "lm_head"), "norm": ("norm", "ln_")}  # fmt: skip
+    if "norm" in name.rpartition(".")[0].rpartition(".")[2] or ".ln_" in f".{name}":
+        return "norm"
+    return next((kind for kind, marks in parts.items() if any(mark in name for mark in marks)), "other")
+
+
+def uses(run: "Run", loaded: Loaded) -> list[dict[str, str]]:
+    """Which tools read the result, and how."""
+    auto = "AutoModelForSequenceClassification" if loaded.is_classifier else "AutoModelForCausalLM"
+    layout = loaded.lineage.get("layout", "dense")
+    python = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{run.out.name}")'
+    plain = {"tool": "transformers", "how": python, "note": ""}
+    if layout == "compressed-tensors":
+        return [{**plain, "note": "with the compressed-tensors package installed"},
+                {"tool": "vLLM", "how": f"vllm serve {run.out.name}", "note": "reads compressed-tensors folders"}]  # fmt: skip
+    if layout == "dense":
+        return [{**plain, "note": "nothing else is needed"}]
+    return [{"tool": "transformers with shrew", "how": f"import shrew\n{python}",
+             "note": "packed weights are unpacked on loading; importing shrew teaches transformers how"},
+            {"tool": "shrew", "how": f"shrew measure {run.source.model} {run.out.name}", "note": ""}]  # fmt: skip
