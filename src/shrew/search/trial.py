@@ -30,7 +30,7 @@ from shrew.search.allocate import Group
 from shrew.tasks import Scores, Task
 
 VERSION = 1  # of what is cached; raised when a trial's meaning changes
-PROFILE_TOKENS = 6144
+PROFILE_TOKENS = 4096
 PROFILE_VALUES = 1 << 25
 
 

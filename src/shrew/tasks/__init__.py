@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shrew.data import Document, documents, read_jsonl
+from shrew.data import Document, documents, read_jsonl, split_documents
 from shrew.errors import DataError
 from shrew.tasks.choice import Choice, Question
 from shrew.tasks.completion import Completion, Prompt
@@ -79,10 +79,15 @@ def read_text_task(
     return Text(name=name, splits=deal(found, "text", shares or SHARES, ", ".join(sources)), dropped=dropped)
 
 
+HEAD = 8000
+
+
 def read_python() -> Text:
     """The starter's own task: evaluation modules of the running interpreter's standard library, the other modules to
-    calibrate and heal on. The evaluation modules were never trained on, see `shrew.data.python`."""
-    held = split_documents(documents(["python:evaluation"]), {"search": 0.35, "final": 0.65}, SALT)
+    calibrate and heal on. The evaluation modules were never trained on, see `shrew.data.python`. Of each the first
+    HEAD characters count, so that a few long modules do not decide."""
+    heads = [Document(item.id, passages(item, HEAD)[0].text) for item in documents(["python:evaluation"])]
+    held = split_documents(heads, {"search": 0.35, "final": 0.65}, SALT)
     rest = split_documents(documents(["python:stdlib"]), {"calibration": 0.1, "healing": 0.9}, SALT)
     return Text(name="python", splits=rest | held)
 
