@@ -19,8 +19,9 @@ from shrew import files, machine, objectives
 from shrew.errors import ShrewError, UnsupportedError
 from shrew.folder import Loaded
 from shrew.folder.packed import Packed, dequantize, from_rows, to_rows
+from shrew.moves.anatomy import fingerprint
 from shrew.moves.context import Context
-from shrew.spec import Meta, digest, doc
+from shrew.spec import Meta, doc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +219,7 @@ class Stored:
 def teacher_predictions(teacher: Loaded, plan: Plan, top_k: int, context: Context) -> Stored:
     """What the teacher says on every window that the plan uses, computed once and kept on disk by hash."""
     used = plan.used()
-    key = digest([str(teacher.path), teacher.lineage.get("self", ""), top_k, used,
-                  [plan.windows[index].tolist() for index in used]])  # fmt: skip
+    key = fingerprint(teacher.model, [plan.windows[index] for index in used], "teacher", top_k, used)
     place = Path(context.cache) / "teacher" / f"{key[:24]}.safetensors"
     if place.exists():
         return Stored(load_file(place))

@@ -1,11 +1,16 @@
 """What a run of the search measured, as records in the vocabulary of `shrew.report`."""
 
+import hashlib
+import json
+import platform
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shrew import folder, spec
+from shrew.data import python
 from shrew.folder import Loaded
 from shrew.measure import cost_records, paired_bootstrap, quality_records, speed_records
 from shrew.record import Record
@@ -58,9 +63,21 @@ def _plan(run: "Run", name: str) -> Record:
         splits[split] = {"documents": len(items)} | ({"bytes": sum(sizes)} if any(sizes) else {})
     return Record(run=name, model="", metric="plan", value=None, seed=run.source.seed, detail={
         "model": run.source.model, "command": run.command, "goals": run.goals, "tried": run.tried,
-        "settings": spec.dump(run.wanted), "versions": folder.versions(), "threads": run.source.threads,
+        "settings": spec.dump(run.wanted) | _evaluated(run), "versions": folder.versions(), "threads": run.source.threads,
         "candidates": run.wanted.candidates, "splits": splits, "provable_keep": run.provable,
     })  # fmt: skip
+
+
+def _evaluated(run: "Run") -> dict[str, str]:
+    """For the starter: how many evaluation modules this interpreter has in common with the one of its training."""
+    place = (run.original.path or Path()) / "manifest.json"
+    if run.task.name != "python" or not place.exists():
+        return {}
+    manifest = json.loads(place.read_text("utf-8"))
+    now = {id: hashlib.sha256(text.encode()).hexdigest() for id, text in python.evaluation()}
+    same = sum(manifest["evaluation"].get(id) == mark for id, mark in now.items())
+    return {"evaluation": f"{len(now)} modules of Python {platform.python_version()}, {same} of them word for word as in "
+                          f"Python {manifest['interpreter']}, where the starter was trained"}  # fmt: skip
 
 
 def _references(run: "Run", name: str) -> list[Record]:

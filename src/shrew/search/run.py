@@ -89,6 +89,9 @@ class Run:
         item.retention = min(statistics.retention(reference, scores) for reference in self.references.values())
         self.trials.append(item)
         if candidate is not None:
+            if full and not any(old.full and old.candidate and old.candidate.family is candidate.family
+                                for old in self.trials[:-1]):  # fmt: skip
+                self.curve.forget(candidate.family)  # what brief healing left says little about full healing
             self.curve.learn(candidate, item.retention)
         name = f"{candidate.family.name}, {candidate.mean_bits():.2f} bits" if candidate else "8 bits, no healing"
         again = ", from the cache" if item.reused else f", {item.seconds:.0f} CPU-s"
@@ -258,7 +261,6 @@ class Run:
         """Fully healed trials of the live families, ever nearer to the smallest that holds."""
         group, symmetric = self.wanted.group, self.wanted.symmetric
         heal = self.heal(self.wanted.heal)
-        self.curve.seen = {name: points[-1:] for name, points in self.curve.seen.items()}
         ladders = {item.name: item.ladder(group, symmetric) for item in live}
         asked: set[str] = set()
         for _ in range(ROUNDS):
@@ -283,27 +285,28 @@ class Run:
         full = [item for item in self.trials if item.full and item.candidate is not None]
         holding = [item.bytes for item in full if self.holds(item)]
         limit = min([*holding, self.goals["under"] or float("inf")])
-        margin = max((self.margin(item.scores) for item in self.trials[-3:]), default=0.0)
         picked: list[Candidate] = []
         for item in live:
-            failed = [old.bytes for old in full
-                      if old.candidate and old.candidate.family.name == item.name and not self.holds(old)]  # fmt: skip
-            floor = max(failed, default=0)
+            own = [old for old in full if old.candidate and old.candidate.family.name == item.name]
+            floor = max((old.bytes for old in own if not self.holds(old)), default=0)
             fresh = [new for new in ladders[item.name]
-                     if key_of(new) not in asked and new.bytes < limit * 0.985 and new.bytes > floor * 1.005]  # fmt: skip
-            if keep is None:
-                picked += fresh[:1] if not full else []
+                     if key_of(new) not in asked and floor * 1.01 < new.bytes < limit * 0.985]  # fmt: skip
+            if not fresh:
                 continue
+            if keep is None:
+                picked += [] if full else fresh[:1]
+                continue
+            margin = self.margin((own or self.trials)[-1].scores)
             likely = [new for new in fresh if self.curve.predict(new) >= keep + margin]
             if likely:
-                picked += likely[-1:]
-                # Beside it a bolder one, so that two cores close in from both sides.
-                bolder = [new for new in fresh if new.bytes < likely[-1].bytes * 0.97]
-                if len(live) == 1 and bolder and self.curve.predict(bolder[0]) >= keep - 0.3 * (1 - keep):
-                    picked += bolder[:1]
-            elif not holding and fresh:
-                picked += fresh[len(fresh) // 2 : len(fresh) // 2 + 1]
-        return sorted(picked, key=lambda new: new.bytes)[: max(self.jobs, 1)]
+                at = fresh.index(likely[-1])
+            elif floor or not holding:  # the prediction is used up: halve what is left between failing and holding
+                at = len(fresh) // 2
+            else:
+                continue
+            # Where one family is left, a bolder one runs beside it, so that two cores close in from both sides.
+            picked += [fresh[at]] + (fresh[at + 1 :][1:2] if len(live) == 1 else [])
+        return sorted(picked, key=lambda new: new.bytes)[-max(self.jobs, 1) :]
 
     def final(self) -> tuple[Trial | None, dict[str, Verdict], list[Trial]]:
         """Open the final split for at most `candidates` named models, from the safest downward."""

@@ -154,6 +154,7 @@ def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
     return cached("cuts", [_base_key(source_json), moves], compute)
 
 
+@lru_cache(maxsize=2)
 def _base_key(source_json: str) -> str:
     original, _, context = opened(source_json)
     assert original.path is not None
