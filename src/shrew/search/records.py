@@ -44,7 +44,7 @@ def emit(run: "Run", chosen: "Trial | None", verdicts: dict[str, Verdict], order
     outcome = "met" if chosen is not None else "not met"
     found.append(Record(run=name, model=label, metric="verdict", value=outcome, task=_task(run, "final"), detail={
         "reason": "" if best else "nothing that was tried met the goals on the search split",
-        "cpu_seconds": sum(item.seconds for item in run.trials if not item.reused),
+        "cpu_seconds": time.process_time() + run.executor.cpu_seconds(),
         "wall_seconds": time.monotonic() - run.begun,
         "not_measured": ["speed in other runtimes", "tasks other than this one"],
     }))  # fmt: skip
