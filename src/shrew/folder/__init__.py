@@ -178,7 +178,7 @@ def versions() -> dict[str, str]:
         own = version("shrew")
     except PackageNotFoundError:
         own = "source"
-    return {"shrew": own, "torch": torch.__version__, "transformers": transformers.__version__,
+    return {"shrew": own, "torch": str(torch.__version__), "transformers": transformers.__version__,
             "python": platform.python_version()}  # fmt: skip
 
 
