@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from shrew import files, folder, machine, spec
@@ -107,12 +108,13 @@ class Run:
         return self.minutes() < self.wanted.minutes
 
     def margin(self, scores: Scores) -> float:
-        """How far a retention must be above the floor on the search split to be likely proven on the final one."""
+        """How far a retention must be above the floor to be likely proven on the final split: the gap to the lower
+        bound that this split's units would leave if there were as many of them as in the final one."""
+        index = np.arange(len(self.task.examples("final"))) % scores.n
         worst = 0.0
-        share = (scores.n / max(len(self.task.examples("final")), 1)) ** 0.5
         for reference in self.references.values():
-            gap = statistics.retention(reference, scores) - statistics.lower_bound(reference, scores)
-            worst = max(worst, gap * min(share, 1.0))
+            old, new = repeated(reference, index), repeated(scores, index)
+            worst = max(worst, statistics.retention(old, new) - statistics.lower_bound(old, new, samples=500))
         return worst
 
     def holds(self, item: Trial) -> bool:
@@ -169,13 +171,22 @@ class Run:
         self.provable = statistics.highest_keep(scores, self.trials[0].scores)
         share = (scores.n / max(len(self.task.examples("final")), 1)) ** 0.5
         self.provable = 1 - (1 - self.provable) * min(share, 1.0)
-        rounds = 4 + 4
+        rounds = 1 + CUTS + 4
         self.say(f"The original: {scores.metric.replace('_', ' ')} {scores.value():.4f} on {scores.n} units, "
                  f"{self.original_bytes / 1e6:.2f} MB. The highest --keep that this much text can prove is about "
-                 f"{self.provable:.4f}. About {rounds} trials follow.")  # fmt: skip
+                 f"{self.provable:.4f}. About {rounds} trials follow, {self.estimate(found['seconds']):.0f} minutes "
+                 f"or so.")  # fmt: skip
         if self.goals["keep"] is not None and self.goals["keep"] > self.provable:
             self.say(f"  --keep {self.goals['keep']} is above that; expect no proof, or give more text.")
         return control
+
+    def estimate(self, scoring: float) -> float:
+        """Minutes that the whole run is likely to take, from the CPU-seconds of scoring the original."""
+        tokens = sum(len(self.original.tokenizer(text)["input_ids"]) for text in self.task.texts(self.original, "search"))
+        healing = self.wanted.heal * self.wanted.rows * self.source.window * 3 * scoring / max(tokens, 1)
+        final = len(self.task.examples("final")) / max(len(self.task.examples("search")), 1)
+        work = (1 + CUTS) * (healing / 4 + scoring) + 5 * (healing + scoring) + 10 * scoring + 5 * final * scoring
+        return work / self.jobs / 60 + 0.5
 
     def control(self, future: "Future[dict[str, Any]] | None") -> None:
         """The original trained on the same healing text with the same settings: healing must not pass for
@@ -389,6 +400,12 @@ class Run:
         """The TOML that `shrew apply` reproduces this trial's weights from."""
         comment = f"Made by: {self.command}\nRun again: shrew apply recipe.toml --out FOLDER"
         return spec.to_toml({"source": spec.dump(self.source), "moves": item.moves}, comment)
+
+
+def repeated(scores: Scores, index: np.ndarray) -> Scores:
+    """Scores of the units numbered by `index`, repeats as units of their own."""
+    columns = {name: column[index] for name, column in scores.columns.items()}
+    return replace(scores, units=[f"{number}" for number in range(len(index))], columns=columns)
 
 
 def key_of(item: Candidate) -> str:
