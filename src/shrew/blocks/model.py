@@ -148,8 +148,8 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
                 last._is_hf_initialized = True
 
     def hidden(self, tokens: Tensor, owner: Tensor | None = None) -> Tensor:
-        """tokens [B, T] -> last hidden states [B, T, d]; `owner` [B, T] keeps packed documents apart, each with
-        positions of its own. The training path: the loss applies the head."""
+        """tokens [B, T] -> last hidden states [B, T, d]; `owner` [B, T] keeps packed documents apart (rotary
+        positions are relative, so each is as if alone). The training path: the loss applies the head."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         mask = None if owner is None else document_mask(owner)
         return self.model(tokens, positions, mask, None)
