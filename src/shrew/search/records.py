@@ -63,8 +63,9 @@ def _plan(run: "Run", name: str) -> Record:
         splits[split] = {"documents": len(items)} | ({"bytes": sum(sizes)} if any(sizes) else {})
     return Record(run=name, model="", metric="plan", value=None, seed=run.source.seed, detail={
         "model": run.source.model, "command": run.command, "goals": run.goals, "tried": run.tried,
-        "settings": spec.dump(run.wanted) | _evaluated(run), "versions": folder.versions(), "threads": run.source.threads,
-        "candidates": run.wanted.candidates, "splits": splits, "provable_keep": run.provable,
+        "settings": spec.dump(run.wanted) | _evaluated(run), "versions": folder.versions(),
+        "threads": run.source.threads, "candidates": run.wanted.candidates, "splits": splits,
+        "provable_keep": run.provable,
     })  # fmt: skip
 
 
@@ -76,8 +77,8 @@ def _evaluated(run: "Run") -> dict[str, str]:
     manifest = json.loads(place.read_text("utf-8"))
     now = {id: hashlib.sha256(text.encode()).hexdigest() for id, text in python.evaluation()}
     same = sum(manifest["evaluation"].get(id) == mark for id, mark in now.items())
-    return {"evaluation": f"{len(now)} modules of Python {platform.python_version()}, {same} of them word for word as in "
-                          f"Python {manifest['interpreter']}, where the starter was trained"}  # fmt: skip
+    told = f"{len(now)} modules of Python {platform.python_version()}, {same} of them word for word as in "
+    return {"evaluation": f"{told}Python {manifest['interpreter']}, where the starter was trained"}
 
 
 def _references(run: "Run", name: str) -> list[Record]:
@@ -118,10 +119,10 @@ def _final(run: "Run", name: str, label: str, key: str, verdicts: dict[str, Verd
     found = [item for item in quality_records(name, label, scores, run.finals[verdict.against], verdict.against,
                                               ALPHA, run.source.seed) if item.metric != "retention"]  # fmt: skip
     kept = verdict.interval
+    detail = {"against": verdict.against, "lower_bound": verdict.lower_bound, "alpha": ALPHA,
+              "floor": run.goals["keep"], "passed": verdict.passed, "units": _units(scores)}  # fmt: skip
     found.append(Record(run=name, model=label, metric="retention", value=kept.value, low=kept.low, high=kept.high,
-                        n=kept.n, task=_task(run, "final"), seed=run.source.seed, detail={
-                            "against": verdict.against, "lower_bound": verdict.lower_bound, "alpha": ALPHA,
-                            "floor": run.goals["keep"], "passed": verdict.passed, "units": _units(scores)}))  # fmt: skip
+                        n=kept.n, task=_task(run, "final"), seed=run.source.seed, detail=detail))  # fmt: skip
     return found
 
 
@@ -217,8 +218,8 @@ def uses(run: "Run", loaded: Loaded) -> list[dict[str, str]]:
     python = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{run.out.name}")'
     plain = {"tool": "transformers", "how": python, "note": ""}
     if layout == "compressed-tensors":
-        return [{**plain, "note": "with the compressed-tensors package installed"},
-                {"tool": "vLLM", "how": f"vllm serve {run.out.name}", "note": "reads compressed-tensors folders"}]  # fmt: skip
+        vllm = {"tool": "vLLM", "how": f"vllm serve {run.out.name}", "note": "reads compressed-tensors folders"}
+        return [{**plain, "note": "with the compressed-tensors package installed"}, vllm]
     if layout == "dense":
         return [{**plain, "note": "nothing else is needed"}]
     return [{"tool": "transformers with shrew", "how": f"import shrew\n{python}",

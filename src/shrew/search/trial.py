@@ -16,10 +16,10 @@ import torch
 from torch.nn import functional as F
 
 from shrew import files, folder, spec
+from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.folder.packed import Grid, dequantize, from_rows, to_rows
 from shrew.measure import cost
-from shrew.errors import UnsupportedError
 from shrew.moves import Context, apply_moves, parse_moves
 from shrew.moves.anatomy import batches, find_layers, logits
 from shrew.moves.drop_layers import droppable, layer_scores
@@ -201,7 +201,7 @@ def _log_probabilities(loaded: Loaded, ids: list[torch.Tensor]) -> list[torch.Te
 def divergence(
     original: Loaded, changed: Loaded, context: Context, wanted: list[torch.Tensor] | None = None
 ) -> float:
-    """KL(original || changed) in nats a prediction on calibration text; `wanted` are the original's log-probabilities."""
+    """KL(original || changed) in nats a prediction on calibration text; `wanted`: the original's log-probabilities."""
     ids = _profile_batches(original, context)
     wanted = wanted or _log_probabilities(original, ids)
     total = sum(
