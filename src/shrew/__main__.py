@@ -34,7 +34,7 @@ ENVIRONMENT = {
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PROTECTED = (errno.EACCES, errno.EPERM, errno.EROFS)
-STOPPED = 130
+STOPPED = 2
 
 
 def help_text(color: bool = False) -> str:

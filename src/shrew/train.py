@@ -17,12 +17,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shrew import data, files, folder, machine, objectives, spec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build, stock
-from shrew.errors import DataError, ShrewError, SpecError, nearest
+from shrew.errors import DataError, FolderError, ShrewError, SpecError, UsageError, nearest
 from shrew.spec import Meta, doc
 
 
@@ -115,22 +116,31 @@ def train(recipe: Recipe) -> dict[str, Any]:
     run = Path("runs") / f"{Path(item.out).name}-{spec.digest(_identity(recipe))[:8]}"
     out = Path(item.out)
     files.check_writable_target(out, folder.LINEAGE)
+    files.check_writable_target(run / "checkpoint", "state.json")
     state = _read_state(run)
     threads = machine.choose_threads(state.get("threads") or item.threads or None)
-    precision = machine.choose_precision(item.precision)
+    precision = machine.choose_precision(state.get("precision") or item.precision)
     say = _sayer(world.rank == 0)
     say(f"Training {item.out}: {item.steps} steps of {item.batch_tokens} tokens; {threads.reason}; {precision.reason}.")
+    if world.rank:
+        world.barrier()  # the first process makes the tokenizer and the token stream, which the others then read
     machine.set_seed(item.seed)
     loaded, documents = prepare(recipe, run, say)
     kept, held, hashes = _split(documents, item, loaded)
+    if not world.rank:
+        world.barrier()
     model = loaded.model.to(world.device).train()
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters; {_size(kept)}; checkpoints in {run}.")
     loop = Loop(item, world, model, kept, held, run, precision.name == "bf16", say)
-    loop.resume(state)
-    result = loop.run_all(threads.count)
+    facts = {"threads": threads.count, "precision": precision.name, "data": hashes,
+             "steps": item.steps, "decay": item.decay}  # fmt: skip
+    loop.resume(state, facts)
+    result = loop.run_all(facts)
     if world.rank == 0:
-        lineage = {"parent": loaded.lineage.get("self"), "seed": item.seed, "threads": threads.count,
-                   "recipe": spec.dump(recipe), "data": hashes, "moves": []}  # fmt: skip
+        path = loaded.path
+        parent = {"name": path.name, "sha256": folder.identity(path)} if path else None
+        lineage: dict[str, Any] = {"parent": parent, "seed": item.seed, "threads": threads.count,
+                                   "recipe": spec.dump(recipe), "data": hashes, "moves": []}  # fmt: skip
         final = model.cpu().eval()
         final = stock(final) if isinstance(final, ShrewForCausalLM) else final
         folder.save(replace(loaded, model=final, lineage=lineage), out)
@@ -162,7 +172,9 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
     item = recipe.train
     if item.init:
         loaded = folder.load(item.init)
+        _check_length(item.length, getattr(loaded.model.config, "max_position_embeddings", None))
         return loaded, [] if loaded.is_classifier else data.documents(item.data)
+    _check_length(item.length, recipe.model.context)
     documents = data.documents(item.data)
     kind, _, size = item.tokenizer.partition(":")
     if kind == "bpe" and size.isdigit():
@@ -184,10 +196,20 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
     return folder.Loaded(model, tokenizer), documents
 
 
+def _check_length(length: int, context: int | None) -> None:
+    if context is not None and length > context:
+        raise SpecError(f"train.length {length} is more than the model's context of {context}; lower the one or raise "
+                        "the other (model.context).")  # fmt: skip
+
+
 def _tokenizer(place: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(place)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        reason = " ".join(str(error).split())[:150]
+        raise SpecError(f"tokenizer '{place}': this folder holds none that can be read ({reason}).") from None
 
 
 def train_tokenizer(documents: list[data.Document], size: int, seed: int, sample: int = 40_000_000) -> Any:
@@ -268,7 +290,8 @@ def read_labelled(item: TrainSpec, loaded: folder.Loaded) -> Labelled:
 def _split(documents: list[data.Document], item: TrainSpec, loaded: folder.Loaded) -> tuple[Any, Any, dict[str, str]]:
     """(training source, validation source or None, hashes of what was read)."""
     if not documents:
-        return read_labelled(item, loaded), None, {"train": spec.digest(item.data)}
+        rows = read_labelled(item, loaded)
+        return rows, None, {"train": spec.digest([rows.texts, rows.labels])}
     parts = {"train": documents}
     if item.validation and len(documents) > 1:
         shares = {"train": 1 - item.validation, "validation": item.validation}
@@ -282,7 +305,20 @@ def _split(documents: list[data.Document], item: TrainSpec, loaded: folder.Loade
 
 def _read_state(run: Path) -> dict[str, Any]:
     place = run / "checkpoint" / "state.json"
-    return json.loads(place.read_text()) if place.exists() else {}
+    try:
+        return json.loads(place.read_text("utf-8")) if place.exists() else {}
+    except (OSError, ValueError) as error:
+        raise _unreadable(place.parent, error) from None
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> FolderError:
+    return FolderError(f"{checkpoint} cannot be read ({error}); remove it to start again.")
+
+
+def _cut(log: Path, step: int) -> None:
+    """Keep the lines of the first steps, one each: the later ones, of which the last may be half, come again."""
+    if log.exists():
+        files.write_text(log, "".join(log.read_text("utf-8").splitlines(keepends=True)[:step]))
 
 
 class Loop:
@@ -303,17 +339,39 @@ class Loop:
         self.step, self.cpu_seconds = 0, 0.0
         self.losses = torch.compile(self._losses) if item.compile else self._losses
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Go on from the checkpoint whose state.json is `state`; nothing to do for an empty one."""
-        if not state:
-            return
-        place = self.run / "checkpoint"
-        missing, unexpected = self.model.load_state_dict(load_file(place / "model.safetensors"), strict=False)
+    def resume(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Go on from the checkpoint whose state.json is `state`; start afresh if that is empty. `facts` holds what the
+        steps up to there depended on besides the recipe, as it is now."""
+        if state:
+            self._check(state, facts)
+            self._load(state)
+            self.say(f"Going on from step {self.step}.")
+        if self.world.rank == 0:
+            _cut(self.run / "log.jsonl", self.step)
+
+    def _check(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        place, step = self.run / "checkpoint", state["step"]
+        then = replace(self.item, steps=state.get("steps", self.item.steps), decay=state.get("decay", self.item.decay))
+        if step > self.item.steps or any(schedule(i, then) != schedule(i, self.item) for i in range(step)):
+            raise UsageError(
+                f"{place} is at step {step} of {then.steps} with decay {then.decay:g}; a run of {self.item.steps} "
+                f"with decay {self.item.decay:g} had another learning rate by then; remove it to start again."
+            )
+        if state.get("data", facts["data"]) != facts["data"]:
+            raise UsageError(f"the text is no longer the one that {place} was trained on; remove it to start again.")
+
+    def _load(self, state: dict[str, Any]) -> None:
+        place, device = self.run / "checkpoint", str(self.world.device)
+        try:
+            weights = load_file(place / "model.safetensors", device)
+            moments = load_file(place / "optimizer.safetensors", device)
+            if self.item.ema:
+                self.average = load_file(place / "average.safetensors", device)
+            missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise _unreadable(place, error) from None
         if unexpected or set(missing) - set(self._tied()):
-            raise ShrewError(f"{place} does not fit this model; remove it to start again.")
-        if self.item.ema:
-            self.average = load_file(place / "average.safetensors")
-        moments = load_file(place / "optimizer.safetensors")
+            raise FolderError(f"{place} does not fit this model; remove it to start again.")
         names = {id(p): name for name, p in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -322,18 +380,13 @@ class Loop:
                              if key.rpartition("|")[0] == names[id(p)]}  # fmt: skip
                     optimizer.state[p] = found
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
-        if self.world.rank == 0:
-            log = self.run / "log.jsonl"
-            lines = log.read_text().splitlines(keepends=True)
-            files.write_text(log, "".join(line for line in lines if json.loads(line)["step"] < self.step))
-        self.say(f"Going on from step {self.step}.")
 
     def _tied(self) -> list[str]:
         kept = {name for name, _ in self.model.named_parameters()}
         return [name for name in self.model.state_dict() if name not in kept]
 
-    def save(self, threads: int) -> None:
-        """Write the checkpoint atomically."""
+    def save(self, facts: dict[str, Any]) -> None:
+        """Write the checkpoint atomically, with `facts` for the check on resuming."""
         if self.world.rank:
             return
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -346,12 +399,13 @@ class Loop:
         }
         with files.new_folder(self.run / "checkpoint", "state.json") as temporary:
             weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
-            weights |= {name: p.contiguous() for name, p in self.model.named_buffers() if name in self.model.state_dict()}
+            stored = self.model.state_dict().keys()
+            weights |= {name: p.contiguous() for name, p in self.model.named_buffers() if name in stored}
             save_file(weights, temporary / "model.safetensors")
             save_file(moments, temporary / "optimizer.safetensors")
             if self.average:
                 save_file(self.average, temporary / "average.safetensors")
-            state = {"step": self.step, "threads": threads, "cpu_seconds": self.cpu_seconds}
+            state = {"step": self.step, "cpu_seconds": self.cpu_seconds, **facts}
             (temporary / "state.json").write_text(json.dumps(state))
 
     def _losses(self, tokens: Tensor, targets: Tensor, owner: Tensor) -> Tensor:
@@ -386,17 +440,18 @@ class Loop:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.world.sum(grads)
         self.world.sum([total])
+        mean = (total / count).item()
+        if not math.isfinite(mean):  # before the weights are touched
+            raise ShrewError(f"the loss is {mean} at step {self.step}; lower --lr or raise --warmup, and start again.")
         if self.item.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.item.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
+            keep = min(self.item.ema, (1 + self.step) / (10 + self.step))  # short runs would average their start in
             for name, p in self.model.named_parameters() if self.average else ():
-                self.average[name].lerp_(p, 1 - self.item.ema)
-        mean = (total / count).item()
-        if not math.isfinite(mean):
-            raise ShrewError(f"the loss is {mean} at step {self.step}; lower --lr or raise --warmup, and start again.")
+                self.average[name].lerp_(p, 1 - keep)
         return mean, int(count.item())
 
     @torch.no_grad()
@@ -412,10 +467,13 @@ class Loop:
         self.model.train()
         return total / max(count, 1)
 
-    def run_all(self, threads: int) -> dict[str, Any]:
-        """All remaining steps, with log, validation and checkpoints."""
-        item, line = self.item, {}
+    def run_all(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """All remaining steps, with log, validation and checkpoints; the last line of the log."""
+        item, line, share = self.item, {}, self.world.size
         self.run.mkdir(parents=True, exist_ok=True)
+        if self.step == item.steps:
+            self.say("All steps are done already.")
+            line = json.loads((self.run / "log.jsonl").read_text("utf-8").splitlines()[-1])
         rate = machine.matmul_rate(torch.bfloat16 if self.bf16 else torch.float32)
         flops = flops_per_token(self.model, item.length)
         begun, first, spoken = time.monotonic(), self.step, 0.0
@@ -426,7 +484,8 @@ class Loop:
                 wall, cpu = time.monotonic() - wall, time.process_time() - cpu
                 self.cpu_seconds += cpu
                 line = {"step": self.step, "loss": loss, "tokens_per_second": tokens / wall,
-                        "tokens_per_cpu_second": tokens / max(cpu, 1e-9), "mfu": flops * tokens / wall / rate,
+                        "tokens_per_cpu_second": tokens / share / max(cpu, 1e-9),
+                        "mfu": flops * tokens / share / wall / rate,
                         "cpu_seconds": self.cpu_seconds}  # fmt: skip
                 self.step += 1
                 last = self.step == item.steps
@@ -440,7 +499,7 @@ class Loop:
                     left = (spoken - begun) / (self.step - first) * (item.steps - self.step)
                     self.say(describe(line, item.steps, left))
                 if last or self.step % item.checkpoint_every == 0:
-                    self.save(threads)
+                    self.save(facts)
         if self.average:
             self.model.load_state_dict(self.average, strict=False)
         return line
@@ -456,9 +515,11 @@ def describe(line: dict[str, Any], steps: int, left: float) -> str:
     )
 
 
-def optimizers(model: nn.Module, item: TrainSpec) -> list[torch.optim.Optimizer]:
+def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the matrices inside layers and AdamW for the rest, or AdamW for all."""
-    hidden, matrices, vectors = [], [], []
+    hidden: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     outer = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
              for p in layer.parameters()} if hasattr(model, "get_input_embeddings") else set()  # fmt: skip
     for p in model.parameters():
@@ -481,13 +542,13 @@ def optimizers(model: nn.Module, item: TrainSpec) -> list[torch.optim.Optimizer]
     return found
 
 
-def flops_per_token(model: nn.Module, length: int) -> int:
+def flops_per_token(model: Any, length: int) -> int:
     """Training FLOPs of one token: 6 per weight that multiplies (the head does, the embedding table does not, nor do
     experts that are not chosen), 12 per layer, width and mean context for attention (Kaplan et al. 2020)."""
     config: Any = model.config
     weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     if not getattr(config, "tie_word_embeddings", False):
-        weights -= model.get_input_embeddings().weight.numel()  # type: ignore[operator, union-attr]
+        weights -= model.get_input_embeddings().weight.numel()
     experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
     chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
     layers, width = config.num_hidden_layers, config.hidden_size

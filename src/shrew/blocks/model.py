@@ -37,6 +37,8 @@ class ModelSpec:
     ffn: MlpSpec = field(default_factory=MlpSpec)
 
     def __post_init__(self) -> None:
+        if not self.pattern:
+            raise SpecError(f"pattern: no letter in it; name a mixer for each layer, known: {', '.join(self.mixers)}.")
         for letter in self.pattern:
             if letter not in self.mixers:
                 raise SpecError(f"pattern '{self.pattern}': no mixer '{letter}'; {nearest(letter, self.mixers)}")
@@ -47,6 +49,8 @@ class ModelSpec:
                 raise SpecError(f"mixers.{letter}: {mixer.heads} heads are no multiple of {mixer.kv_heads} kv_heads.")
             if mixer.head_width is None and self.width % mixer.heads:
                 raise SpecError(f"mixers.{letter}: width {self.width} is no multiple of {mixer.heads} heads.")
+            if (mixer.head_width or self.width // mixer.heads) % 2:
+                raise SpecError(f"mixers.{letter}: heads of an odd width cannot be rotated; set an even head_width.")
         if self.ffn.kind != "mlp":
             raise SpecError(f"ffn: unknown kind '{self.ffn.kind}'; known: mlp.")
 
@@ -103,10 +107,11 @@ class Trunk(nn.Module):
         x = self.embed_tokens(tokens)
         tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
         for number, layer in enumerate(self.layers):
-            key = (layer.self_attn.head_width, self.spec.mixer(number).rope_theta)
+            mixer: Any = layer.self_attn
+            key = (mixer.head_width, self.spec.mixer(number).rope_theta)
             if key not in tables:
                 tables[key] = rotary_tables(positions, *key)
-            x = layer(x, tables[key], mask, None if cache is None else _state(cache, number, layer.self_attn))
+            x = layer(x, tables[key], mask, None if cache is None else _state(cache, number, mixer))
         return self.norm(x)
 
 
@@ -137,13 +142,14 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         if isinstance(module, Layer):
-            for last in (module.self_attn.o_proj, module.mlp.down_proj):
+            outputs: list[Any] = [module.self_attn.o_proj, module.mlp.down_proj]
+            for last in outputs:
                 nn.init.normal_(last.weight, std=0.02 / (2 * self.spec.layers) ** 0.5)
                 last._is_hf_initialized = True
 
     def hidden(self, tokens: Tensor, owner: Tensor | None = None) -> Tensor:
-        """tokens [B, T] -> last hidden states [B, T, d]; `owner` [B, T] keeps packed documents apart, each with
-        positions of its own. The training path: the loss applies the head."""
+        """tokens [B, T] -> last hidden states [B, T, d]; `owner` [B, T] keeps packed documents apart (rotary
+        positions are relative, so each is as if alone). The training path: the loss applies the head."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         mask = None if owner is None else document_mask(owner)
         return self.model(tokens, positions, mask, None)

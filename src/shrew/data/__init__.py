@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,17 @@ def documents(sources: Sequence[str], field: str = "text") -> list[Document]:
     for source in sources:
         for document in _read(source, field):
             if document.text.strip():
-                found.setdefault(hashlib.sha256(document.text.encode()).hexdigest(), document)
+                found.setdefault(_mark(document), document)
     if not found:
         raise DataError(f"{', '.join(map(str, sources)) or 'no source'}: no text in it; give at least one document.")
     return list(found.values())
+
+
+def _mark(document: Document) -> str:
+    try:
+        return hashlib.sha256(document.text.encode()).hexdigest()
+    except UnicodeEncodeError:  # JSON can write what no text can hold
+        raise DataError(f"{document.id}: half of a surrogate pair (a lone \\ud8xx) in the text; remove it.") from None
 
 
 def _read(source: str, field: str) -> Iterator[Document]:
@@ -56,8 +64,8 @@ def _read(source: str, field: str) -> Iterator[Document]:
             raise DataError(f"{source}: no text, JSONL or parquet file in this folder.")
     elif path.exists():
         paths = [path]
-    elif paths := [Path(item) for item in sorted(glob.glob(source, recursive=True))]:
-        paths = [item for item in paths if item.is_file()]
+    elif names := sorted(glob.glob(source, recursive=True)):  # noqa: PTH207 - Path.glob takes no absolute pattern
+        paths = [path for path in map(Path, names) if path.is_file()]
     elif path.suffix or source.startswith((".", "/", "~")) or os.environ.get("HF_HUB_OFFLINE") == "1":
         raise DataError(f"{source}: no such file, folder or glob.")
     else:
@@ -93,13 +101,16 @@ def read_text(path: Path) -> str:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # splitlines() would also split inside strings, at U+2028 or U+0085
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: no JSON ({error.msg} at column {error.colno}).") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise DataError(f"{path}, line {number}: JSON that cannot be read ({error}).") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
         yield number, row
@@ -194,10 +205,13 @@ class Stream:
 def tokenize(items: Iterable[Document], tokenizer: Any, cache: Path | None = None, batch: int = 256) -> Stream:
     """The stream of these documents. With `cache`, a folder, it is kept there under its hash and memory-mapped."""
     items = list(items)
-    mark = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode() if tokenizer.is_fast else b"slow")
-    for item in items:
-        mark.update(hashlib.sha256(item.text.encode()).digest())
-    folder = cache / "streams" / mark.hexdigest()[:24] if cache else None
+    folder = None
+    if cache is not None and tokenizer.is_fast:  # a slow tokenizer has no text that says all of it
+        mark = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
+        mark.update(f"{tokenizer.bos_token_id} {tokenizer.eos_token_id} {len(tokenizer)}".encode())
+        for item in items:
+            mark.update(hashlib.sha256(item.text.encode()).digest())
+        folder = cache / "streams" / mark.hexdigest()[:24]
     if folder is not None and (folder / "stream.json").exists():
         size = json.loads((folder / "stream.json").read_text())["text_bytes"]
         return Stream(np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "starts.npy"), size)
@@ -205,9 +219,10 @@ def tokenize(items: Iterable[Document], tokenizer: Any, cache: Path | None = Non
     parts: list[np.ndarray] = []
     for low in range(0, len(items), batch):
         rows = encode(tokenizer, [item.text for item in items[low : low + batch]])
-        parts += [np.array(row, dtype=kind) for row in rows]
+        parts += [np.array(row, dtype=kind) for row in rows if row]
     starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
-    stream = Stream(np.concatenate(parts), starts, sum(len(item.text.encode()) for item in items))
+    tokens = np.concatenate(parts or [np.empty(0, kind)])
+    stream = Stream(tokens, starts, sum(len(item.text.encode()) for item in items))
     if folder is not None:
         with files.new_folder(folder, "stream.json") as temporary:
             np.save(temporary / "tokens.npy", stream.tokens)
@@ -235,14 +250,13 @@ class Batches:
         """Inputs [rows, length], targets [rows, length] (-100 across documents) and document numbers."""
         count = self.stream.windows(self.length)
         first = (number * self.world + self.rank) * self.rows
-        picked = [self._order(place // count)[place % count] for place in range(first, first + self.rows)]
+        picked = [_order(count, self.seed, place // count)[place % count] for place in range(first, first + self.rows)]
         spans, owners = zip(*(self.stream.window(int(index), self.length) for index in picked), strict=True)
         tokens, owner = np.stack(spans), np.stack(owners)
         targets = tokens[:, 1:].copy()
         ends = owner[:, 1:] != owner[:, :-1]
         # A start token that is also the end token is worth predicting; any other start is not predictable.
-        starts_end = len(self.stream.starts) > 1 and self._one_token_ends()
-        if not starts_end:
+        if not self._one_token_ends():
             targets[ends] = -100
         return tokens[:, :-1], targets, owner[:, :-1]
 
@@ -250,11 +264,7 @@ class Batches:
         starts = self.stream.starts
         return bool(np.unique(self.stream.tokens[starts[: min(len(starts), 64)]]).size == 1)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if _ORDERS.get("key") != (id(self.stream), self.length, self.seed, epoch):
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.stream.windows(self.length))
-            _ORDERS.update(key=(id(self.stream), self.length, self.seed, epoch), order=order)
-        return _ORDERS["order"]
 
-
-_ORDERS: dict[str, Any] = {}  # the permutation in use; a pure function of its key, kept because it is long
+@lru_cache(maxsize=2)  # long, and a batch seldom touches a third epoch
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,11 @@ from shrew.errors import DataError, nearest
 RUN = 50  # tokens
 EVALUATION_SHARE, EVALUATION_RESIDUE = 10, 6
 # Modules that later interpreters no longer have would make the text differ from version to version.
-REMOVED = frozenset(
-    "distutils lib2to3 idlelib turtledemo asynchat asyncore imp smtpd aifc cgi cgitb chunk crypt imghdr mailcap "
-    "msilib nntplib pipes sndhdr sunau telnetlib uu xdrlib".split()
-)
+REMOVED = frozenset({
+    "aifc", "asynchat", "asyncore", "cgi", "cgitb", "chunk", "crypt", "distutils", "idlelib", "imghdr", "imp",
+    "lib2to3", "mailcap", "msilib", "nntplib", "pipes", "smtpd", "sndhdr", "sunau", "telnetlib", "turtledemo",
+    "uu", "xdrlib",
+})
 PACKAGE_BYTES = 4_000_000  # at most this much of one package, so that no single style dominates
 FILE_BYTES = (200, 200_000)
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|0BSD|Unlicense|Zlib|HPND|CC0)\b", re.I)
@@ -175,7 +177,7 @@ def build() -> tuple[list[tuple[str, str]], Manifest]:
 def _packages() -> Iterator[tuple[str, str, list[Path]]]:
     found: dict[str, tuple[str, list[Path]]] = {}
     for package in metadata.distributions():
-        about = package.metadata
+        about: Any = package.metadata
         name = f"{about['Name']} {about['Version']}"
         claims = [about.get("License-Expression") or "", (about.get("License") or "")[:60]]
         claims += [item for item in about.get_all("Classifier") or [] if item.startswith("License")]

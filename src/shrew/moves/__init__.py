@@ -34,7 +34,7 @@ class Move(Protocol):
     def apply(self, loaded: Loaded, context: Context) -> Loaded: ...
 
 
-MOVES: dict[str, type] = {move.name: move for move in (Quantize, DropLayers, Narrow, Distil)}
+MOVES: dict[str, Any] = {move.name: move for move in (Quantize, DropLayers, Narrow, Distil)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Recipe:
 
 def parse_moves(tables: Sequence[dict[str, Any]], where: str) -> list[Move]:
     """[[moves]] tables, each with its `name`, as moves; unknown names and keys are refused with the nearest known."""
-    found = []
+    found: list[Move] = []
     for number, values in enumerate(tables, 1):
         name = str(values.get("name", ""))
         if name not in MOVES:

@@ -1,5 +1,6 @@
 """What moves are applied to and with: a model, its task and texts, all disjoint, from a few plain settings."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from shrew import data, files, folder
 from shrew.errors import DataError, UsageError
 from shrew.folder import Loaded
 from shrew.moves.context import Context
-from shrew.spec import Meta, digest, doc
+from shrew.spec import Meta, doc
 from shrew.tasks import Task, read, read_text_task
 from shrew.tasks.labels import Labels, label_ids
 
@@ -93,8 +94,17 @@ def fingerprint(source: Source, original: Path, context: Context) -> dict[str, A
     """What a move's result depends on besides the move: the hash of the original, of the texts, and the settings."""
     return {
         "original": folder.identity(original),
-        "calibration": digest([row.tolist() for row in context.calibration]),
-        "healing": digest([row.tolist() for row in context.healing]),
+        "calibration": hash_windows(context.calibration),
+        "healing": hash_windows(context.healing),
         "seed": source.seed,
         "threads": source.threads,
     }
+
+
+def hash_windows(rows: list[np.ndarray]) -> str:
+    """SHA-256 of token windows, their lengths included."""
+    mark = hashlib.sha256()
+    for row in rows:
+        mark.update(len(row).to_bytes(8, "little"))
+        mark.update(np.ascontiguousarray(row, dtype=np.int64).tobytes())
+    return mark.hexdigest()

@@ -218,7 +218,8 @@ class _Picture:
         gap = 15 if point.kind == "chosen" else 9
         spots = [(x + gap, y - 6), (x - gap - wide, y - 6), (x - wide / 2, y - gap - 13), (x - wide / 2, y + gap + 1)]
         spots += [(x + gap, y - 22), (x - gap - wide, y - 22), (x + gap, y + 10), (x - gap - wide, y + 10)]
-        spots += [(right + 10 - wide, y - gap - 13), (right + 10 - wide, y + gap + 1)]
+        if must:  # only a name that has to stand may stand away from its mark
+            spots += [(right + 10 - wide, y - gap - 13), (right + 10 - wide, y + gap + 1)]
         best: tuple[int, float, float] | None = None
         for across, down in spots:
             box = (across, down, across + wide, down + 13)

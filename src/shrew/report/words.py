@@ -141,8 +141,13 @@ def move(settings: Any) -> str:
     """A move as a phrase: {"name": "quantize", "bits": 3} is 'quantize (bits 3)'."""
     told = table_in(settings)
     name = value_of(told.pop("name", "unnamed move"))
-    rest = ", ".join(f"{key} {value_of(value)}" for key, value in told.items() if value is not None)
+    rest = ", ".join(f"{key} {_brief(value)}" for key, value in told.items() if value is not None and value != {})
     return f"{name} ({rest})" if rest else name
+
+
+def _brief(value: Any) -> str:
+    """A setting inside a phrase; what a long table says in full stands in the recipe."""
+    return f"set apart for {len(value)}" if isinstance(value, dict) and len(value) > 2 else value_of(value)
 
 
 def shared_prefix(first: str, second: str) -> int:

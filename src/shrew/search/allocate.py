@@ -34,7 +34,9 @@ def extend(damage: Mapping[int, float]) -> dict[int, float]:
     return {bits: known.get(bits, known[top] * 4.0 ** (top - bits)) for bits in BITS}
 
 
-def allocate(sizes: Sequence[Mapping[int, int]], damages: Sequence[Mapping[int, float]], budget: int) -> list[int] | None:
+def allocate(
+    sizes: Sequence[Mapping[int, int]], damages: Sequence[Mapping[int, float]], budget: int
+) -> list[int] | None:
     """The width of each group that minimises the sum of damages within `budget` bytes; None if nothing fits.
 
     Exact dynamic programming over `CELLS` cells of bytes (up to rounding sizes up to whole cells).

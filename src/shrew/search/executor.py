@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
+import psutil
+
 from shrew import machine
 
 
@@ -25,6 +27,11 @@ class LocalExecutor:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return self._pool.submit(function, *arguments)
+
+    def cpu_seconds(self) -> float:
+        """What the workers have used so far."""
+        used = [psutil.Process(number).cpu_times() for number in self._pool._processes or {}]
+        return float(sum(item.user + item.system for item in used))
 
     def close(self, wait: bool = True) -> None:
         """Stop the workers: after their work, or at once."""

@@ -97,6 +97,9 @@ class Curve:
         excess = max(self.loss * (1 / max(retention, 1e-3) - 1), 1e-5)
         self.seen.setdefault(candidate.family.name, []).append((candidate.damage, excess))
 
+    def forget(self, family: Family) -> None:
+        self.seen.pop(family.name, None)
+
     def predict(self, candidate: Candidate) -> float:
         """Predicted retention."""
         points = sorted(self.seen.get(candidate.family.name, []))

@@ -1,11 +1,16 @@
 """What a run of the search measured, as records in the vocabulary of `shrew.report`."""
 
+import hashlib
+import json
+import platform
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shrew import folder, spec
+from shrew.data import python
 from shrew.folder import Loaded
 from shrew.measure import cost_records, paired_bootstrap, quality_records, speed_records
 from shrew.record import Record
@@ -39,7 +44,7 @@ def emit(run: "Run", chosen: "Trial | None", verdicts: dict[str, Verdict], order
     outcome = "met" if chosen is not None else "not met"
     found.append(Record(run=name, model=label, metric="verdict", value=outcome, task=_task(run, "final"), detail={
         "reason": "" if best else "nothing that was tried met the goals on the search split",
-        "cpu_seconds": sum(item.seconds for item in run.trials if not item.reused),
+        "cpu_seconds": time.process_time() + run.executor.cpu_seconds(),
         "wall_seconds": time.monotonic() - run.begun,
         "not_measured": ["speed in other runtimes", "tasks other than this one"],
     }))  # fmt: skip
@@ -58,9 +63,22 @@ def _plan(run: "Run", name: str) -> Record:
         splits[split] = {"documents": len(items)} | ({"bytes": sum(sizes)} if any(sizes) else {})
     return Record(run=name, model="", metric="plan", value=None, seed=run.source.seed, detail={
         "model": run.source.model, "command": run.command, "goals": run.goals, "tried": run.tried,
-        "settings": spec.dump(run.wanted), "versions": folder.versions(), "threads": run.source.threads,
-        "candidates": run.wanted.candidates, "splits": splits, "provable_keep": run.provable,
+        "settings": spec.dump(run.wanted) | _evaluated(run), "versions": folder.versions(),
+        "threads": run.source.threads, "candidates": run.wanted.candidates, "splits": splits,
+        "provable_keep": run.provable,
     })  # fmt: skip
+
+
+def _evaluated(run: "Run") -> dict[str, str]:
+    """For the starter: how many evaluation modules this interpreter has in common with the one of its training."""
+    place = (run.original.path or Path()) / "manifest.json"
+    if run.task.name != "python" or not place.exists():
+        return {}
+    manifest = json.loads(place.read_text("utf-8"))
+    now = {id: hashlib.sha256(text.encode()).hexdigest() for id, text in python.evaluation()}
+    same = sum(manifest["evaluation"].get(id) == mark for id, mark in now.items())
+    told = f"{len(now)} modules of Python {platform.python_version()}, {same} of them word for word as in "
+    return {"evaluation": f"{told}Python {manifest['interpreter']}, where the starter was trained"}
 
 
 def _references(run: "Run", name: str) -> list[Record]:
@@ -101,10 +119,10 @@ def _final(run: "Run", name: str, label: str, key: str, verdicts: dict[str, Verd
     found = [item for item in quality_records(name, label, scores, run.finals[verdict.against], verdict.against,
                                               ALPHA, run.source.seed) if item.metric != "retention"]  # fmt: skip
     kept = verdict.interval
+    detail = {"against": verdict.against, "lower_bound": verdict.lower_bound, "alpha": ALPHA,
+              "floor": run.goals["keep"], "passed": verdict.passed, "units": _units(scores)}  # fmt: skip
     found.append(Record(run=name, model=label, metric="retention", value=kept.value, low=kept.low, high=kept.high,
-                        n=kept.n, task=_task(run, "final"), seed=run.source.seed, detail={
-                            "against": verdict.against, "lower_bound": verdict.lower_bound, "alpha": ALPHA,
-                            "floor": run.goals["keep"], "passed": verdict.passed, "units": _units(scores)}))  # fmt: skip
+                        n=kept.n, task=_task(run, "final"), seed=run.source.seed, detail=detail))  # fmt: skip
     return found
 
 
@@ -200,8 +218,8 @@ def uses(run: "Run", loaded: Loaded) -> list[dict[str, str]]:
     python = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{run.out.name}")'
     plain = {"tool": "transformers", "how": python, "note": ""}
     if layout == "compressed-tensors":
-        return [{**plain, "note": "with the compressed-tensors package installed"},
-                {"tool": "vLLM", "how": f"vllm serve {run.out.name}", "note": "reads compressed-tensors folders"}]  # fmt: skip
+        vllm = {"tool": "vLLM", "how": f"vllm serve {run.out.name}", "note": "reads compressed-tensors folders"}
+        return [{**plain, "note": "with the compressed-tensors package installed"}, vllm]
     if layout == "dense":
         return [{**plain, "note": "nothing else is needed"}]
     return [{"tool": "transformers with shrew", "how": f"import shrew\n{python}",

@@ -1,6 +1,7 @@
 """One run of the search, from the original to the verdict."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -8,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
-from shrew import files, folder, machine, spec
-from shrew.errors import ShrewError
+from shrew import files, folder, machine, record, report, spec
 from shrew.measure import cost, statistics
 from shrew.moves.source import Source, context_of, open_task
 from shrew.record import Record
@@ -89,6 +90,9 @@ class Run:
         item.retention = min(statistics.retention(reference, scores) for reference in self.references.values())
         self.trials.append(item)
         if candidate is not None:
+            if full and not any(old.full and old.candidate and old.candidate.family is candidate.family
+                                for old in self.trials[:-1]):  # fmt: skip
+                self.curve.forget(candidate.family)  # what brief healing left says little about full healing
             self.curve.learn(candidate, item.retention)
         name = f"{candidate.family.name}, {candidate.mean_bits():.2f} bits" if candidate else "8 bits, no healing"
         again = ", from the cache" if item.reused else f", {item.seconds:.0f} CPU-s"
@@ -104,12 +108,13 @@ class Run:
         return self.minutes() < self.wanted.minutes
 
     def margin(self, scores: Scores) -> float:
-        """How far a retention must be above the floor on the search split to be likely proven on the final one."""
+        """How far a retention must be above the floor to be likely proven on the final split: the gap to the lower
+        bound that this split's units would leave if there were as many of them as in the final one."""
+        index = np.arange(len(self.task.examples("final"))) % scores.n
         worst = 0.0
-        share = (scores.n / max(len(self.task.examples("final")), 1)) ** 0.5
         for reference in self.references.values():
-            gap = statistics.retention(reference, scores) - statistics.lower_bound(reference, scores)
-            worst = max(worst, gap * min(share, 1.0))
+            old, new = repeated(reference, index), repeated(scores, index)
+            worst = max(worst, statistics.retention(old, new) - statistics.lower_bound(old, new, samples=500))
         return worst
 
     def holds(self, item: Trial) -> bool:
@@ -154,9 +159,9 @@ class Run:
         first = self.start([])
         safe = {"name": "quantize", "bits": 8, "group": self.wanted.group, "method": "rtn", "embeddings": True}
         anchor = self.start([safe])
-        twin = self.heal(self.wanted.heal, teacher=1.0 if self.original.is_classifier and self.context.labels is None
-                         else 0.0)  # fmt: skip
-        control = self.start([twin]) if twin else None
+        blind = self.original.is_classifier and self.context.labels is None
+        self.twin = self.heal(self.wanted.heal, teacher=1.0 if blind else 0.0)
+        control = self.start([self.twin]) if self.twin else None
         found = first.result()
         scores = trial.unpack_scores(found["scores"])
         self.references["original"] = scores
@@ -166,13 +171,23 @@ class Run:
         self.provable = statistics.highest_keep(scores, self.trials[0].scores)
         share = (scores.n / max(len(self.task.examples("final")), 1)) ** 0.5
         self.provable = 1 - (1 - self.provable) * min(share, 1.0)
-        rounds = 4 + 4
+        rounds = 1 + CUTS + 4
         self.say(f"The original: {scores.metric.replace('_', ' ')} {scores.value():.4f} on {scores.n} units, "
                  f"{self.original_bytes / 1e6:.2f} MB. The highest --keep that this much text can prove is about "
-                 f"{self.provable:.4f}. About {rounds} trials follow.")  # fmt: skip
+                 f"{self.provable:.4f}. About {rounds} trials follow, {self.estimate(found['seconds']):.0f} minutes "
+                 f"or so.")  # fmt: skip
         if self.goals["keep"] is not None and self.goals["keep"] > self.provable:
             self.say(f"  --keep {self.goals['keep']} is above that; expect no proof, or give more text.")
         return control
+
+    def estimate(self, scoring: float) -> float:
+        """Minutes that the whole run is likely to take, from the CPU-seconds of scoring the original."""
+        texts = self.task.texts(self.original, "search")
+        tokens = sum(map(len, self.original.tokenizer(texts, verbose=False)["input_ids"]))
+        healing = self.wanted.heal * self.wanted.rows * self.source.window * 3 * scoring / max(tokens, 1)
+        final = len(self.task.examples("final")) / max(len(self.task.examples("search")), 1)
+        work = (1 + CUTS) * (healing / 4 + scoring) + 5 * (healing + scoring) + 10 * scoring + 5 * final * scoring
+        return work / self.jobs / 60 + 0.5
 
     def control(self, future: "Future[dict[str, Any]] | None") -> None:
         """The original trained on the same healing text with the same settings: healing must not pass for
@@ -191,46 +206,59 @@ class Run:
     def families(self) -> list[Family]:
         """The uncut model and its cuts, each with the measured damage of every choice of bits."""
         wanted, parts = self.wanted, trial.groups(self.original)
-        items = [{"tensors": [name for name, _, _ in item.tensors], "bits": bits} for item in parts for bits in MEASURED]
+        cells = [(item, bits) for item in parts for bits in MEASURED]
+        items = [{"tensors": [name for name, _, _ in item.tensors], "bits": bits} for item, bits in cells]
         share = -(-len(items) // max(self.jobs, 1))
         profiles = [self.executor.submit(trial.profile, self.json, items[low : low + share], wanted.group,
                                          wanted.symmetric) for low in range(0, len(items), share)]  # fmt: skip
         plain = self.executor.submit(trial.cut, self.json, [])
         single = self.executor.submit(trial.layer_damages, self.json, [])
-        narrow = {share: [{"name": "narrow", "mlp": share}] for share in (0.75, 0.5)}
-        cuts = {f"MLP {share:.0%}": (moves, []) for share, moves in narrow.items()}
         measured = [value for future in profiles for value in future.result()]
         damages: dict[str, dict[int, float]] = {}
-        for item, found in zip(items, range(len(items)), strict=True):
-            part = parts[found // len(MEASURED)].name
-            damages.setdefault(part, {})[int(item["bits"])] = measured[found]  # type: ignore[call-overload]
-        scores = single.result()
-        if len(scores) > 2 and min(scores) < float("inf"):
-            least = scores.index(min(scores))
-            drop: list[dict[str, Any]] = [{"name": "drop-layers", "layers": [least]}]
-            cuts["1 layer less"] = (drop, [least])
-            cuts["1 layer less, MLP 75%"] = ([*drop, *narrow[0.75]], [least])
+        for (item, bits), value in zip(cells, measured, strict=True):
+            damages.setdefault(item.name, {})[bits] = value
+        cuts = self.cuts(single.result())
         futures = {name: self.executor.submit(trial.cut, self.json, moves) for name, (moves, _) in cuts.items()}
         base = plain.result()
         prefix = trial.find_layers(self.original.model)[0]
         families = [family("no cut", [], base, damages, [], prefix, base)]
         refused = []
         for name, (moves, dropped) in cuts.items():
-            found_cut = futures[name].result()
-            if "refused" in found_cut:
-                refused.append(f"{name}: {found_cut['refused']}")
+            found = futures[name].result()
+            if "refused" in found:
+                refused.append(f"{name}: {found['refused']}")
             else:
-                families.append(family(name, moves, found_cut, damages, dropped, prefix, base))
-        self.tried = [item.name for item in families] + [f"not {item}" for item in refused]
-        for item in refused:
-            self.say(f"  not tried: {item}")
+                families.append(family(name, moves, found, damages, dropped, prefix, base))
+        self.tried = [item.name for item in families] + [f"not {reason}" for reason in refused]
+        for reason in refused:
+            self.say(f"  not tried: {reason}")
         return self.fast_enough(families)
+
+    def cuts(self, scores: list[float]) -> dict[str, tuple[list[dict[str, Any]], list[int]]]:
+        """Structural cuts to try: moves, and the layers that they leave out, the least important first."""
+        narrow = {share: [{"name": "narrow", "mlp": share}] for share in (0.75, 0.5)}
+        found: dict[str, tuple[list[dict[str, Any]], list[int]]] = {}
+        found |= {f"MLP {share:.0%}": (moves, []) for share, moves in narrow.items()}
+        counts = {1}
+        if self.goals["faster"]:
+            counts.add(math.ceil(len(scores) * (1 - 1 / self.goals["faster"])))
+        for count in sorted(counts):
+            least = sorted(range(len(scores)), key=scores.__getitem__)[:count]
+            if count < 1 or count > len(scores) - 2 or any(math.isinf(scores[number]) for number in least):
+                continue
+            drop: list[dict[str, Any]] = [{"name": "drop-layers", "layers": sorted(least)}]
+            name = f"{count} layer{'s' if count > 1 else ''} less"
+            found[name] = (drop, least)
+            share = 0.75 if count == 1 else 0.5
+            found[f"{name}, MLP {share:.0%}"] = ([*drop, *narrow[share]], least)
+        return found
 
     def fast_enough(self, families: list[Family]) -> list[Family]:
         """With --faster, only the cuts that compute little enough: quantization alone speeds nothing up in torch."""
         if self.goals["faster"] is None:
             return families
-        return [item for item in families if item.flops * self.goals["faster"] <= 1.25] or families[-1:]
+        fast = [item for item in families if item.flops * self.goals["faster"] <= 1.25]
+        return fast or [min(families, key=lambda item: item.flops)]
 
     def rank(self, families: list[Family]) -> list[Family]:
         """Heal one candidate of each family briefly at one size; the families worth going on with, best first."""
@@ -258,7 +286,6 @@ class Run:
         """Fully healed trials of the live families, ever nearer to the smallest that holds."""
         group, symmetric = self.wanted.group, self.wanted.symmetric
         heal = self.heal(self.wanted.heal)
-        self.curve.seen = {name: points[-1:] for name, points in self.curve.seen.items()}
         ladders = {item.name: item.ladder(group, symmetric) for item in live}
         asked: set[str] = set()
         for _ in range(ROUNDS):
@@ -283,27 +310,28 @@ class Run:
         full = [item for item in self.trials if item.full and item.candidate is not None]
         holding = [item.bytes for item in full if self.holds(item)]
         limit = min([*holding, self.goals["under"] or float("inf")])
-        margin = max((self.margin(item.scores) for item in self.trials[-3:]), default=0.0)
         picked: list[Candidate] = []
         for item in live:
-            failed = [old.bytes for old in full
-                      if old.candidate and old.candidate.family.name == item.name and not self.holds(old)]  # fmt: skip
-            floor = max(failed, default=0)
+            own = [old for old in full if old.candidate and old.candidate.family.name == item.name]
+            floor = max((old.bytes for old in own if not self.holds(old)), default=0)
             fresh = [new for new in ladders[item.name]
-                     if key_of(new) not in asked and new.bytes < limit * 0.985 and new.bytes > floor * 1.005]  # fmt: skip
-            if keep is None:
-                picked += fresh[:1] if not full else []
+                     if key_of(new) not in asked and floor * 1.01 < new.bytes < limit * 0.985]  # fmt: skip
+            if not fresh:
                 continue
+            if keep is None:
+                picked += [] if full else fresh[:1]
+                continue
+            margin = self.margin((own or self.trials)[-1].scores)
             likely = [new for new in fresh if self.curve.predict(new) >= keep + margin]
             if likely:
-                picked += likely[-1:]
-                # Beside it a bolder one, so that two cores close in from both sides.
-                bolder = [new for new in fresh if new.bytes < likely[-1].bytes * 0.97]
-                if len(live) == 1 and bolder and self.curve.predict(bolder[0]) >= keep - 0.3 * (1 - keep):
-                    picked += bolder[:1]
-            elif not holding and fresh:
-                picked += fresh[len(fresh) // 2 : len(fresh) // 2 + 1]
-        return sorted(picked, key=lambda new: new.bytes)[: max(self.jobs, 1)]
+                at = fresh.index(likely[-1])
+            elif floor or not holding:  # the prediction is used up: halve what is left between failing and holding
+                at = len(fresh) // 2
+            else:
+                continue
+            # Where one family is left, a bolder one runs beside it, so that two cores close in from both sides.
+            picked += [fresh[at]] + (fresh[at + 1 :][1:2] if len(live) == 1 else [])
+        return sorted(picked, key=lambda new: new.bytes)[-max(self.jobs, 1) :]
 
     def final(self) -> tuple[Trial | None, dict[str, Verdict], list[Trial]]:
         """Open the final split for at most `candidates` named models, from the safest downward."""
@@ -316,12 +344,10 @@ class Run:
         order = sorted(named, key=lambda item: -item.bytes)
         sizes = ", ".join(f"{item.bytes / 1e6:.2f} MB" for item in order)
         self.say(f"Opening the final split for {len(order)} candidate(s): {sizes}.")
-        controls = [[]] + ([[self.heal(self.wanted.heal, self.twin_teacher())]] if len(self.references) > 1 else [])
-        waiting = [self.start([table for table in moves if table], "final") for moves in controls]
+        made = {"original": [], "healed original": [self.twin] if self.twin else []}
+        waiting = {name: self.start(made[name], "final") for name in self.references}
         ahead = {item.label: self.start(item.moves, "final") for item in order[:1]}
-        names = ["original", "healed original"][: len(waiting)]
-        self.finals = {name: trial.unpack_scores(future.result()["scores"])
-                       for name, future in zip(names, waiting, strict=True)}  # fmt: skip
+        self.finals = {name: trial.unpack_scores(future.result()["scores"]) for name, future in waiting.items()}
         references = dict(self.finals)
 
         def verdicts() -> Any:
@@ -330,8 +356,9 @@ class Run:
                 scores = trial.unpack_scores(future.result()["scores"])
                 self.finals[item.label] = scores
                 verdict = judge(references, scores, self.goals["keep"] or 0.0, self.source.seed)
-                self.say(f"  {item.bytes / 1e6:.2f} MB keeps {verdict.interval.value:.2%} of the {verdict.against}, at "
-                         f"least {verdict.lower_bound:.2%}: {'proven' if verdict.passed else 'not proven'}.")  # fmt: skip
+                told = "proven" if verdict.passed else "not proven"
+                self.say(f"  {item.bytes / 1e6:.2f} MB keeps {verdict.interval.value:.2%} of the {verdict.against}, "
+                         f"at least {verdict.lower_bound:.2%}: {told}.")  # fmt: skip
                 yield item.label, verdict
 
         name, opened = fixed_sequence(verdicts())
@@ -339,9 +366,6 @@ class Run:
         if chosen is not None and self.goals["under"] is not None and chosen.bytes > self.goals["under"]:
             chosen = None
         return chosen, dict(opened), order
-
-    def twin_teacher(self) -> float:
-        return 1.0 if self.original.is_classifier and self.context.labels is None else 0.0
 
     def affordable(self, items: Sequence[Trial]) -> list[Trial]:
         """Those that are fast and lean enough, measured one after the other while nothing else runs."""
@@ -353,13 +377,13 @@ class Run:
             left = [item for item, speed in zip(left, found[kind][1:], strict=True)
                     if speed.wall_ratio.low >= self.goals["faster"]]  # fmt: skip
         if self.goals["memory"]:
-            left = [item for item in left if cost.peak_memory(item.folder) <= self.goals["memory"]]
+            left = [item for item in left if cost.peak_memory(item.folder)[0] <= self.goals["memory"]]
         return left
 
-    def write(self, records: list[Record], chosen: Trial | None, verdicts: dict[str, Verdict]) -> tuple[list[Record], str]:
+    def write(
+        self, records: list[Record], chosen: Trial | None, verdicts: dict[str, Verdict]
+    ) -> tuple[list[Record], str]:
         """Write the result; the sentence of the nearest miss where nothing was proven."""
-        from shrew import record, report
-
         page = report.render(records)
         with files.new_folder(self.out, folder.LINEAGE) as temporary:
             if chosen is not None:
@@ -377,15 +401,21 @@ class Run:
         label, best = max(verdicts.items(), key=lambda pair: pair[1].lower_bound)
         near = next(item for item in self.trials if item.label == label)
         return records, (
-            f"no smaller model was proven to keep {self.goals['keep']:.2%}; the nearest miss is {near.bytes / 1e6:.2f} MB "
-            f"with {best.interval.value:.2%} (at least {best.lower_bound:.2%}); lower --keep, raise --heal or give "
-            "more text."
+            f"no smaller model was proven to keep {self.goals['keep'] or 0:.2%}; the nearest miss is "
+            f"{near.bytes / 1e6:.2f} MB with {best.interval.value:.2%} (at least {best.lower_bound:.2%}); "
+            "lower --keep, raise --heal or give more text."
         )
 
     def recipe(self, item: Trial) -> str:
         """The TOML that `shrew apply` reproduces this trial's weights from."""
         comment = f"Made by: {self.command}\nRun again: shrew apply recipe.toml --out FOLDER"
         return spec.to_toml({"source": spec.dump(self.source), "moves": item.moves}, comment)
+
+
+def repeated(scores: Scores, index: np.ndarray) -> Scores:
+    """Scores of the units numbered by `index`, repeats as units of their own."""
+    columns = {name: column[index] for name, column in scores.columns.items()}
+    return replace(scores, units=[f"{number}" for number in range(len(index))], columns=columns)
 
 
 def key_of(item: Candidate) -> str:

@@ -16,10 +16,10 @@ import torch
 from torch.nn import functional as F
 
 from shrew import files, folder, spec
+from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.folder.packed import Grid, dequantize, from_rows, to_rows
 from shrew.measure import cost
-from shrew.errors import UnsupportedError
 from shrew.moves import Context, apply_moves, parse_moves
 from shrew.moves.anatomy import batches, find_layers, logits
 from shrew.moves.drop_layers import droppable, layer_scores
@@ -154,6 +154,7 @@ def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
     return cached("cuts", [_base_key(source_json), moves], compute)
 
 
+@lru_cache(maxsize=2)
 def _base_key(source_json: str) -> str:
     original, _, context = opened(source_json)
     assert original.path is not None
@@ -200,7 +201,7 @@ def _log_probabilities(loaded: Loaded, ids: list[torch.Tensor]) -> list[torch.Te
 def divergence(
     original: Loaded, changed: Loaded, context: Context, wanted: list[torch.Tensor] | None = None
 ) -> float:
-    """KL(original || changed) in nats a prediction on calibration text; `wanted` are the original's log-probabilities."""
+    """KL(original || changed) in nats a prediction on calibration text; `wanted`: the original's log-probabilities."""
     ids = _profile_batches(original, context)
     wanted = wanted or _log_probabilities(original, ids)
     total = sum(

@@ -1,0 +1,253 @@
+"""Blocks against their definitions and against transformers: values, gradients, leaks, caches, folders, FLOPs."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from shrew import errors, folder, spec
+from shrew.blocks.attention import Attention, AttentionSpec, document_mask, naive_attention
+from shrew.blocks.layers import rotary_tables, rotate
+from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build, stock
+from shrew.train import flops_per_token
+
+PLAIN = AttentionSpec(heads=4, kv_heads=2)
+NORMED = AttentionSpec(heads=2, head_width=24, qk_norm=True, rope_theta=500.0)
+SHAPES = {
+    "grouped": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN}),
+    "normed": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False, mixers={"A": NORMED}),
+    "mixed": ModelSpec(pattern="AB", layers=3, width=32, vocabulary=97, context=64, mixers={"A": PLAIN, "B": NORMED}),
+}
+
+
+def _model(name: str) -> ShrewForCausalLM:
+    torch.manual_seed(0)
+    model = build(SHAPES[name], bos_token_id=1, eos_token_id=2, pad_token_id=0).eval()
+    for p in model.parameters():  # as initialised, logits hardly depend on the text
+        nn.init.normal_(p, std=0.3) if p.ndim > 1 else nn.init.uniform_(p, 0.5, 1.5)
+    return model.double()  # so that only wrong arithmetic differs, not rounding
+
+
+def _tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=SHAPES)
+def model(request: pytest.FixtureRequest) -> ShrewForCausalLM:
+    return _model(request.param)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 33])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mixer", [PLAIN, NORMED, AttentionSpec(heads=4, kv_heads=1)], ids=["half", "normed", "one"])
+def test_attention_is_its_definition(mixer: AttentionSpec, masked: bool, length: int) -> None:
+    torch.manual_seed(length)
+    block = Attention(mixer, 32, 1e-6).double()
+    x = torch.randn(3, length, 32, dtype=torch.float64, requires_grad=True)
+    rotary = rotary_tables(torch.arange(length).expand(3, length), block.head_width, mixer.rope_theta)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None].expand(3, 1, length, length)
+    owner = torch.tensor([[0] * length, [min(i // 3, 3) for i in range(length)], [int(i > 0) for i in range(length)]])
+    mask = document_mask(owner) if masked else None
+    found = block(x, rotary, mask)
+
+    def heads(name: str, count: int) -> Tensor:
+        y = getattr(block, f"{name}_proj")(x).view(3, length, count, -1).transpose(1, 2)
+        if mixer.qk_norm and name != "v":
+            y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * getattr(block, f"{name}_norm").weight
+        return y if name == "v" else rotate(y, *rotary)
+
+    q, k, v = heads("q", block.heads), heads("k", block.kv_heads), heads("v", block.kv_heads)
+    y = naive_attention(q, k, v, causal if mask is None else mask)
+    wanted = block.o_proj(y.transpose(1, 2).reshape(3, length, -1))
+    torch.testing.assert_close(found, wanted)
+    places = [x, *block.parameters()]
+    weight = torch.randn_like(found)
+    mine = torch.autograd.grad((found * weight).sum(), places, materialize_grads=True)
+    theirs = torch.autograd.grad((wanted * weight).sum(), places, materialize_grads=True)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_document_mask_is_made_only_where_it_is_needed() -> None:
+    assert document_mask(torch.zeros(2, 5, dtype=torch.long)) is None
+    mask = document_mask(torch.tensor([[0, 0, 1, 1]]))
+    assert mask is not None
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+# --- models: what may depend on what ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_nothing_leaks_from_the_future(model: ShrewForCausalLM) -> None:
+    tokens, other = _tokens(2, 23), _tokens(2, 23, seed=1)
+    other[:, :11] = tokens[:, :11]
+    torch.testing.assert_close(model(tokens).logits[:, :11], model(other).logits[:, :11])
+    assert not torch.allclose(model(tokens).logits[:, 11:], model(other).logits[:, 11:])
+
+
+@torch.no_grad()
+def test_batch_mates_do_not_matter(model: ShrewForCausalLM) -> None:
+    tokens = _tokens(4, 17)
+    together = model(tokens).logits
+    for row in range(4):
+        torch.testing.assert_close(together[row : row + 1], model(tokens[row : row + 1]).logits)
+
+
+def test_a_packed_document_is_as_if_alone(model: ShrewForCausalLM) -> None:
+    lengths = [1, 9, 6, 14]
+    tokens = _tokens(1, sum(lengths))
+    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    together = model.hidden(tokens, owner).split(lengths, dim=1)
+    for part, alone in zip(tokens.split(lengths, dim=1), together, strict=True):
+        torch.testing.assert_close(alone, model.hidden(part), rtol=1e-4, atol=1e-5)  # rotary angles are float32
+    # and in gradients: a loss on the last document moves no other document's input
+    rows = model.model.embed_tokens.weight
+    (grad,) = torch.autograd.grad(together[-1].square().sum(), rows)
+    absent = sorted(set(tokens[0, : -lengths[-1]].tolist()) - set(tokens[0, -lengths[-1] :].tolist()))
+    assert grad[absent].count_nonzero() == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [1, 5])
+def test_decoding_with_a_cache_is_the_full_forward(model: ShrewForCausalLM, first: int) -> None:
+    tokens = _tokens(2, 19)
+    whole = model(tokens).logits
+    done = model(tokens[:, :first], use_cache=True)
+    parts, cache, place = [done.logits], done.past_key_values, first
+    for step in (1, 1, 4, 1, 19):  # single tokens and chunks
+        part = tokens[:, place : place + step]
+        if part.shape[1]:
+            parts.append(model(part, past_key_values=cache, use_cache=True).logits)
+            place += part.shape[1]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@torch.no_grad()
+def test_generating_left_padded_rows_equals_each_alone(model: ShrewForCausalLM) -> None:
+    rows = [_tokens(1, length, seed=length) for length in (3, 8, 5)]
+    ids = torch.cat([nn.functional.pad(row, (8 - row.shape[1], 0)) for row in rows])
+    mask = torch.cat([nn.functional.pad(torch.ones_like(row), (8 - row.shape[1], 0)) for row in rows])
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    together = model.generate(input_ids=ids, attention_mask=mask, **options)
+    for row, found in zip(rows, together, strict=True):
+        alone = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **options)
+        assert found[8:].tolist() == alone[0, row.shape[1] :].tolist()
+        assert len(set(found[8:].tolist())) > 1  # a model that only repeats itself would prove little
+
+
+def test_labels_are_shifted_inside(model: ShrewForCausalLM) -> None:
+    tokens = _tokens(2, 9)
+    done = model.float()(tokens, labels=tokens)
+    wanted = nn.functional.cross_entropy(done.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(done.loss, wanted)
+
+
+def test_every_parameter_gets_a_gradient(model: ShrewForCausalLM) -> None:
+    model(_tokens(2, 9)).logits.square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.count_nonzero()] == []
+
+
+# --- FLOPs and bytes -------------------------------------------------------------------------------------------------
+
+
+def test_counted_flops_are_the_measured_ones(model: ShrewForCausalLM) -> None:
+    length, shape = 16, model.spec
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool)  # every pair is computed, also by kernels that could skip
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        x = model.model(_tokens(1, length), torch.arange(length)[None], mask, None)
+        model.lm_head(x)
+    layers: list[Any] = list(model.model.layers)
+    own = sum(layer.self_attn.flops(length) + layer.mlp.flops() for layer in layers)
+    assert counter.get_total_flops() == length * (own + 2 * shape.width * (shape.vocabulary or 0))
+
+
+def test_the_flops_of_a_training_token() -> None:
+    model, length = _model("grouped"), 16
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.lm_head(model.model(_tokens(1, length), torch.arange(length)[None], mask, None)).sum().backward()
+    half = 6 * model.spec.layers * model.spec.width * length  # a causal model needs half of the pairs
+    assert flops_per_token(model, length) == counter.get_total_flops() // length - half
+
+
+def test_a_cache_is_as_big_as_said(model: ShrewForCausalLM) -> None:
+    cache = model(_tokens(1, 10), use_cache=True).past_key_values
+    for layer, held in zip(list[Any](model.model.layers), cache.layers, strict=True):
+        assert layer.self_attn.state_bytes(10, element=8) == held.keys.nbytes + held.values.nbytes
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for name in ("grouped", "normed"):
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    wanted = torch.load(name + ".pt")
+    torch.testing.assert_close(model(wanted["tokens"]).logits, wanted["logits"])
+    print(model.config.model_type)
+assert not any(name.split(".")[0] == "shrew" for name in sys.modules)
+"""
+
+
+def test_stock_models_give_the_same_logits_without_shrew(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("grouped", "normed"):
+        model, tokens = _model(name).float(), _tokens(2, 21)
+        same = stock(model)
+        torch.testing.assert_close(same(tokens).logits, model(tokens).logits)
+        assert not {p.data_ptr() for p in same.parameters()} & {p.data_ptr() for p in model.parameters()}
+        folder.save(folder.Loaded(same, tiny_tokenizer, dtype=torch.float32), tmp_path / name)
+        torch.save({"tokens": tokens, "logits": same(tokens).logits.detach()}, tmp_path / f"{name}.pt")
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout == "llama\nqwen3\n", done.stderr
+
+
+@torch.no_grad()
+def test_a_model_that_no_stock_type_can_say_survives_its_folder(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    shape = replace(SHAPES["mixed"], vocabulary=len(tiny_tokenizer))
+    torch.manual_seed(0)
+    model, tokens = build(shape, eos_token_id=1).eval(), _tokens(2, 21)
+    assert stock(model) is model
+    folder.save(folder.Loaded(model, tiny_tokenizer, dtype=torch.float32), tmp_path)
+    wanted = model(tokens).logits
+    for again in (folder.load(tmp_path).model, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)):
+        assert (again.config.model_type, again.spec, again.config.eos_token_id) == ("shrew", shape, 1)
+        assert torch.equal(again(tokens).logits, wanted)
+        assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+# --- specs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"pattern": "AX"}, ["'AX'", "no mixer 'X'", "known: A."]),
+        ({"pattern": "Aa"}, ["no mixer 'a'"]),
+        ({"pattern": ""}, ["pattern", "known: A."]),
+        ({"width": 30, "mixers": {"A": {"heads": 4}}}, ["mixers.A", "30", "4 heads"]),
+        ({"width": 32, "mixers": {"A": {"heads": 4, "kv_heads": 3}}}, ["mixers.A", "4 heads", "3 kv_heads"]),
+        ({"width": 12, "mixers": {"A": {"heads": 4}}}, ["mixers.A", "even"]),
+        ({"mixers": {"A": {"kind": "atention"}}}, ["mixers.A", "'atention'", "attention"]),
+        ({"mixers": {"A": {"heds": 4}}}, ["'heds'", "did you mean 'heads'?"]),
+        ({"ffn": {"kind": "moe"}}, ["ffn", "'moe'", "mlp"]),
+        ({"layers": 0}, ["layers", ">= 1"]),
+    ],
+)
+def test_a_wrong_model_is_refused_in_words(values: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(errors.SpecError) as caught:
+        spec.parse(ModelSpec, values, "r.toml")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
