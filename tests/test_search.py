@@ -1,6 +1,7 @@
 """The search's arithmetic: which bits for which weights, what to try next, and what the gate lets through."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_distil import context_for
-from test_folder import ZOO, make_model, make_tokenizer
+from test_folder import WORDS, ZOO, make_model, make_tokenizer
 
-from shrew import folder
+from shrew import folder, spec
 from shrew.errors import SpecError
 from shrew.folder import Loaded
 from shrew.measure import statistics
@@ -120,28 +121,35 @@ def stored(name: str, on_disk: dict[str, int]) -> str:
 # What to try next
 
 
-def family_of(kind: str, moves: list[dict[str, Any]], dropped: list[int], work: Path) -> tuple[Family, Path]:
-    """The family that the search makes of these cuts, and the cut folder."""
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "words.jsonl"
+    rows = [" ".join(f"w{number}" for number in draw.integers(4, WORDS, 30)) for _ in range(40)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def family_of(kind: str, moves: list[dict[str, Any]], dropped: list[int], words: Path, work: Path) -> tuple[Family, Path]:
+    """The family that the search makes of these cuts, and the cut folder. Damages are drawn, not measured."""
     loaded = Loaded(make_model(kind), make_tokenizer())
-    prefix = find_layers(loaded.model)[0]
     draw = np.random.default_rng(0)
     damages = {item.name: {bits: float(draw.uniform(0.5, 2)) * 4.0 ** (2 - bits) for bits in (2, 3, 4)}
                for item in trial.groups(loaded)}  # fmt: skip
     folder.save(loaded, work / "original")
-    source = Source(model=str(work / "original"))
-    context = context_for(work, teacher=loaded)
-    cut = apply_moves(work / "original", parse_moves(moves, "test"), source, context)
-    changed = folder.load(cut)
-    parts = trial.groups(changed)
-    weights = sum(rows * cols for item in parts for _, rows, cols in item.tensors)
-    rest = (cut / "model.safetensors").stat().st_size - 2 * weights + 200 * sum(len(item.tensors) for item in parts)
-    plain = {"groups": [[item.name, item.tensors] for item in parts], "damage": 0.01 if moves else 0.0, "rest": rest,
-             "active": 1}  # fmt: skip
-    return family("test", moves, plain, damages, dropped, prefix, {"active": 1}), cut
+    source = Source(model=str(work / "original"), text=[str(words)], threads=1)
+    asked = json.dumps(spec.dump(source))
+    base, found = trial.cut(asked, []), trial.cut(asked, moves)
+    prefix = find_layers(loaded.model)[0]
+    original, task, context = trial.opened(asked)
+    path = apply_moves(work / "original", parse_moves(moves, "test"), source, context)
+    assert task.examples("search")
+    assert original.path == work / "original"
+    return family("test", moves, found, damages, dropped, prefix, base), path
 
 
-def test_a_ladder_falls_and_every_rung_fits_its_budget(tmp_path: Path) -> None:
-    found, _ = family_of("llama", [], [], tmp_path)
+def test_a_ladder_falls_and_every_rung_fits_its_budget(words: Path, tmp_path: Path) -> None:
+    found, _ = family_of("llama", [], [], words, tmp_path)
     ladder = found.ladder(32, True)
     assert len(ladder) > 8
     assert all(big.bytes > small.bytes for big, small in itertools.pairwise(ladder))
@@ -163,8 +171,11 @@ def test_a_ladder_falls_and_every_rung_fits_its_budget(tmp_path: Path) -> None:
         ("gpt2", [{"name": "drop-layers", "layers": [0]}], [0]),
     ],
 )
-def test_predicted_size_is_near_the_real_one(kind: str, moves: list[Any], dropped: list[int], tmp_path: Path) -> None:
-    found, cut = family_of(kind, moves, dropped, tmp_path)
+def test_predicted_size_is_near_the_real_one(
+    kind: str, moves: list[Any], dropped: list[int], words: Path, tmp_path: Path
+) -> None:
+    found, cut = family_of(kind, moves, dropped, words, tmp_path)
+    assert found.flops < 1 if moves else found.flops == 1
     ladder = found.ladder(32, True)
     for item in (ladder[1], ladder[len(ladder) // 2], ladder[-1]):
         tables = item.moves(None, 32, True)
@@ -172,10 +183,7 @@ def test_predicted_size_is_near_the_real_one(kind: str, moves: list[Any], droppe
         loaded = folder.load(cut)
         parse_moves([{**tables[-1], "method": "rtn"}], "test")[0].apply(loaded, context_for(tmp_path))
         folder.save(loaded, tmp_path / "out")
-        assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(item.bytes, rel=NEAR)
-
-
-NEAR = 0.06  # of folders of 30 kB, in which a third is header; the issue is with the header's estimate alone
+        assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(item.bytes, rel=0.02)
 
 
 def test_dropped_layers_are_renumbered() -> None:
@@ -186,13 +194,14 @@ def test_dropped_layers_are_renumbered() -> None:
     assert [item[2] for item in found] == [1e-9, 1e-9, 2.0, 2.0, 4.0, 4.0, 9.0]
 
 
-def test_the_damages_of_a_cut_model_are_those_of_the_layers_that_stayed(tmp_path: Path) -> None:
-    found, _ = family_of("gpt2", [{"name": "drop-layers", "layers": [0]}], [0], tmp_path)
-    whole, _ = family_of("gpt2", [], [], tmp_path)
+def test_the_damages_of_a_cut_model_are_those_of_the_layers_that_stayed(words: Path, tmp_path: Path) -> None:
+    whole, _ = family_of("gpt2", [], [], words, tmp_path / "whole")
+    found, _ = family_of("gpt2", [{"name": "drop-layers", "layers": [0]}], [0], words, tmp_path / "cut")
     before = {item.name: damage for item, damage in zip(whole.groups, whole.damages, strict=True)}
     after = {item.name: damage for item, damage in zip(found.groups, found.damages, strict=True)}
     assert len(after) < len(before)
     assert all(damage == before[name.replace("h.0.", "h.1.")] for name, damage in after.items())
+    assert found.cut > whole.cut == 0
 
 
 def candidate(name: str, damage: float) -> Candidate:
@@ -219,7 +228,9 @@ def test_any_trial_leaves_the_curve_usable(points: list[tuple[float, float]], da
     for where, kept in points:
         curve.learn(candidate("a", where), kept)
     assert 0 < curve.predict(candidate("a", damage)) <= 1
-    assert curve.predict(candidate("a", damage)) >= curve.predict(candidate("a", damage * 4)) - 1e-12
+    curve = Curve(loss=1.0)
+    curve.learn(candidate("a", points[0][0]), points[0][1])
+    assert curve.predict(candidate("a", damage)) >= curve.predict(candidate("a", damage * 4))
 
 
 @pytest.mark.parametrize(
