@@ -44,6 +44,9 @@ def allocate(
     least = sum(min(item.values()) for item in sizes)
     if least > budget:
         return None
+    ideal = [min(size, key=damage.__getitem__) for size, damage in zip(sizes, damages, strict=True)]
+    if sum(size[bits] for size, bits in zip(sizes, ideal, strict=True)) <= budget:
+        return ideal
     cell = max(budget / CELLS, 1.0)
     room = int(budget / cell)
     best = np.zeros(room + 1)

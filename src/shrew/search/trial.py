@@ -141,11 +141,11 @@ def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
         changed = folder.load(path) if moves else original
         found = groups(changed)
         weights = sum(rows * cols for item in found for _, rows, cols in item.tensors)
-        names = sum(len(item.tensors) for item in found)
+        # Of a packed weight the header lists scales beside the codes: a second entry, of about this length.
+        header = sum(len(name) + 80 for item in found for name, _, _ in item.tensors)
         total, active = cost.parameters(changed.model)
         element = torch.empty(0, dtype=changed.dtype).element_size()
-        # A packed weight has two or three entries in the header instead of one, of about a hundred bytes each.
-        rest = cost.disk_size(path).weights - weights * element + names * 200
+        rest = cost.disk_size(path).weights - weights * element + header
         with torch.inference_mode():
             damage = divergence(original, changed, context) if moves else 0.0
         return {"groups": [[item.name, item.tensors] for item in found], "damage": damage, "rest": rest,
