@@ -117,7 +117,8 @@ def sentences(count: int, seed: int) -> str:
     """Sentences of a small world: what animal does what to which, drawn at random."""
     draw = random.Random(seed)
     animals, verbs = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"], ["sees", "likes", "helps", "hears"]
-    return "".join(f"The {draw.choice(animals)} {draw.choice(verbs)} the {draw.choice(animals)}.\n" for _ in range(count))
+    drawn = [(draw.choice(animals), draw.choice(verbs), draw.choice(animals)) for _ in range(count)]
+    return "".join(f"The {who} {does} the {whom}.\n" for who, does, whom in drawn)
 
 
 @pytest.fixture(scope="session")

@@ -145,8 +145,8 @@ def test_hidden_states_come_nearer(tmp_path: Path) -> None:
     @torch.no_grad()
     def distance(student: Loaded) -> float:
         ids = torch.from_numpy(context.healing[0])[None]
-        states = [item.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0] for item in (student, teacher)]
-        return float(objectives.hidden_cosine(*states))
+        found = [item.model(input_ids=ids, output_hidden_states=True) for item in (student, teacher)]
+        return float(objectives.hidden_cosine(*(item.hidden_states[-1][0] for item in found)))
 
     student = quantized("llama", context)
     before = distance(student)
