@@ -278,7 +278,7 @@ def main() -> int:
 
     import accelerate
 
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
+    versions = {module.__name__: str(module.__version__) for module in (torch, transformers, accelerate)}
     about = {"threads": threads.count, "precision": precision.name, "parameters": fresh().num_parameters(), **versions}
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     print(f"{about['parameters']:,} parameters; {threads.reason}; {precision.reason}.")

@@ -16,7 +16,7 @@ from shrew.measure import cost_records, paired_bootstrap, quality_records, speed
 from shrew.record import Record
 from shrew.search import trial
 from shrew.search.gate import ALPHA, Verdict
-from shrew.tasks import Scores
+from shrew.tasks import Scores, likelihood
 
 if TYPE_CHECKING:
     from shrew.search.run import Run, Trial
@@ -44,7 +44,7 @@ def emit(run: "Run", chosen: "Trial | None", verdicts: dict[str, Verdict], order
     outcome = "met" if chosen is not None else "not met"
     found.append(Record(run=name, model=label, metric="verdict", value=outcome, task=_task(run, "final"), detail={
         "reason": "" if best else "nothing that was tried met the goals on the search split",
-        "cpu_seconds": time.process_time() + run.executor.cpu_seconds(),
+        "cpu_seconds": time.process_time() - run.cpu_begun + run.executor.cpu_seconds(),
         "wall_seconds": time.monotonic() - run.begun,
         "not_measured": ["speed in other runtimes", "tasks other than this one"],
     }))  # fmt: skip
@@ -161,7 +161,7 @@ def _steps(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
     for number, move in enumerate(item.moves, 1):
         if number < len(item.moves):
             done = futures[number - 1].result()
-            scores, size = trial.unpack_scores(done["scores"]), done["bytes"]
+            scores, size = Scores.parse(done["scores"]), done["bytes"]
         else:
             scores, size = item.scores, item.bytes
         base = min(run.references.values(), key=lambda reference: _value(reference, scores))
@@ -173,8 +173,8 @@ def _steps(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
 
 
 def _agreement(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
-    """KL to the original and agreement of the likeliest token, on calibration text's measure of the search split."""
-    scores = trial.unpack_scores(run.executor.submit(trial.compared, run.json, str(item.folder)).result())
+    """KL to the original and agreement of the likeliest token, on the search split."""
+    scores = Scores.parse(run.executor.submit(trial.compared, run.json, str(item.folder)).result())
     found = quality_records(common["run"], common["model"], scores, seed=run.source.seed)
     return [record for record in found if record.metric in ("kl", "top1_agreement")]
 
@@ -183,9 +183,9 @@ def samples(run: "Run", common: dict[str, Any], before: Loaded, after: Loaded) -
     """The same prompts continued by both models, greedily."""
     found = []
     for item in run.task.examples("search")[:SAMPLES]:
-        ids = before.tokenizer(item.text, add_special_tokens=False)["input_ids"]
+        ids = before.tokenizer(item.text, add_special_tokens=False, verbose=False)["input_ids"]
         start = min(len(ids) // 3, 200)
-        prompt = ids[start : start + PROMPT]
+        prompt = ids[start : start + min(PROMPT, likelihood.context_length(before.model) - CONTINUED)]
         if len(prompt) < 8:
             continue
         texts = [continuation(loaded, prompt) for loaded in (before, after)]
@@ -218,8 +218,7 @@ def uses(run: "Run", loaded: Loaded) -> list[dict[str, str]]:
     python = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{run.out.name}")'
     plain = {"tool": "transformers", "how": python, "note": ""}
     if layout == "compressed-tensors":
-        vllm = {"tool": "vLLM", "how": f"vllm serve {run.out.name}", "note": "reads compressed-tensors folders"}
-        return [{**plain, "note": "with the compressed-tensors package installed"}, vllm]
+        return [{**plain, "note": "with the compressed-tensors package installed"}]
     if layout == "dense":
         return [{**plain, "note": "nothing else is needed"}]
     return [{"tool": "transformers with shrew", "how": f"import shrew\n{python}",
