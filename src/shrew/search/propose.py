@@ -94,8 +94,11 @@ class Curve:
     seen: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # family -> (damage, excess)
 
     def learn(self, candidate: Candidate, retention: float) -> None:
+        """Note a trial; of two at the same damage (healed and not) the better one stays."""
         excess = max(self.loss * (1 / max(retention, 1e-3) - 1), 1e-5)
-        self.seen.setdefault(candidate.family.name, []).append((candidate.damage, excess))
+        known = dict(self.seen.get(candidate.family.name, []))
+        known[candidate.damage] = min(excess, known.get(candidate.damage, excess))
+        self.seen[candidate.family.name] = list(known.items())
 
     def forget(self, family: Family) -> None:
         self.seen.pop(family.name, None)

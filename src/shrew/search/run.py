@@ -51,6 +51,9 @@ class Trial:
     full: bool = True
 
 
+Started = tuple[Candidate, list[dict[str, Any]], "Future[dict[str, Any]]"]
+
+
 class Run:
     def __init__(self, source: Source, wanted: ShrinkSpec, goals: dict[str, float | None], out: Path, command: str,
                  say: Callable[[str], None]) -> None:  # fmt: skip
@@ -112,12 +115,29 @@ class Run:
                                 for old in self.trials[:-1]):  # fmt: skip
                 self.curve.forget(candidate.family)  # what brief healing left says little about full healing
             self.curve.learn(candidate, item.retention)
-        name = f"{candidate.family.name}, {candidate.mean_bits():.2f} bits" if candidate else "8 bits, no healing"
+        name = f"{candidate.family.name}, {candidate.mean_bits():.2f} bits" if candidate else "8 bits"
+        steps = sum(int(move.get("steps", 0)) for move in moves)
+        name += f", healed {steps} steps" if steps else ", not healed"
         again = ", from the cache" if item.reused else f", {item.seconds:.0f} CPU-s"
-        self.say(f"{item.label}: {name}: {item.bytes / 1e6:.2f} MB keeps {item.retention:.2%}"
-                 f"{' (briefly healed)' if not full and self.wanted.heal else ''}{again}; "
+        self.say(f"{item.label}: {name}: {item.bytes / 1e6:.2f} MB keeps {item.retention:.2%}{again}; "
                  f"{self.minutes():.1f} minutes so far.")  # fmt: skip
         return item
+
+    def finish_all(self, started: list[Started], full: bool) -> list[Trial]:
+        """Wait for healed candidates, then score each without its healing too, which costs next to nothing as it is in
+        the cache: where little was lost, healing can do harm. The better of the two counts."""
+        healed = [self.finish(future, moves, candidate, full) for candidate, moves, future in started]
+        if not self.heal(self.wanted.heal):
+            return [item for item in healed if item is not None]
+        plain = [(candidate, moves[:-1], self.start(moves[:-1])) for candidate, moves, _ in started]
+        bare = [self.finish(future, moves, candidate, full) for candidate, moves, future in plain]
+        better = []
+        for pair in zip(healed, bare, strict=True):
+            known = sorted((item for item in pair if item is not None), key=lambda item: -item.retention)
+            better += known[:1]
+            for item in known[1:]:
+                item.full = False
+        return better
 
     def minutes(self) -> float:
         return (time.monotonic() - self.begun) / 60
@@ -292,14 +312,13 @@ class Run:
         size = min((likely or ladder)[-1 if likely else 0].bytes, int(self.goals["under"] or ladder[0].bytes))
         cuts = sorted(families[1:], key=lambda item: item.cut)[:CUTS]
         brief = self.heal(max(self.wanted.heal // 4, 1) if self.wanted.heal else 0)
-        found: list[tuple[Candidate, list[dict[str, Any]], Future[dict[str, Any]]]] = []
+        found: list[Started] = []
         for item in [families[0], *cuts]:
             candidate = item.candidate(size, self.wanted.group, self.wanted.symmetric)
             if candidate is not None:
                 moves = candidate.moves(brief, self.wanted.group, self.wanted.symmetric)
                 found.append((candidate, moves, self.start(moves)))
-        ended = [self.finish(future, moves, candidate, False) for candidate, moves, future in found]
-        done = [item for item in ended if item is not None]
+        done = self.finish_all(found, False)
         if not done:
             return families[:1]
         done.sort(key=lambda item: -item.retention)
@@ -322,11 +341,9 @@ class Run:
             picked = self.next_candidates(live, ladders, asked)
             if not picked:
                 break
-            started = [(item, item.moves(heal, group, symmetric)) for item in picked]
-            futures = [(item, moves, self.start(moves)) for item, moves in started]
             asked.update(key_of(item) for item in picked)
-            for item, moves, future in futures:
-                self.finish(future, moves, item, True)
+            started = [(item, item.moves(heal, group, symmetric)) for item in picked]
+            self.finish_all([(item, moves, self.start(moves)) for item, moves in started], True)
 
     def next_candidates(
         self, live: list[Family], ladders: dict[str, list[Candidate]], asked: set[str]
