@@ -89,7 +89,7 @@ def modernbert(common: dict[str, Any]) -> Any:
 
 CLASSIFIERS = ("modernbert",)
 TRAINING: dict[str, Any] = {"length": CONTEXT, "batch_tokens": 4096, "lr": 3e-3, "warmup": 50, "threads": 1,
-                            "seed": SEED, "checkpoint_every": 200, "evaluate_every": 1_000_000}  # fmt: skip
+                            "seed": SEED, "checkpoint_every": 200, "validation": 0.0}  # fmt: skip
 LABELLED = TRAINING | {"length": 64, "batch_tokens": 2048, "lr": 2e-3, "checkpoint_every": 1000}
 
 
@@ -200,7 +200,7 @@ def unigrams(tokenizer: Any, documents: list[data.Document], held: list[str]) ->
     rows = tokenizer(held, add_special_tokens=False)["input_ids"]
     by_token = -np.log2(tokens / tokens.sum())[np.concatenate(rows)].sum()
     by_byte = -np.log2(count / count.sum())[seen].sum()
-    return {"unigram_tokens": by_token / len(seen), "unigram_bytes": by_byte / len(seen)}
+    return {"unigram_tokens": float(by_token / len(seen)), "unigram_bytes": float(by_byte / len(seen))}
 
 
 def shrink(name: str, place: Path, held: Path, keep: float, options: Sequence[str]) -> dict[str, Any]:
