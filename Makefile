@@ -11,7 +11,7 @@ RUN := .venv/bin
 
 demo: .venv/ready
 	@echo "Searching for the smallest form of the starter that keeps 98 % of it, with proof, into demo/: about 6 minutes."
-	$(RUN)/shrew shrink starter --keep 0.98 --out demo
+	$(RUN)/shrew shrink starter --keep 0.98 --heal 48 --minutes 3 --out demo
 
 test: .venv/ready
 	$(RUN)/python -m pytest
@@ -21,7 +21,9 @@ lint: .venv/ready
 	$(RUN)/mypy
 
 bench: .venv/ready
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(RUN)/python "$$script"; done
+	$(RUN)/pip install --quiet -c constraints.txt -r benchmarks/requirements.txt
+	$(RUN)/python benchmarks/train.py --records results/records.jsonl
+	$(RUN)/python benchmarks/search.py --records results/records.jsonl
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

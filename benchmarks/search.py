@@ -2,8 +2,8 @@
 
     python benchmarks/search.py --records results/records.jsonl
 
-Grid: bits {3, 4, 5, 6, 8} x layers dropped {0, 1} x MLP width {1, 0.75, 0.5} x group {32, 128}, the same healing in each
-cell as the search gives its finalists. Both choose on the search split by the same rule and are judged by the same gate
+Grid: bits {3, 4, 5, 6, 8} x layers dropped {0, 1} x MLP width {1, 0.75, 0.5} x group {32, 128}, each cell healed as
+the search heals its finalists. Both choose on the search split by the same rule and are judged by the same gate
 on the final split. Each has a cache of its own, so that neither profits from the other's work.
 """
 

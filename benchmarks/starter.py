@@ -54,8 +54,8 @@ def main() -> None:
     recipe = loaded.lineage["recipe"]
     card = f"""# The starter: a small model of Python source
 
-{int(values["parameters"].value or 0):,} parameters, bf16, {int(values["bytes"].value or 0):,} bytes; a Llama-type folder
-that transformers reads without Shrew. It is there so that everything Shrew does can be tried on a fresh machine.
+{int(values["parameters"].value or 0):,} parameters, bf16, {int(values["bytes"].value or 0):,} bytes; a Llama-type
+folder that transformers reads without Shrew. It is there so that everything Shrew does can be tried on a fresh machine.
 
 | measured on modules never trained on | value | 95 % interval | n |
 | --- | --- | --- | --- |

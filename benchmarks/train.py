@@ -52,7 +52,7 @@ class Part:
     rows_a_step: int
     collate: Any
     tokens: Callable[[int], int]  # target tokens of the Trainer's step
-    micros: tuple[int, ...]  # what the Trainer may compute at once, in rows
+    micros: tuple[int, ...]  # what may be computed at once, in rows
     rounds: int
     rates: bool = False
 
@@ -110,7 +110,7 @@ def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 def fastest(part: Part, fresh: Callable[[], Any], bf16: bool, where: Path) -> tuple[int, int]:
     """The micro-batch, in rows, that is fastest for us and for the Trainer: the second step of each counts."""
     loop, times = ours(fresh(), part, bf16, where), {}
-    for micro in sorted({micro for micro in (1, 2, 4, 8) if micro <= loop.rows} | {loop.micro}):
+    for micro in sorted({micro for micro in part.micros if micro <= loop.rows} | {loop.micro}):
         loop.micro = micro
         times[micro] = [cpu_seconds(loop.take_step)[0] for _ in range(2)][1]
     theirs = {}
@@ -189,7 +189,7 @@ def packed(name: str, item: TrainSpec, stream: data.Stream, tokens: int, rounds:
         rows += [{"input_ids": torch.from_numpy(inputs[row]), "labels": torch.from_numpy(labels[row])}
                  for row in range(size)]  # fmt: skip
         counts.append(int((labels != -100).sum()))
-    micros = tuple(micro for micro in (1, 2, 4, 8, 16) if micro <= size and (size < 8 or micro > 1))
+    micros = tuple(micro for micro in (1, 2, 4, 8) if micro <= size and (size < 16 or micro > 1))
     return Part(name, f"{tokens} tokens a step, same packed rows", item, stream, rows, size,
                 transformers.default_data_collator, counts.__getitem__, micros, rounds, rates)  # fmt: skip
 
@@ -212,7 +212,7 @@ def padded(item: TrainSpec, texts: list[data.Document], tokenizer: Any, rounds: 
 
     what = f"{len(documents)} functions of {mean:.0f} tokens on average: packed with document masks, against padded"
     item = replace(item, document_mask=True)
-    return Part("documents", what, item, stream, rows, size, collate, tokens, (4, 8, 16), rounds)
+    return Part("documents", what, item, stream, rows, size, collate, tokens, (4, 8), rounds)
 
 
 def parts(item: TrainSpec, rounds: int, wanted: list[str]) -> tuple[Any, list[Part]]:
@@ -222,9 +222,9 @@ def parts(item: TrainSpec, rounds: int, wanted: list[str]) -> tuple[Any, list[Pa
     stream = data.tokenize(texts, tokenizer)
     makers: dict[str, Callable[[], Part]] = {
         "8k": lambda: packed("8k", item, stream, 8192, rounds, rates=True),
-        "2k": lambda: packed("2k", item, stream, 2048, 2 * rounds),
-        "1k": lambda: packed("1k", item, stream, 1024, 2 * rounds),
-        "documents": lambda: padded(item, texts, tokenizer, max(rounds // 2, 2)),
+        "2k": lambda: packed("2k", item, stream, 2048, rounds),
+        "1k": lambda: packed("1k", item, stream, 1024, rounds),
+        "documents": lambda: padded(replace(item, batch_tokens=4096), texts, tokenizer, rounds),
     }
     for name in wanted:
         if name not in makers:
@@ -278,8 +278,9 @@ def main() -> int:
 
     import accelerate
 
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, accelerate)}
+    versions = {module.__name__: str(module.__version__) for module in (torch, transformers, accelerate)}
     about = {"threads": threads.count, "precision": precision.name, "parameters": fresh().num_parameters(), **versions}
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     print(f"{about['parameters']:,} parameters; {threads.reason}; {precision.reason}.")
     print(f"{'':<10} {'shrew':>8} {'Trainer':>8}   ratio; tokens per CPU-second")
     found: list[record.Record] = []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import string
 import sys
@@ -110,3 +111,45 @@ def tiny_classifier_folder(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPat
     )
     model = DistilBertForSequenceClassification(config)
     return _save(model, tiny_tokenizer, tmp_path_factory.mktemp("models") / "distilbert")
+
+
+def sentences(count: int, seed: int) -> str:
+    """Sentences of a small world: what animal does what to which, drawn at random."""
+    draw = random.Random(seed)
+    animals, verbs = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen"], ["sees", "likes", "helps", "hears"]
+    drawn = [(draw.choice(animals), draw.choice(verbs), draw.choice(animals)) for _ in range(count)]
+    return "".join(f"The {who} {does} the {whom}.\n" for who, does, whom in drawn)
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 240 texts of four such sentences."""
+    path = tmp_path_factory.mktemp("text") / "stories.jsonl"
+    path.write_text("".join(json.dumps({"text": sentences(4, seed)}) + "\n" for seed in range(240)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_llama_folder(
+    tiny_llama_folder: Path, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny llama in bf16 after a few seconds of training on other stories, so that it has a quality to lose."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_llama_folder, initializer_range=0.02))
+    rows = tiny_tokenizer([sentences(4, seed) for seed in range(1000, 1300)], add_special_tokens=False)["input_ids"]
+    longest = max(map(len, rows)) + 2
+    ids = torch.full((len(rows), longest), tiny_tokenizer.pad_token_id)
+    for number, row in enumerate(rows):
+        ids[number, : len(row) + 2] = torch.tensor([tiny_tokenizer.bos_token_id, *row, tiny_tokenizer.eos_token_id])
+    targets = ids.masked_fill(ids == tiny_tokenizer.pad_token_id, -100)
+    optimizer, steps = torch.optim.AdamW(model.parameters(), lr=6e-3), 200
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 10, (steps - step) / (0.7 * steps), 1.0)
+        picked = torch.arange(step * 6, step * 6 + 6) % len(ids)
+        model(input_ids=ids[picked], labels=targets[picked]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _save(model.to(torch.bfloat16), tiny_tokenizer, tmp_path_factory.mktemp("models") / "trained")

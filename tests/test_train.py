@@ -175,7 +175,7 @@ def test_a_run_killed_at_any_step_repeats_itself_to_the_bit(home: Path, monkeypa
 
 
 def test_kill_9_and_the_same_command_again(home: Path) -> None:
-    values = _values(steps=120, checkpoint_every=7)
+    values = _values(steps=80, checkpoint_every=9)
     (home / "r.toml").write_text(spec.to_toml(values), "utf-8")
     whole = home / "whole"
     whole.mkdir()
@@ -183,7 +183,7 @@ def test_kill_9_and_the_same_command_again(home: Path) -> None:
     os.chdir(whole)
     assert main(["../r.toml"]) == 0
     os.chdir(home)
-    done = random.randrange(5, 60)
+    done = random.randrange(5, 50)
     with subprocess.Popen([sys.executable, "-m", "shrew", "train", "r.toml"], stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 300
         while sum(path.read_bytes().count(b"\n") for path in home.glob("runs/*/log.jsonl")) < done:

@@ -60,10 +60,11 @@ def check_writable_target(path: Path, mark: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, mark: str) -> Iterator[Path]:
+def new_folder(path: Path, mark: str, same: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `path` when the block ends without an error.
 
-    An existing `path` is replaced only if it holds the file `mark`, as everything written here does.
+    An existing `path` is replaced only if it holds the file `mark`, as everything written here does. With `same`, for
+    folders named after a hash of their content, one that another process wrote meanwhile is left as it is.
     """
     path = path.resolve()
     check_writable_target(path, mark)
@@ -79,7 +80,13 @@ def new_folder(path: Path, mark: str) -> Iterator[Path]:
                 sync_folder(item)
         sync_folder(temporary)
         temporary.chmod(0o755)
-        if path.exists():
+        if same:
+            try:
+                temporary.replace(path)
+            except OSError:
+                if not (path / mark).exists():
+                    raise
+        elif path.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             old = aside / path.name
             try:

@@ -172,6 +172,8 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
     item = recipe.train
     if item.init:
         loaded = folder.load(item.init)
+        if loaded.packed:
+            raise UsageError(f"{item.init} is quantized and cannot be trained further; start from its original.")
         _check_length(item.length, getattr(loaded.model.config, "max_position_embeddings", None))
         return loaded, [] if loaded.is_classifier else data.documents(item.data)
     _check_length(item.length, recipe.model.context)

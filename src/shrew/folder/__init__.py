@@ -93,7 +93,7 @@ def load(name: str | Path, trust_remote_code: bool = False) -> Loaded:
     return Loaded(model, tokenizer, path, read_packed(model, entries, stated), untouched, lineage, dtype, stored)
 
 
-def save(loaded: Loaded, path: Path) -> str:
+def save(loaded: Loaded, path: Path, same: bool = False) -> str:
     """Write a model folder in one step and return its layout: "dense", "compressed-tensors" or "shrew (reason)".
 
     Weights in `loaded.packed` are written as their codes; the others in the dtype that the original had. A weight that
@@ -124,7 +124,7 @@ def save(loaded: Loaded, path: Path) -> str:
     if loaded.untouched:
         lineage["untouched"] = loaded.untouched
     try:
-        with files.new_folder(Path(path), LINEAGE) as temporary, quiet():
+        with files.new_folder(Path(path), LINEAGE, same) as temporary, quiet():
             _write_weights(temporary, content)
             if loaded.model.can_generate():  # not its own save_pretrained, which refuses settings that others shipped
                 loaded.model.generation_config.to_json_file(temporary / "generation_config.json")

@@ -7,7 +7,6 @@ one run, in several runs or out of the cache gives the same bytes.
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from shrew.moves.distil import Distil
 from shrew.moves.drop_layers import DropLayers
 from shrew.moves.narrow import Narrow
 from shrew.moves.quantize import Quantize
-from shrew.moves.source import Source, context_of, fingerprint, open_task
+from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task
 
 __all__ = ["MOVES", "Context", "Move", "Recipe", "Source", "apply_moves", "main", "parse_moves", "table"]
 
@@ -34,7 +33,7 @@ class Move(Protocol):
     def apply(self, loaded: Loaded, context: Context) -> Loaded: ...
 
 
-MOVES: dict[str, type] = {move.name: move for move in (Quantize, DropLayers, Narrow, Distil)}
+MOVES: dict[str, Any] = {move.name: move for move in (Quantize, DropLayers, Narrow, Distil)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class Recipe:
 
 def parse_moves(tables: Sequence[dict[str, Any]], where: str) -> list[Move]:
     """[[moves]] tables, each with its `name`, as moves; unknown names and keys are refused with the nearest known."""
-    found = []
+    found: list[Move] = []
     for number, values in enumerate(tables, 1):
         name = str(values.get("name", ""))
         if name not in MOVES:
@@ -62,16 +61,13 @@ def table(move: Move) -> dict[str, Any]:
     return {"name": move.name, **spec.dump(move)}
 
 
-def apply_moves(original: Path, moves: Sequence[Move], source: Source, context: Context, keep: bool = True) -> Path:
-    """The folder in the cache that these moves make of `original`; what is there already is not made again.
-
-    With `keep` False the folders of all but the last move are removed once they have served.
-    """
+def apply_moves(original: Path, moves: Sequence[Move], source: Source, context: Context) -> Path:
+    """The folder in the cache that these moves make of `original`; what is there already is not made again."""
     base = fingerprint(source, original, context)
     path = original
     for count in range(1, len(moves) + 1):
         tables = [table(move) for move in moves[:count]]
-        out = context.cache / "applied" / spec.digest([base, tables])[:32]
+        out = context.cache / "applied" / spec.digest([folder.versions(), base, tables])[:32]
         if not (out / folder.LINEAGE).exists():
             loaded = folder.load(path)
             origin = loaded.lineage.get("moves", [])
@@ -80,9 +76,7 @@ def apply_moves(original: Path, moves: Sequence[Move], source: Source, context: 
                               "threads": source.threads}  # fmt: skip
             loaded = moves[count - 1].apply(loaded, context)
             loaded.lineage["untouched"] = loaded.untouched
-            folder.save(loaded, out)
-        if path != original and not keep:
-            shutil.rmtree(path)
+            folder.save(loaded, out, same=True)
         path = out
     return path
 
@@ -149,8 +143,7 @@ def _run(source: Source, moves: list[Move], args: argparse.Namespace) -> int:
     source = replace(source, threads=threads.count)
     say(f"Applying {', '.join(move.name for move in moves)} to {source.model}; {threads.reason}.")
     # A move that needs no text can do without any; one that does says so itself.
-    needs_text = bool(source.task or source.text or original.lineage.get("recipe"))
-    if needs_text:
+    if source.task or source.text or knows_python(original):
         context = context_of(source, original, open_task(source, original), say)
     else:
         context = Context([], [], original, source.seed, files.cache_folder(), say)

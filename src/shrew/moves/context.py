@@ -15,8 +15,8 @@ class Context:
 
     `calibration` and `healing` are int64 token-id sequences: windows of at most 512 tokens for causal models, one text
     each for classifiers; no document is in both. `teacher` is the original model. `cache` is a folder for results that
-    are costly to repeat. `say` prints one plain line of progress. `labels` [len(healing)] are the classes of the healing texts
-    where they are known.
+    are costly to repeat. `say` prints one plain line of progress. `labels` [len(healing)] are the classes of the
+    healing texts where they are known.
     """
 
     calibration: list[np.ndarray]

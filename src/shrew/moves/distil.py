@@ -7,7 +7,7 @@ whatever those numbers round to. Nothing leaves the grid, so packed stays packed
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from shrew import files, machine, objectives
 from shrew.errors import ShrewError, UnsupportedError
 from shrew.folder import Loaded
-from shrew.folder.packed import Packed, dequantize, from_rows, to_rows
+from shrew.folder.packed import Packed, to_rows
 from shrew.moves.anatomy import fingerprint
 from shrew.moves.context import Context
 from shrew.spec import Meta, doc
@@ -146,8 +146,8 @@ class Weights:
                        loaded.model.named_parameters()}  # fmt: skip
         self.update: dict[str, tuple[Tensor, Tensor]] = {}
         if rank:
-            outer = {id(layer.weight) for layer in (loaded.model.get_input_embeddings(),
-                                                    loaded.model.get_output_embeddings()) if layer is not None}  # fmt: skip
+            ends = (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings())
+            outer = {id(layer.weight) for layer in ends if layer is not None}
             draw = torch.Generator().manual_seed(seed)
             for name, p in loaded.model.named_parameters():
                 if p.ndim >= 2 and id(p) not in outer:
@@ -183,7 +183,7 @@ class Weights:
 
 
 def on_grid(value: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """The nearest codes on the grid of `packed` (its scales and zeros as they are), and the parameter they stand for."""
+    """The nearest codes on the grid of `packed` (scales and zeros as they are), and the parameter they stand for."""
     rows = to_rows(value, packed.transposed)
     width = packed.grid.group or rows.shape[1]
     middle = torch.tensor(2.0 ** (packed.grid.bits - 1)) if packed.zeros is None else packed.zeros.float()
@@ -194,7 +194,7 @@ def on_grid(value: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     scales = packed.scales.float()
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
     codes = (rows * spread(inverse) + spread(middle)).round_().clamp_(0, 2**packed.grid.bits - 1).to(torch.uint8)
-    return codes, from_rows(dequantize(codes, packed.scales, packed.zeros, packed.grid), packed.shape, packed.transposed)
+    return codes, replace(packed, codes=codes).dense()
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Quantize:
     method: Literal["gptq", "rtn"] = doc("gptq spreads errors by calibration text; rtn rounds to nearest", "gptq")
     symmetric: bool = doc("no zero points", True)
     embeddings: bool = doc("quantize embeddings and output head too", False)
-    tensors: dict[str, int] = doc("bits of single weights by name; 0 or 16 leaves one alone", default_factory=dict)  # noqa: RUF009
+    tensors: dict[str, int] = doc("bits of single weights by name; 0 or 16 leaves one alone", default_factory=dict)
     damp: Annotated[float, Meta(gt=0, le=1)] = doc("gptq: added to the diagonal, as a share of its mean", 0.01)
 
     def __post_init__(self) -> None:

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import numpy as np
 
 from shrew import data, files, folder
+from shrew.data import python
 from shrew.errors import DataError, UsageError
 from shrew.folder import Loaded
 from shrew.moves.context import Context
-from shrew.spec import Meta, doc
+from shrew.spec import Meta, digest, doc
 from shrew.tasks import Task, read, read_text_task
 from shrew.tasks.labels import Labels, label_ids
 
@@ -37,20 +38,27 @@ def open_task(source: Source, original: Loaded) -> Task:
         return read(source.task)
     if source.text:
         return read_text_task(source.text)
-    trained = original.lineage.get("recipe", {}).get("train", {}).get("data", [])
-    if "python:train" in trained:
+    if knows_python(original):
         return read("python")
     raise UsageError("nothing to measure quality on; give --task FILE.jsonl or --text FILE.")
+
+
+def knows_python(original: Loaded) -> bool:
+    """Whether a model was trained on the machine's Python source, so that its evaluation modules can measure it."""
+    return "python:train" in original.lineage.get("recipe", {}).get("train", {}).get("data", [])
 
 
 def context_of(source: Source, original: Loaded, task: Task, say: Callable[[str], None]) -> Context:
     """Calibration and healing windows, disjoint from what the task measures on, with the original as the teacher."""
     labels = None
     if source.task and source.text and not original.is_classifier:
-        # The task says what quality is; the text is there to calibrate and heal on. A text that the task measures
-        # on is left out of it.
+        # The task says what quality is; the text is there to calibrate and heal on. Documents that share a run of
+        # words with what the task measures on are left out of it.
         measured = {text for split in ("search", "final") for text in task.texts(original, split)}
-        found = [item for item in data.documents(source.text) if item.text not in measured]
+        runs = python.Runs(iter(measured))
+        found = [item for item in data.documents(source.text) if item.text not in measured and item.text not in runs]
+        if not found:
+            raise DataError("every document of --text is also in the task; give text that it does not measure on.")
         parts = data.split_documents(found, {"calibration": 0.2, "healing": 0.8}, "source")
         texts = {name: [item.text for item in part] for name, part in parts.items()}
     else:
@@ -67,8 +75,8 @@ def context_of(source: Source, original: Loaded, task: Task, say: Callable[[str]
 
 
 def windows(loaded: Loaded, texts: list[str], length: int, limit: int) -> list[np.ndarray]:
-    """Token ids in windows of at most `length`, about `limit` tokens in all: classifiers get one window a text,
-    others the pieces of each document that are long enough to learn from."""
+    """Token ids in windows of at most `length`, about `limit` tokens in all: one window a text for classifiers, the
+    pieces of each document for others."""
     length = min(length, getattr(loaded.model.config, "max_position_embeddings", None) or length)
     found: list[np.ndarray] = []
     total = 0
@@ -79,10 +87,9 @@ def windows(loaded: Loaded, texts: list[str], length: int, limit: int) -> list[n
         else:
             rows = data.encode(loaded.tokenizer, batch)
         for row in rows:
-            shortest = 1 if loaded.is_classifier else min(len(row), length // 4, 2)
             for start in range(0, len(row), length):
                 piece = np.array(row[start : start + length], dtype=np.int64)
-                if len(piece) >= max(shortest, 1):
+                if loaded.is_classifier or len(piece) > 1:  # one token alone predicts nothing
                     found.append(piece)
                     total += len(piece)
                 if total >= limit:
@@ -96,6 +103,7 @@ def fingerprint(source: Source, original: Path, context: Context) -> dict[str, A
         "original": folder.identity(original),
         "calibration": hash_windows(context.calibration),
         "healing": hash_windows(context.healing),
+        "labels": digest(None if context.labels is None else context.labels.tolist()),
         "seed": source.seed,
         "threads": source.threads,
     }

@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
         print(record.lines(records).decode(), end="")
     else:
         Console(file=sys.stdout).print(report.summary(records))
-    _say(f"Wrote {out / 'report.html'}, records and recipe." if not missed else f"Wrote {out / 'report.html'}.")
+    what = "report.html and records.jsonl" if missed else "the model, recipe.toml, report.html and records.jsonl"
+    _say(f"Wrote {what} to {run.out}. What reruns use again lies in {files.cache_folder()} and may be removed.")
     if missed:
         raise FloorNotMet(missed)
     return 0

@@ -34,7 +34,9 @@ def extend(damage: Mapping[int, float]) -> dict[int, float]:
     return {bits: known.get(bits, known[top] * 4.0 ** (top - bits)) for bits in BITS}
 
 
-def allocate(sizes: Sequence[Mapping[int, int]], damages: Sequence[Mapping[int, float]], budget: int) -> list[int] | None:
+def allocate(
+    sizes: Sequence[Mapping[int, int]], damages: Sequence[Mapping[int, float]], budget: int
+) -> list[int] | None:
     """The width of each group that minimises the sum of damages within `budget` bytes; None if nothing fits.
 
     Exact dynamic programming over `CELLS` cells of bytes (up to rounding sizes up to whole cells).
@@ -42,6 +44,9 @@ def allocate(sizes: Sequence[Mapping[int, int]], damages: Sequence[Mapping[int, 
     least = sum(min(item.values()) for item in sizes)
     if least > budget:
         return None
+    ideal = [min(size, key=damage.__getitem__) for size, damage in zip(sizes, damages, strict=True)]
+    if sum(size[bits] for size, bits in zip(sizes, ideal, strict=True)) <= budget:
+        return ideal
     cell = max(budget / CELLS, 1.0)
     room = int(budget / cell)
     best = np.zeros(room + 1)

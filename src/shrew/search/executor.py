@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -30,8 +31,12 @@ class LocalExecutor:
 
     def cpu_seconds(self) -> float:
         """What the workers have used so far."""
-        used = [psutil.Process(number).cpu_times() for number in self._pool._processes or {}]
-        return float(sum(item.user + item.system for item in used))
+        total = 0.0
+        for number in self._pool._processes or {}:
+            with suppress(psutil.Error):  # a worker that has just ended
+                used = psutil.Process(number).cpu_times()
+                total += used.user + used.system
+        return total
 
     def close(self, wait: bool = True) -> None:
         """Stop the workers: after their work, or at once."""

@@ -16,7 +16,7 @@ from shrew.measure import cost_records, paired_bootstrap, quality_records, speed
 from shrew.record import Record
 from shrew.search import trial
 from shrew.search.gate import ALPHA, Verdict
-from shrew.tasks import Scores
+from shrew.tasks import Scores, likelihood
 
 if TYPE_CHECKING:
     from shrew.search.run import Run, Trial
@@ -44,7 +44,7 @@ def emit(run: "Run", chosen: "Trial | None", verdicts: dict[str, Verdict], order
     outcome = "met" if chosen is not None else "not met"
     found.append(Record(run=name, model=label, metric="verdict", value=outcome, task=_task(run, "final"), detail={
         "reason": "" if best else "nothing that was tried met the goals on the search split",
-        "cpu_seconds": time.process_time() + run.executor.cpu_seconds(),
+        "cpu_seconds": time.process_time() - run.cpu_begun + run.executor.cpu_seconds(),
         "wall_seconds": time.monotonic() - run.begun,
         "not_measured": ["speed in other runtimes", "tasks other than this one"],
     }))  # fmt: skip
@@ -63,8 +63,9 @@ def _plan(run: "Run", name: str) -> Record:
         splits[split] = {"documents": len(items)} | ({"bytes": sum(sizes)} if any(sizes) else {})
     return Record(run=name, model="", metric="plan", value=None, seed=run.source.seed, detail={
         "model": run.source.model, "command": run.command, "goals": run.goals, "tried": run.tried,
-        "settings": spec.dump(run.wanted) | _evaluated(run), "versions": folder.versions(), "threads": run.source.threads,
-        "candidates": run.wanted.candidates, "splits": splits, "provable_keep": run.provable,
+        "settings": spec.dump(run.wanted) | _evaluated(run), "versions": folder.versions(),
+        "threads": run.source.threads, "candidates": run.wanted.candidates, "splits": splits,
+        "provable_keep": run.provable,
     })  # fmt: skip
 
 
@@ -76,8 +77,8 @@ def _evaluated(run: "Run") -> dict[str, str]:
     manifest = json.loads(place.read_text("utf-8"))
     now = {id: hashlib.sha256(text.encode()).hexdigest() for id, text in python.evaluation()}
     same = sum(manifest["evaluation"].get(id) == mark for id, mark in now.items())
-    return {"evaluation": f"{len(now)} modules of Python {platform.python_version()}, {same} of them word for word as in "
-                          f"Python {manifest['interpreter']}, where the starter was trained"}  # fmt: skip
+    told = f"{len(now)} modules of Python {platform.python_version()}, {same} of them word for word as in "
+    return {"evaluation": f"{told}Python {manifest['interpreter']}, where the starter was trained"}
 
 
 def _references(run: "Run", name: str) -> list[Record]:
@@ -118,10 +119,10 @@ def _final(run: "Run", name: str, label: str, key: str, verdicts: dict[str, Verd
     found = [item for item in quality_records(name, label, scores, run.finals[verdict.against], verdict.against,
                                               ALPHA, run.source.seed) if item.metric != "retention"]  # fmt: skip
     kept = verdict.interval
+    detail = {"against": verdict.against, "lower_bound": verdict.lower_bound, "alpha": ALPHA,
+              "floor": run.goals["keep"], "passed": verdict.passed, "units": _units(scores)}  # fmt: skip
     found.append(Record(run=name, model=label, metric="retention", value=kept.value, low=kept.low, high=kept.high,
-                        n=kept.n, task=_task(run, "final"), seed=run.source.seed, detail={
-                            "against": verdict.against, "lower_bound": verdict.lower_bound, "alpha": ALPHA,
-                            "floor": run.goals["keep"], "passed": verdict.passed, "units": _units(scores)}))  # fmt: skip
+                        n=kept.n, task=_task(run, "final"), seed=run.source.seed, detail=detail))  # fmt: skip
     return found
 
 
@@ -160,7 +161,7 @@ def _steps(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
     for number, move in enumerate(item.moves, 1):
         if number < len(item.moves):
             done = futures[number - 1].result()
-            scores, size = trial.unpack_scores(done["scores"]), done["bytes"]
+            scores, size = Scores.parse(done["scores"]), done["bytes"]
         else:
             scores, size = item.scores, item.bytes
         base = min(run.references.values(), key=lambda reference: _value(reference, scores))
@@ -172,8 +173,8 @@ def _steps(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
 
 
 def _agreement(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
-    """KL to the original and agreement of the likeliest token, on calibration text's measure of the search split."""
-    scores = trial.unpack_scores(run.executor.submit(trial.compared, run.json, str(item.folder)).result())
+    """KL to the original and agreement of the likeliest token, on the search split."""
+    scores = Scores.parse(run.executor.submit(trial.compared, run.json, str(item.folder)).result())
     found = quality_records(common["run"], common["model"], scores, seed=run.source.seed)
     return [record for record in found if record.metric in ("kl", "top1_agreement")]
 
@@ -182,9 +183,9 @@ def samples(run: "Run", common: dict[str, Any], before: Loaded, after: Loaded) -
     """The same prompts continued by both models, greedily."""
     found = []
     for item in run.task.examples("search")[:SAMPLES]:
-        ids = before.tokenizer(item.text, add_special_tokens=False)["input_ids"]
+        ids = before.tokenizer(item.text, add_special_tokens=False, verbose=False)["input_ids"]
         start = min(len(ids) // 3, 200)
-        prompt = ids[start : start + PROMPT]
+        prompt = ids[start : start + min(PROMPT, likelihood.context_length(before.model) - CONTINUED)]
         if len(prompt) < 8:
             continue
         texts = [continuation(loaded, prompt) for loaded in (before, after)]
@@ -217,8 +218,7 @@ def uses(run: "Run", loaded: Loaded) -> list[dict[str, str]]:
     python = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{run.out.name}")'
     plain = {"tool": "transformers", "how": python, "note": ""}
     if layout == "compressed-tensors":
-        return [{**plain, "note": "with the compressed-tensors package installed"},
-                {"tool": "vLLM", "how": f"vllm serve {run.out.name}", "note": "reads compressed-tensors folders"}]  # fmt: skip
+        return [{**plain, "note": "with the compressed-tensors package installed"}]
     if layout == "dense":
         return [{**plain, "note": "nothing else is needed"}]
     return [{"tool": "transformers with shrew", "how": f"import shrew\n{python}",

@@ -1,9 +1,12 @@
 """One run of the search, from the original to the verdict."""
 
 import json
+import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from shrew import files, folder, machine, spec
+from shrew import files, folder, machine, record, report, spec
 from shrew.errors import ShrewError
 from shrew.measure import cost, statistics
 from shrew.moves.source import Source, context_of, open_task
@@ -52,13 +55,14 @@ class Run:
     def __init__(self, source: Source, wanted: ShrinkSpec, goals: dict[str, float | None], out: Path, command: str,
                  say: Callable[[str], None]) -> None:  # fmt: skip
         self.wanted, self.goals, self.out, self.command, self.say = wanted, goals, out, command, say
-        self.begun = time.monotonic()
+        self.begun, self.cpu_begun = time.monotonic(), time.process_time()
         self.original = folder.load(source.model)
+        self.jobs = wanted.jobs or self.most_jobs(source)
+        # Trials side by side beat threads inside one; alone, a trial takes the faster number of threads.
         cores = machine.usable_cores()
-        size = sum(p.numel() * 4 for p in self.original.model.parameters())
-        room = max(int(psutil.virtual_memory().available / (size * 6 + 5e8)), 1)
-        self.jobs = wanted.jobs or min(cores, room)
-        self.source = replace(source, threads=max(cores // self.jobs, 1))
+        threads = machine.choose_threads(max(cores // self.jobs, 1) if self.jobs > 1 else None)
+        self.source = replace(source, threads=threads.count)
+        say(f"{self.jobs} trial(s) at a time; {threads.reason}.")
         self.json = json.dumps(spec.dump(self.source), sort_keys=True)
         self.task = open_task(self.source, self.original)
         self.context = context_of(self.source, self.original, self.task, say)
@@ -66,6 +70,14 @@ class Run:
         self.tried: list[str] = []
         self.references: dict[str, Scores] = {}
         self.curve = Curve(1.0)
+
+    def most_jobs(self, source: Source) -> int:
+        """Trials that this machine's memory holds at once: weights with gradients and moments, logits of a healing
+        step. From the memory that the machine has, not from what is free now, so that a rerun does the same."""
+        model = self.original.model
+        weights = sum(p.numel() for p in model.parameters()) * 4 * 6
+        logits = self.wanted.rows * source.window * model.config.get_text_config().vocab_size * 4 * 4
+        return max(min(machine.usable_cores(), int(0.8 * psutil.virtual_memory().total / (weights + logits + 5e8))), 1)
 
     # -- what the parts share ------------------------------------------------------------------------------------
 
@@ -80,10 +92,16 @@ class Run:
         return self.executor.submit(trial.run_trial, self.json, moves, split)
 
     def finish(self, future: "Future[dict[str, Any]]", moves: list[dict[str, Any]], candidate: Candidate | None,
-               full: bool) -> Trial:  # fmt: skip
-        """Wait for a trial, judge it on the search split, say so, learn from it."""
-        found = future.result()
-        scores = trial.unpack_scores(found["scores"])
+               full: bool) -> Trial | None:  # fmt: skip
+        """Wait for a trial, judge it on the search split, say so, learn from it; None for one that failed."""
+        try:
+            found = future.result()
+        except ShrewError as error:
+            if type(error) is not ShrewError:  # the user's input is at fault, not this one candidate
+                raise
+            self.say(f"A trial failed and is left out: {error}")
+            return None
+        scores = Scores.parse(found["scores"])
         item = Trial(f"trial {len(self.trials) + 1}", moves, Path(found["folder"]), found["bytes"],
                      found["parameters"], found["active_parameters"], scores, found["seconds"], found["reused"],
                      candidate, full=full)  # fmt: skip
@@ -117,11 +135,15 @@ class Run:
             worst = max(worst, statistics.retention(old, new) - statistics.lower_bound(old, new, samples=500))
         return worst
 
+    def good(self, item: Trial) -> bool:
+        """Whether a trial keeps enough, as far as the search split can tell."""
+        return self.goals["keep"] is None or item.retention - self.margin(item.scores) >= self.goals["keep"]
+
+    def fits(self, item: Trial) -> bool:
+        return self.goals["under"] is None or item.bytes <= self.goals["under"]
+
     def holds(self, item: Trial) -> bool:
-        """Whether a trial meets every goal as far as the search split can tell."""
-        fits = self.goals["under"] is None or item.bytes <= self.goals["under"]
-        keep = self.goals["keep"]
-        return fits and (keep is None or item.retention - self.margin(item.scores) >= keep)
+        return self.fits(item) and self.good(item)
 
     # -- the five parts ------------------------------------------------------------------------------------------
 
@@ -137,6 +159,10 @@ class Run:
             self.close_in(live)
             chosen, verdicts, order = self.final()
             records = emit(self, chosen, verdicts, order)
+        except BrokenProcessPool:
+            self.executor.close(wait=False)
+            raise ShrewError("a worker died, most likely for want of memory; run the same command again with --jobs 1, "
+                             "finished trials are kept.") from None  # fmt: skip
         except BaseException:
             self.executor.close(wait=False)
             raise
@@ -148,8 +174,7 @@ class Run:
         wishes += [f"{name} {getattr(self.wanted, name)}" for name in ("under", "faster", "memory") if self.goals[name]]
         self.say(f"Shrinking {self.source.model}: {' and '.join(wishes)}.")
         self.say(f"  {self.task.describe()}")
-        self.say(f"  {len(self.context.calibration)} calibration and {len(self.context.healing)} healing windows; "
-                 f"{self.jobs} trials at a time, {self.source.threads} thread(s) each.")  # fmt: skip
+        self.say(f"  {len(self.context.calibration)} calibration and {len(self.context.healing)} healing windows.")
         self.say(f"  Cuts (layers, channels) x bits (2 to 8, by measured damage), each healed for "
                  f"{self.wanted.heal // 4} steps to rank and {self.wanted.heal} to finish; no new trial after "
                  f"{self.wanted.minutes:g} minutes.")  # fmt: skip
@@ -159,16 +184,15 @@ class Run:
         first = self.start([])
         safe = {"name": "quantize", "bits": 8, "group": self.wanted.group, "method": "rtn", "embeddings": True}
         anchor = self.start([safe])
-        twin = self.heal(self.wanted.heal, teacher=1.0 if self.original.is_classifier and self.context.labels is None
-                         else 0.0)  # fmt: skip
-        control = self.start([twin]) if twin else None
+        self.twin = self.heal(self.wanted.heal, teacher=0.0)
+        control = self.start([self.twin]) if self.twin else None
         found = first.result()
-        scores = trial.unpack_scores(found["scores"])
+        scores = Scores.parse(found["scores"])
         self.references["original"] = scores
         self.original_bytes = found["bytes"]
         self.curve = Curve(loss_of(scores))
-        self.finish(anchor, [safe], None, True)
-        self.provable = statistics.highest_keep(scores, self.trials[0].scores)
+        lightly = self.finish(anchor, [safe], None, True)
+        self.provable = statistics.highest_keep(scores, lightly.scores if lightly else None)
         share = (scores.n / max(len(self.task.examples("final")), 1)) ** 0.5
         self.provable = 1 - (1 - self.provable) * min(share, 1.0)
         rounds = 1 + CUTS + 4
@@ -182,21 +206,22 @@ class Run:
 
     def estimate(self, scoring: float) -> float:
         """Minutes that the whole run is likely to take, from the CPU-seconds of scoring the original."""
-        tokens = sum(len(self.original.tokenizer(text)["input_ids"]) for text in self.task.texts(self.original, "search"))
+        texts = self.task.texts(self.original, "search")
+        tokens = sum(map(len, self.original.tokenizer(texts, verbose=False)["input_ids"]))
         healing = self.wanted.heal * self.wanted.rows * self.source.window * 3 * scoring / max(tokens, 1)
         final = len(self.task.examples("final")) / max(len(self.task.examples("search")), 1)
         work = (1 + CUTS) * (healing / 4 + scoring) + 5 * (healing + scoring) + 10 * scoring + 5 * final * scoring
         return work / self.jobs / 60 + 0.5
 
     def control(self, future: "Future[dict[str, Any]] | None") -> None:
-        """The original trained on the same healing text with the same settings: healing must not pass for
-        compression, so every retention from here on is against the better of the two."""
+        """The original trained on the same healing text with the same steps, rows and rate, on the text alone, since it
+        cannot learn from itself: healing must not pass for compression, so every retention from here on is against
+        the better of the two."""
         if future is None:
             return
         found = future.result()
-        scores = trial.unpack_scores(found["scores"])
+        scores = Scores.parse(found["scores"])
         self.references["healed original"] = scores
-        self.control_folder = Path(found["folder"])
         self.say(f"The original healed alike keeps {statistics.retention(self.references['original'], scores):.2%}.")
         for item in self.trials:
             item.retention = min(statistics.retention(reference, item.scores)
@@ -205,53 +230,66 @@ class Run:
     def families(self) -> list[Family]:
         """The uncut model and its cuts, each with the measured damage of every choice of bits."""
         wanted, parts = self.wanted, trial.groups(self.original)
-        items = [{"tensors": [name for name, _, _ in item.tensors], "bits": bits} for item in parts for bits in MEASURED]
+        cells = [(item, bits) for item in parts for bits in MEASURED]
+        items = [{"tensors": [name for name, _, _ in item.tensors], "bits": bits} for item, bits in cells]
         share = -(-len(items) // max(self.jobs, 1))
         profiles = [self.executor.submit(trial.profile, self.json, items[low : low + share], wanted.group,
                                          wanted.symmetric) for low in range(0, len(items), share)]  # fmt: skip
         plain = self.executor.submit(trial.cut, self.json, [])
-        single = self.executor.submit(trial.layer_damages, self.json, [])
-        narrow = {share: [{"name": "narrow", "mlp": share}] for share in (0.75, 0.5)}
-        cuts = {f"MLP {share:.0%}": (moves, []) for share, moves in narrow.items()}
+        single = self.executor.submit(trial.layer_damages, self.json)
         measured = [value for future in profiles for value in future.result()]
         damages: dict[str, dict[int, float]] = {}
-        for item, found in zip(items, range(len(items)), strict=True):
-            part = parts[found // len(MEASURED)].name
-            damages.setdefault(part, {})[int(item["bits"])] = measured[found]  # type: ignore[call-overload]
-        scores = single.result()
-        if len(scores) > 2 and min(scores) < float("inf"):
-            least = scores.index(min(scores))
-            drop: list[dict[str, Any]] = [{"name": "drop-layers", "layers": [least]}]
-            cuts["1 layer less"] = (drop, [least])
-            cuts["1 layer less, MLP 75%"] = ([*drop, *narrow[0.75]], [least])
+        for (item, bits), value in zip(cells, measured, strict=True):
+            damages.setdefault(item.name, {})[bits] = value
+        cuts = self.cuts(single.result())
         futures = {name: self.executor.submit(trial.cut, self.json, moves) for name, (moves, _) in cuts.items()}
         base = plain.result()
         prefix = trial.find_layers(self.original.model)[0]
         families = [family("no cut", [], base, damages, [], prefix, base)]
         refused = []
         for name, (moves, dropped) in cuts.items():
-            found_cut = futures[name].result()
-            if "refused" in found_cut:
-                refused.append(f"{name}: {found_cut['refused']}")
+            found = futures[name].result()
+            if "refused" in found:
+                refused.append(f"{name}: {found['refused']}")
             else:
-                families.append(family(name, moves, found_cut, damages, dropped, prefix, base))
-        self.tried = [item.name for item in families] + [f"not {item}" for item in refused]
-        for item in refused:
-            self.say(f"  not tried: {item}")
+                families.append(family(name, moves, found, damages, dropped, prefix, base))
+        self.tried = [item.name for item in families] + [f"not {reason}" for reason in refused]
+        for reason in refused:
+            self.say(f"  not tried: {reason}")
         return self.fast_enough(families)
+
+    def cuts(self, scores: list[float]) -> dict[str, tuple[list[dict[str, Any]], list[int]]]:
+        """Structural cuts to try: moves, and the layers that they leave out, the least important first."""
+        narrow = {share: [{"name": "narrow", "mlp": share}] for share in (0.75, 0.5)}
+        found: dict[str, tuple[list[dict[str, Any]], list[int]]] = {}
+        found |= {f"MLP {share:.0%}": (moves, []) for share, moves in narrow.items()}
+        counts = {1}
+        if self.goals["faster"]:
+            counts.add(math.ceil(len(scores) * (1 - 1 / self.goals["faster"])))
+        for count in sorted(counts):
+            least = sorted(range(len(scores)), key=scores.__getitem__)[:count]
+            if count < 1 or count > len(scores) - 2 or any(math.isinf(scores[number]) for number in least):
+                continue
+            drop: list[dict[str, Any]] = [{"name": "drop-layers", "layers": sorted(least)}]
+            name = f"{count} layer{'s' if count > 1 else ''} less"
+            found[name] = (drop, least)
+            share = 0.75 if count == 1 else 0.5
+            found[f"{name}, MLP {share:.0%}"] = ([*drop, *narrow[share]], least)
+        return found
 
     def fast_enough(self, families: list[Family]) -> list[Family]:
         """With --faster, only the cuts that compute little enough: quantization alone speeds nothing up in torch."""
         if self.goals["faster"] is None:
             return families
-        return [item for item in families if item.flops * self.goals["faster"] <= 1.25] or families[-1:]
+        fast = [item for item in families if item.flops * self.goals["faster"] <= 1.25]
+        return fast or [min(families, key=lambda item: item.flops)]
 
     def rank(self, families: list[Family]) -> list[Family]:
         """Heal one candidate of each family briefly at one size; the families worth going on with, best first."""
         keep = self.goals["keep"] or 0.0
         ladder = families[0].ladder(self.wanted.group, self.wanted.symmetric)
-        likely = [item for item in ladder if self.curve.predict(item) >= keep] or ladder[:1]
-        size = min(likely[-1].bytes, int(self.goals["under"] or likely[-1].bytes))
+        likely = [item for item in ladder if self.curve.predict(item) >= keep] if keep else []
+        size = min((likely or ladder)[-1 if likely else 0].bytes, int(self.goals["under"] or ladder[0].bytes))
         cuts = sorted(families[1:], key=lambda item: item.cut)[:CUTS]
         brief = self.heal(max(self.wanted.heal // 4, 1) if self.wanted.heal else 0)
         found: list[tuple[Candidate, list[dict[str, Any]], Future[dict[str, Any]]]] = []
@@ -260,7 +298,10 @@ class Run:
             if candidate is not None:
                 moves = candidate.moves(brief, self.wanted.group, self.wanted.symmetric)
                 found.append((candidate, moves, self.start(moves)))
-        done = [self.finish(future, moves, candidate, False) for candidate, moves, future in found]
+        ended = [self.finish(future, moves, candidate, False) for candidate, moves, future in found]
+        done = [item for item in ended if item is not None]
+        if not done:
+            return families[:1]
         done.sort(key=lambda item: -item.retention)
         close = [item for item in done if done[0].retention - item.retention < 0.25 * (1 - keep)] if keep else done[:1]
         live = [item.candidate.family for item in close[:2] if item.candidate is not None]
@@ -299,13 +340,13 @@ class Run:
         picked: list[Candidate] = []
         for item in live:
             own = [old for old in full if old.candidate and old.candidate.family.name == item.name]
-            floor = max((old.bytes for old in own if not self.holds(old)), default=0)
+            floor = max((old.bytes for old in own if not self.good(old)), default=0)
             fresh = [new for new in ladders[item.name]
                      if key_of(new) not in asked and floor * 1.01 < new.bytes < limit * 0.985]  # fmt: skip
             if not fresh:
                 continue
             if keep is None:
-                picked += [] if full else fresh[:1]
+                picked += [] if any(self.fits(old) for old in full) else fresh[:1]
                 continue
             margin = self.margin((own or self.trials)[-1].scores)
             likely = [new for new in fresh if self.curve.predict(new) >= keep + margin]
@@ -321,41 +362,46 @@ class Run:
 
     def final(self) -> tuple[Trial | None, dict[str, Verdict], list[Trial]]:
         """Open the final split for at most `candidates` named models, from the safest downward."""
-        full = [item for item in self.trials if item.full]
-        holding = sorted((item for item in full if self.holds(item)), key=lambda item: item.bytes)
-        named = self.affordable(holding[: self.wanted.candidates])
-        if not named:
-            fits = [item for item in full if self.goals["under"] is None or item.bytes <= self.goals["under"]] or full
-            named = self.affordable(sorted(fits, key=lambda item: -item.retention)[:1])
-        order = sorted(named, key=lambda item: -item.bytes)
+        order = self.named()
+        if not order:
+            self.finals = {}
+            return None, {}, []
         sizes = ", ".join(f"{item.bytes / 1e6:.2f} MB" for item in order)
         self.say(f"Opening the final split for {len(order)} candidate(s): {sizes}.")
-        controls = [[]] + ([[self.heal(self.wanted.heal, self.twin_teacher())]] if len(self.references) > 1 else [])
-        waiting = [self.start([table for table in moves if table], "final") for moves in controls]
+        made = {"original": [], "healed original": [self.twin] if self.twin else []}
+        waiting = {name: self.start(made[name], "final") for name in self.references}
         ahead = {item.label: self.start(item.moves, "final") for item in order[:1]}
-        names = ["original", "healed original"][: len(waiting)]
-        self.finals = {name: trial.unpack_scores(future.result()["scores"])
-                       for name, future in zip(names, waiting, strict=True)}  # fmt: skip
+        self.finals = {name: Scores.parse(future.result()["scores"]) for name, future in waiting.items()}
         references = dict(self.finals)
 
         def verdicts() -> Any:
             for item in order:
                 future = ahead.get(item.label) or self.start(item.moves, "final")
-                scores = trial.unpack_scores(future.result()["scores"])
+                scores = Scores.parse(future.result()["scores"])
                 self.finals[item.label] = scores
                 verdict = judge(references, scores, self.goals["keep"] or 0.0, self.source.seed)
-                self.say(f"  {item.bytes / 1e6:.2f} MB keeps {verdict.interval.value:.2%} of the {verdict.against}, at "
-                         f"least {verdict.lower_bound:.2%}: {'proven' if verdict.passed else 'not proven'}.")  # fmt: skip
+                told = "proven" if verdict.passed else "not proven"
+                self.say(f"  {item.bytes / 1e6:.2f} MB keeps {verdict.interval.value:.2%} of the {verdict.against}, "
+                         f"at least {verdict.lower_bound:.2%}: {told}.")  # fmt: skip
                 yield item.label, verdict
 
         name, opened = fixed_sequence(verdicts())
-        chosen = next((item for item in order if item.label == name), None)
-        if chosen is not None and self.goals["under"] is not None and chosen.bytes > self.goals["under"]:
-            chosen = None
-        return chosen, dict(opened), order
+        return next((item for item in order if item.label == name), None), dict(opened), order
 
-    def twin_teacher(self) -> float:
-        return 1.0 if self.original.is_classifier and self.context.labels is None else 0.0
+    def named(self) -> list[Trial]:
+        """The candidates for the final split, the safest first: of those that hold, the smallest at each quality, and
+        always the best; if none holds, the best that fits, for the nearest miss."""
+        full = sorted((item for item in self.trials if item.full), key=lambda item: item.bytes)
+        front: list[Trial] = []
+        for item in self.affordable([item for item in full if self.holds(item)]):
+            if not front or item.retention > front[-1].retention:
+                front.append(item)
+        if self.goals["keep"] is None or not front:
+            fits = front or self.affordable([item for item in full if self.fits(item)])
+            return sorted(fits, key=lambda item: -item.retention)[:1]
+        most = self.wanted.candidates
+        chosen = front if len(front) <= most else [*front[: most - 1], front[-1]]
+        return chosen[::-1]
 
     def affordable(self, items: Sequence[Trial]) -> list[Trial]:
         """Those that are fast and lean enough, measured one after the other while nothing else runs."""
@@ -367,18 +413,20 @@ class Run:
             left = [item for item, speed in zip(left, found[kind][1:], strict=True)
                     if speed.wall_ratio.low >= self.goals["faster"]]  # fmt: skip
         if self.goals["memory"]:
-            left = [item for item in left if cost.peak_memory(item.folder) <= self.goals["memory"]]
+            left = [item for item in left if cost.peak_memory(item.folder)[0] <= self.goals["memory"]]
         return left
 
-    def write(self, records: list[Record], chosen: Trial | None, verdicts: dict[str, Verdict]) -> tuple[list[Record], str]:
+    def write(
+        self, records: list[Record], chosen: Trial | None, verdicts: dict[str, Verdict]
+    ) -> tuple[list[Record], str]:
         """Write the result; the sentence of the nearest miss where nothing was proven."""
-        from shrew import record, report
-
         page = report.render(records)
+        if chosen is None and (self.out / "config.json").exists():  # a model proven earlier is not to be lost
+            self.out = self.out.with_name(f"{self.out.name}-not-met")
         with files.new_folder(self.out, folder.LINEAGE) as temporary:
             if chosen is not None:
                 for item in chosen.folder.iterdir():
-                    (temporary / item.name).write_bytes(item.read_bytes())
+                    shutil.copyfile(item, temporary / item.name)
                 (temporary / "recipe.toml").write_text(self.recipe(chosen), "utf-8")
             else:
                 (temporary / folder.LINEAGE).write_text(json.dumps({"format": 1, "verdict": "not met"}) + "\n")
@@ -387,13 +435,15 @@ class Run:
         if chosen is not None:
             return records, ""
         if not verdicts:
-            return records, "no model met the goals; relax --under, --faster or --memory, or give more --minutes."
+            least = min((item.bytes for item in self.trials), default=0)
+            return records, (f"no model met the goals, and the smallest that was made has {least / 1e6:.2f} MB; relax "
+                             "--under, --faster or --memory, or give more --minutes.")  # fmt: skip
         label, best = max(verdicts.items(), key=lambda pair: pair[1].lower_bound)
         near = next(item for item in self.trials if item.label == label)
         return records, (
-            f"no smaller model was proven to keep {self.goals['keep']:.2%}; the nearest miss is {near.bytes / 1e6:.2f} MB "
-            f"with {best.interval.value:.2%} (at least {best.lower_bound:.2%}); lower --keep, raise --heal or give "
-            "more text."
+            f"no smaller model was proven to keep {self.goals['keep'] or 0:.2%}; the nearest miss is "
+            f"{near.bytes / 1e6:.2f} MB with {best.interval.value:.2%} (at least {best.lower_bound:.2%}); "
+            "lower --keep, raise --heal or give more text."
         )
 
     def recipe(self, item: Trial) -> str:

@@ -11,15 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from shrew import files, folder, spec
+from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.folder.packed import Grid, dequantize, from_rows, to_rows
 from shrew.measure import cost
-from shrew.errors import UnsupportedError
 from shrew.moves import Context, apply_moves, parse_moves
 from shrew.moves.anatomy import batches, find_layers, logits
 from shrew.moves.drop_layers import droppable, layer_scores
@@ -27,7 +26,7 @@ from shrew.moves.grids import nearest
 from shrew.moves.quantize import quantizable
 from shrew.moves.source import Source, context_of, fingerprint, open_task
 from shrew.search.allocate import Group
-from shrew.tasks import Scores, Task
+from shrew.tasks import Task
 
 VERSION = 1  # of what is cached; raised when a trial's meaning changes
 PROFILE_TOKENS = 4096
@@ -45,7 +44,7 @@ def opened(source_json: str) -> tuple[Loaded, Task, Context]:
 
 def cached(kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The stored result of `key`, or that of `compute`; "reused" says which."""
-    place = files.cache_folder() / kind / f"{spec.digest([VERSION, key])[:32]}.json"
+    place = files.cache_folder() / kind / f"{spec.digest([VERSION, folder.versions(), key])[:32]}.json"
     if place.exists():
         return {**json.loads(place.read_text("utf-8")), "reused": True}
     result = compute()
@@ -63,7 +62,7 @@ def run_trial(source_json: str, moves: list[dict[str, Any]], split: str) -> dict
     assert original.path is not None
     base = fingerprint(source, original.path, context)
     key = [base, moves, task_key(task, split)]
-    place = files.cache_folder() / "trials" / f"{spec.digest([VERSION, key])[:32]}.json"
+    place = files.cache_folder() / "trials" / f"{spec.digest([VERSION, folder.versions(), key])[:32]}.json"
     if place.exists():
         found = json.loads(place.read_text("utf-8"))
         if Path(found["folder"]).exists():
@@ -74,24 +73,19 @@ def run_trial(source_json: str, moves: list[dict[str, Any]], split: str) -> dict
     scores = task.score(loaded, split)
     total, active = cost.parameters(loaded.model)
     result = {
-        "folder": str(path), "bytes": cost.disk_size(path).weights, "parameters": total, "active_parameters": active,
-        "scores": pack_scores(scores), "seconds": time.process_time() - begun,
+        "folder": str(path), "bytes": weight_bytes(path), "parameters": total, "active_parameters": active,
+        "scores": scores.dump(), "seconds": time.process_time() - begun,
     }  # fmt: skip
     files.write_text(place, json.dumps(result))
     return {**result, "reused": False}
 
 
+def weight_bytes(path: Path) -> int:
+    return sum(item.stat().st_size for item in folder.weight_files(path))
+
+
 def task_key(task: Task, split: str) -> str:
-    return spec.digest([task.label, split, [vars(item) for item in task.examples(split)]])
-
-
-def pack_scores(scores: Scores) -> dict[str, Any]:
-    return {**vars(scores), "columns": {name: column.tolist() for name, column in scores.columns.items()}}
-
-
-def unpack_scores(plain: dict[str, Any]) -> Scores:
-    columns = {name: np.array(column) for name, column in plain["columns"].items()}
-    return Scores(**{**plain, "columns": columns, "classes": tuple(plain["classes"])})
+    return spec.digest([task.label, split, getattr(task, "labels", ()), [vars(item) for item in task.examples(split)]])
 
 
 def groups(loaded: Loaded) -> list[Group]:
@@ -117,11 +111,11 @@ def profile(source_json: str, items: list[dict[str, Any]], group: int, symmetric
     ]  # fmt: skip
 
 
-def layer_damages(source_json: str, without: list[int]) -> list[float]:
-    """KL of leaving out each layer besides `without`; infinite where the architecture lets a layer not go."""
+def layer_damages(source_json: str) -> list[float]:
+    """KL of leaving out each layer; infinite where the architecture does not let it go."""
     original, _, context = opened(source_json)
-    free = droppable(original.model, set(without))
-    scores = layer_scores(original, context, "kl", without)
+    free = droppable(original.model, set())
+    scores = layer_scores(original, context, "kl")
     return [score if number in free else float("inf") for number, score in enumerate(scores)]
 
 
@@ -141,15 +135,15 @@ def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
         changed = folder.load(path) if moves else original
         found = groups(changed)
         weights = sum(rows * cols for item in found for _, rows, cols in item.tensors)
-        names = sum(len(item.tensors) for item in found)
-        total, active = cost.parameters(changed.model)
+        # Of a packed weight the header lists scales beside the codes: a second entry, of about this length.
+        header = sum(len(name) + 80 for item in found for name, _, _ in item.tensors)
+        active = cost.parameters(changed.model)[1]
         element = torch.empty(0, dtype=changed.dtype).element_size()
-        # A packed weight has two or three entries in the header instead of one, of about a hundred bytes each.
-        rest = cost.disk_size(path).weights - weights * element + names * 200
+        rest = weight_bytes(path) - weights * element + header
         with torch.inference_mode():
             damage = divergence(original, changed, context) if moves else 0.0
         return {"groups": [[item.name, item.tensors] for item in found], "damage": damage, "rest": rest,
-                "active": active, "total": total}  # fmt: skip
+                "active": active}  # fmt: skip
 
     return cached("cuts", [_base_key(source_json), moves], compute)
 
@@ -201,7 +195,7 @@ def _log_probabilities(loaded: Loaded, ids: list[torch.Tensor]) -> list[torch.Te
 def divergence(
     original: Loaded, changed: Loaded, context: Context, wanted: list[torch.Tensor] | None = None
 ) -> float:
-    """KL(original || changed) in nats a prediction on calibration text; `wanted` are the original's log-probabilities."""
+    """KL(original || changed) in nats a prediction on calibration text; `wanted`: the original's log-probabilities."""
     ids = _profile_batches(original, context)
     wanted = wanted or _log_probabilities(original, ids)
     total = sum(
@@ -216,5 +210,5 @@ def compared(source_json: str, path: str) -> dict[str, Any]:
     """Scores of a folder on the search split with KL and agreement to the original beside them."""
     original, task, _ = opened(source_json)
     key = [_base_key(source_json), folder.identity(path), task_key(task, "search")]
-    found = cached("compared", key, lambda: pack_scores(task.score(folder.load(path), "search", original)))
+    found = cached("compared", key, lambda: task.score(folder.load(path), "search", original).dump())
     return {name: value for name, value in found.items() if name != "reused"}

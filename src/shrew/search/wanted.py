@@ -6,6 +6,7 @@ from typing import Annotated
 from shrew import spec
 from shrew.spec import Meta, doc
 
+Share = Annotated[float, Meta(gt=0, le=1)]
 ALONE = 0.98  # the floor when nothing else was asked for
 
 
@@ -13,7 +14,7 @@ ALONE = 0.98  # the floor when nothing else was asked for
 class ShrinkSpec:
     """What the user asks for; everything else is derived and printed."""
 
-    keep: Annotated[float, Meta(gt=0, le=1)] | None = doc("share of the quality to keep (0.98 if nothing is asked)", None)
+    keep: Share | None = doc("share of the quality to keep; 0.98 if nothing is asked", None)
     under: str | None = doc("largest weights file, such as 16MB", None)
     faster: str | None = doc("at least so many times faster, such as 2x", None)
     memory: str | None = doc("largest peak memory of a fresh process, such as 500MB", None)

@@ -1,0 +1,234 @@
+"""Healing: what is trained, what stays where it is, and what the teacher's stored predictions are worth."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_folder import WORDS, ZOO, make_model, make_tokenizer
+from torch.nn import functional as F
+
+from shrew import folder, objectives
+from shrew.errors import ShrewError, UnsupportedError
+from shrew.folder import Loaded
+from shrew.moves.context import Context
+from shrew.moves.distil import Distil, Plan, teacher_predictions
+from shrew.moves.quantize import Quantize
+
+LINES: list[str] = []
+
+
+def context_for(cache: Path, teacher: Loaded | None = None, texts: int = 6, length: int = 24, **more: Any) -> Context:
+    """Random token ids to calibrate on and, of other seeds, to heal on."""
+    draw = np.random.default_rng(0)
+    calibration = [draw.integers(4, WORDS, length) for _ in range(texts)]
+    healing = [draw.integers(4, WORDS, length - number % 3) for number in range(texts)]
+    return Context(calibration, healing, teacher, 0, cache / "cache", LINES.append, **more)
+
+
+def loaded_of(kind: str) -> Loaded:
+    loaded = Loaded(make_model(kind), make_tokenizer())
+    if kind == "distilbert":  # its own initial weights are so small that every input gets the same answer
+        with torch.no_grad():
+            for p in loaded.model.parameters():
+                p.normal_(1.0 if p.ndim == 1 else 0.0, 0.2)
+    return loaded
+
+
+def quantized(kind: str, context: Context, bits: int = 3) -> Loaded:
+    return Quantize(bits=bits, group=32, method="rtn", embeddings=True).apply(loaded_of(kind), context)
+
+
+@torch.no_grad()
+def divergence(teacher: Loaded, student: Loaded, context: Context) -> float:
+    total = 0.0
+    for row in context.healing:
+        ids = torch.from_numpy(row)[None]
+        total += float(objectives.kl(student.model(input_ids=ids).logits, teacher.model(input_ids=ids).logits))
+    return total
+
+
+@pytest.mark.parametrize("kind", list(ZOO))
+def test_healing_brings_a_packed_model_nearer_to_its_original_on_its_grid(kind: str, tmp_path: Path) -> None:
+    teacher = loaded_of(kind)
+    context = context_for(tmp_path, teacher)
+    student = quantized(kind, context)
+    before, packed = divergence(teacher, student, context), dict(student.packed)
+    Distil(steps=16, lr=1e-2 if kind == "distilbert" else 4e-3, teacher=1.0).apply(student, context)
+    assert divergence(teacher, student, context) < 0.93 * before
+    assert set(student.packed) == set(packed)
+    for name, item in student.packed.items():
+        assert torch.equal(item.scales, packed[name].scales)
+        assert torch.equal(dict(student.model.named_parameters())[name], item.dense())  # exactly on the grid
+    assert any(not torch.equal(item.codes, packed[name].codes) for name, item in student.packed.items())
+    if kind == "tied":
+        assert student.model.lm_head.weight is student.model.model.embed_tokens.weight
+    folder.save(student, tmp_path / "out")  # refuses weights that are not their codes
+    again = folder.load(tmp_path / "out")
+    ids = torch.from_numpy(context.healing[0])[None]
+    with torch.no_grad():
+        assert torch.allclose(again.model(input_ids=ids).logits, student.model(input_ids=ids).logits, atol=0.15)
+
+
+def test_zero_points_stay_too(tmp_path: Path) -> None:
+    teacher = loaded_of("llama")
+    context = context_for(tmp_path, teacher)
+    student = Quantize(bits=2, group=32, method="rtn", symmetric=False).apply(loaded_of("llama"), context)
+    packed = dict(student.packed)
+    Distil(steps=4).apply(student, context)
+    for name, item in student.packed.items():
+        assert item.zeros is not None
+        assert torch.equal(item.zeros, packed[name].zeros)
+        assert int(item.codes.max()) < 4
+    folder.save(student, tmp_path / "out")
+
+
+def test_without_a_teacher_it_is_plain_training(tmp_path: Path) -> None:
+    """Against a loop by hand: the same windows, next-token loss, AdamW, warm-up and linear decay."""
+    context = replace(context_for(tmp_path, length=24), healing=[np.random.default_rng(1).integers(4, WORDS, 16)] * 2)
+    steps, rate = 5, 1e-3
+    mine = Distil(steps=steps, lr=rate, rows=2, teacher=0.0).apply(loaded_of("llama"), context)
+    model = make_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+    ids = torch.from_numpy(np.stack(context.healing))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 1, (steps - step) / (0.9 * steps), 1.0)
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, p), q in zip(mine.model.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=2e-5), name
+
+
+def test_a_classifier_with_and_without_labels(tmp_path: Path) -> None:
+    teacher = loaded_of("modernbert")
+    labels = np.array([0, 1, 2, 3, 4, 0])
+    labelled = context_for(tmp_path, teacher, labels=labels)
+
+    def loss_of(loaded: Loaded) -> float:
+        with torch.no_grad():
+            found = [loaded.model(input_ids=torch.from_numpy(row)[None]).logits for row in labelled.healing]
+        return float(F.cross_entropy(torch.cat(found), torch.from_numpy(labels)))
+
+    before = loss_of(loaded_of("modernbert"))
+    taught = Distil(steps=10, lr=2e-3, teacher=0.0).apply(loaded_of("modernbert"), labelled)
+    assert loss_of(taught) < before - 0.1
+    mixed = Distil(steps=10, lr=2e-3, teacher=0.5).apply(loaded_of("modernbert"), labelled)
+    assert loss_of(mixed) < before
+    alone = Distil(steps=2, teacher=1.0).apply(loaded_of("modernbert"), context_for(tmp_path, teacher))
+    assert loss_of(alone) == pytest.approx(before, rel=0.05)  # it is its own teacher
+    with pytest.raises(UnsupportedError, match="teacher or labelled"):
+        Distil(steps=1, teacher=0.0).apply(loaded_of("modernbert"), context_for(tmp_path, teacher))
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "olmoe", "distilbert"])
+def test_low_rank_updates_are_merged(kind: str, tmp_path: Path) -> None:
+    teacher = loaded_of(kind)
+    context = context_for(tmp_path, teacher)
+    student = quantized(kind, context)
+    before = divergence(teacher, student, context)
+    outer = student.model.get_input_embeddings().weight.clone()
+    Distil(steps=16, lr=1e-2, lora=8, teacher=1.0).apply(student, context)
+    assert divergence(teacher, student, context) < 0.97 * before
+    assert torch.equal(student.model.get_input_embeddings().weight, outer)  # only the layers are trained
+    folder.save(student, tmp_path / "out")
+
+
+def test_hidden_states_come_nearer(tmp_path: Path) -> None:
+    teacher = loaded_of("llama")
+    context = context_for(tmp_path, teacher)
+
+    @torch.no_grad()
+    def distance(student: Loaded) -> float:
+        ids = torch.from_numpy(context.healing[0])[None]
+        found = [item.model(input_ids=ids, output_hidden_states=True) for item in (student, teacher)]
+        return float(objectives.hidden_cosine(*(item.hidden_states[-1][0] for item in found)))
+
+    student = quantized("llama", context)
+    before = distance(student)
+    Distil(steps=16, lr=4e-3, teacher=0.5, hidden=20.0).apply(student, context)
+    assert distance(student) < 0.9 * before
+
+
+def test_all_of_the_vocabulary_gives_the_whole_divergence(tmp_path: Path) -> None:
+    teacher, student = loaded_of("llama"), quantized("llama", context_for(tmp_path))
+    context = context_for(tmp_path, teacher)
+    plan = Plan(context.healing, rows=2, steps=3, seed=0)
+    stored = teacher_predictions(teacher, plan, WORDS, context)
+    few = teacher_predictions(teacher, plan, 8, context)
+    picked = plan.picked(0)
+    tokens, mask = plan.batch(picked, student)
+    here = mask[:, 1:].bool()
+    with torch.no_grad():
+        mine = student.model(input_ids=tokens, attention_mask=mask).logits[:, :-1][here]
+        theirs = teacher.model(input_ids=tokens, attention_mask=mask).logits[:, :-1][here]
+    full = float(objectives.kl(mine, theirs))
+    assert float(objectives.top_k_kl(mine, *stored.top(picked, plan))) == pytest.approx(full, rel=0.01)
+    assert 0 < float(objectives.top_k_kl(mine, *few.top(picked, plan))) < full  # what is lumped together says less
+
+
+def test_the_teacher_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = loaded_of("llama")
+    context = context_for(tmp_path, teacher)
+    calls = []
+    forward = teacher.model.forward
+    monkeypatch.setattr(teacher.model, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    Distil(steps=3).apply(quantized("llama", context), context)
+    first = len(calls)
+    assert first > 0
+    Distil(steps=3, lr=1e-5).apply(quantized("llama", context, 4), context)
+    assert len(calls) == first
+    (stored,) = (tmp_path / "cache" / "teacher").iterdir()
+    assert {"logs", "ids", "starts"} == set(load_file(stored))
+    Distil(steps=3, top_k=5).apply(quantized("llama", context), context)
+    assert len(calls) > first  # another question
+
+
+def test_two_teachers_do_not_share_predictions(tmp_path: Path) -> None:
+    """The cache is for all models: neither two folders of one name nor two models without a folder may be mixed up."""
+    first, second = loaded_of("llama"), loaded_of("llama")
+    with torch.no_grad():
+        second.model.lm_head.weight.mul_(2)
+    plan = Plan(context_for(tmp_path).healing, rows=2, steps=2, seed=0)
+    stored = []
+    for teacher in (first, second):
+        folder.save(teacher, tmp_path / "teacher")
+        again = folder.load(tmp_path / "teacher")
+        stored.append(teacher_predictions(again, plan, 8, context_for(tmp_path, again)))
+    assert not torch.equal(stored[0].tensors["logs"], stored[1].tensors["logs"])
+
+
+def test_a_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    teacher = loaded_of("gpt2")
+    for number, seed in enumerate((1, 1, 2)):
+        context = replace(context_for(tmp_path, teacher), seed=seed)
+        student = Distil(steps=4, rows=2, lr=1e-2).apply(quantized("gpt2", context), context)
+        folder.save(student, tmp_path / str(number))
+    first, same, other = ((tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(3))
+    assert first == same
+    assert first != other
+
+
+def test_every_window_is_taken_once_an_epoch() -> None:
+    plan = Plan([np.zeros(4, np.int64)] * 7, rows=3, steps=7, seed=3)
+    taken = [index for step in range(7) for index in plan.picked(step)]
+    assert [sorted(taken[low : low + 7]) for low in (0, 7, 14)] == [list(range(7))] * 3
+    assert taken[:7] != taken[7:14]
+    assert plan.used() == list(range(7))
+    assert len(Plan([np.zeros(4, np.int64)] * 70, rows=3, steps=2, seed=3).used()) == 6
+
+
+def test_what_cannot_be_healed_is_refused(tmp_path: Path) -> None:
+    loaded = loaded_of("llama")
+    with pytest.raises(UnsupportedError, match="needs healing text"):
+        Distil().apply(loaded, replace(context_for(tmp_path, loaded), healing=[]))
+    with pytest.raises(UnsupportedError, match="needs the original"):
+        Distil().apply(loaded, context_for(tmp_path))
+    with pytest.raises(ShrewError, match="lower its lr"), torch.no_grad():
+        loaded.model.lm_head.weight.fill_(float("inf"))
+        with torch.enable_grad():
+            Distil(steps=2, teacher=0.0).apply(loaded, context_for(tmp_path))

@@ -1,0 +1,493 @@
+"""`shrew shrink` from the command line to the verdict, on a tiny model that was trained to have something to lose."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shrew import folder, machine, record
+from shrew.__main__ import main
+from shrew.measure import cost
+from shrew.search import run as search_run
+
+FLAGS = ["--keep", "0.8", "--heal", "4", "--lr", "1e-4", "--jobs", "1", "--candidates", "2", "--group", "32"]
+
+
+class InProcess:
+    """The executor's seam with no processes behind it: what `LocalExecutor` offers, done at once."""
+
+    def __init__(self, jobs: int, threads: int) -> None:
+        assert (jobs, threads) == (1, 1)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        json.dumps(arguments)  # plain values only
+        try:
+            future.set_result(json.loads(json.dumps(function(*arguments))))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def close(self, wait: bool = True) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def light() -> Iterator[None]:
+    """No worker processes, and no fresh processes to measure memory in: most tests are about neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "usable_cores", lambda: 1)
+        patch.setattr(search_run, "LocalExecutor", InProcess)
+        patch.setattr(cost, "peak_memory", lambda path: (300_000_000, 200_000_000))
+        yield
+
+
+@pytest.fixture
+def shrink(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs `shrew shrink` in this process: exit code and what it said."""
+
+    def call(*arguments: Any) -> tuple[int, str]:
+        capsys.readouterr()
+        with light():
+            code = main(["shrink", *map(str, arguments)])
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return code, said
+
+    return call
+
+
+# One whole run, interrupted twice
+
+
+@dataclass
+class Whole:
+    model: Path
+    text: Path
+    out: Path
+    stopped: list[tuple[int, str]]
+    said: str
+    code: int
+
+
+ONE_CORE = "import sys; from shrew import __main__, machine; machine.usable_cores = lambda: 1; sys.exit(__main__.main())"
+
+
+def start(work: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A run in a process of its own, as on a machine with one core: the thread count is part of every cache key."""
+    command = [sys.executable, "-c", ONE_CORE, "shrink", *arguments]
+    return subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def stop_after(work: Path, words: str, how: signal.Signals, *arguments: str) -> tuple[int, str]:
+    """Start a run, send it a signal once it has said `words`, and wait until it and its workers are gone."""
+    process = start(work, *arguments)
+    workers: list[psutil.Process] = []
+    said = ""
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said += line
+            if words in line and not workers:
+                workers = psutil.Process(process.pid).children(recursive=True)
+                process.send_signal(how)
+        code = process.wait(60)
+        assert workers, said
+        _, alive = psutil.wait_procs(workers, 30)
+        assert not alive, "workers outlive their parent"
+    finally:
+        process.kill()
+    return code, said
+
+
+@pytest.fixture(scope="module")
+def whole(trained_llama_folder: Path, stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Ctrl-C after the first trial, kill -9 after the third, and then a run that is left to finish."""
+    work = tmp_path_factory.mktemp("whole")
+    arguments = [str(trained_llama_folder), "--text", str(stories), "--out", "small", *FLAGS]
+    stopped = [stop_after(work, "trial 1:", signal.SIGINT, *arguments)]
+    assert list(work.iterdir()) == []
+    stopped += [stop_after(work, "trial 3:", signal.SIGKILL, *arguments)]
+    assert list(work.iterdir()) == []
+    process = start(work, *arguments)
+    said = process.communicate(timeout=400)[1]
+    return Whole(trained_llama_folder, stories, work / "small", stopped, said, process.returncode)
+
+
+def test_ctrl_c_is_one_sentence_and_leaves_nothing(whole: Whole) -> None:
+    code, said = whole.stopped[0]
+    assert code == 130
+    assert said.rstrip().endswith("shrew: stopped; run the same command again to go on.")
+    assert "Traceback" not in said
+
+
+def test_a_killed_run_goes_on_where_it_was(whole: Whole) -> None:
+    assert whole.stopped[1][0] == -signal.SIGKILL
+    assert whole.code == 0, whole.said
+    trials = [line for line in whole.said.splitlines() if line.startswith("trial ")]
+    assert len(trials) > 3
+    assert all("from the cache" in line for line in trials[:2]), whole.said  # the third may still have been at work
+    assert not all("from the cache" in line for line in trials)
+
+
+def test_the_plan_is_said_first(whole: Whole) -> None:
+    first = whole.said.splitlines()[:6]
+    assert "keep at least 80.0% of the quality" in first[0]
+    assert "calibration" in first[1]
+    assert "final" in first[1]
+    assert "highest --keep that this much text can prove" in whole.said
+    assert "The original healed alike keeps" in whole.said
+    assert whole.said.index("Opening the final split") > whole.said.rindex("trial ")
+
+
+def test_the_result_is_complete_and_smaller(whole: Whole) -> None:
+    names = {item.name for item in whole.out.iterdir()}
+    assert {"model.safetensors", "config.json", "shrew.json", "tokenizer.json", "recipe.toml", "records.jsonl",
+            "report.html"} <= names  # fmt: skip
+    before, after = (cost.disk_size(path).weights for path in (whole.model, whole.out))
+    assert after < before / 2
+    records = record.read(whole.out / "records.jsonl")
+    (verdict,) = [item for item in records if item.metric == "verdict"]
+    assert (verdict.value, verdict.model) == ("met", "chosen")
+    chosen = [item for item in records if item.model == "chosen"]
+    (kept,) = [item for item in chosen if item.metric == "retention" and item.task.endswith("/final")]
+    assert kept.detail["lower_bound"] >= kept.detail["floor"] == 0.8
+    assert kept.detail["against"] in ("original", "healed original")
+    (size,) = [item.value for item in chosen if item.metric == "bytes"]
+    assert size == after
+    page = (whole.out / "report.html").read_text("utf-8")
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_record_of_every_tensor_is_read_from_the_file(whole: Whole) -> None:
+    records = record.read(whole.out / "records.jsonl")
+    told = {item.detail["tensor"]: (item.value, item.detail["bytes"]) for item in records if item.metric == "tensor"}
+    assert told == {item.name: (item.effective, item.bytes) for item in folder.tensors(whole.out)}
+    untouched = [item for item in records if item.metric == "tensor" and item.value == "bf16"]
+    assert untouched
+    assert all(item.detail["reason"] for item in untouched)
+
+
+def test_the_result_generates_in_a_fresh_process(whole: Whole) -> None:
+    script = (
+        "import sys, torch, shrew\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
+        "words = AutoTokenizer.from_pretrained(sys.argv[1])('The cat', return_tensors='pt', add_special_tokens=False)\n"
+        "made = model.generate(input_ids=words['input_ids'], max_new_tokens=8, do_sample=False, pad_token_id=2)\n"
+        "print(made.tolist()[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, whole.out], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = folder.load(whole.out)
+    words = loaded.tokenizer("The cat", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    made = loaded.model.generate(input_ids=words, max_new_tokens=8, do_sample=False, pad_token_id=2)
+    assert json.loads(done.stdout) == made.tolist()[0]
+
+
+def test_a_second_run_repeats_nothing(whole: Whole, shrink: Any, tmp_path: Path) -> None:
+    code, said = shrink(whole.model, "--text", whole.text, "--out", tmp_path / "again", *FLAGS)
+    assert code == 0
+    trials = [line for line in said.splitlines() if line.startswith("trial ")]
+    assert len(trials) == sum(line.startswith("trial ") for line in whole.said.splitlines())
+    assert all("from the cache" in line for line in trials)
+    assert weights(tmp_path / "again") == weights(whole.out)
+    assert (tmp_path / "again" / "shrew.json").read_bytes() == (whole.out / "shrew.json").read_bytes()
+
+
+def test_the_recipe_makes_the_same_bytes(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "empty"))
+    threads = torch.get_num_threads()
+    try:
+        assert main(["apply", str(whole.out / "recipe.toml"), "--out", str(tmp_path / "made")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert weights(tmp_path / "made") == weights(whole.out)
+
+
+def weights(path: Path) -> bytes:
+    return (path / "model.safetensors").read_bytes()
+
+
+# Goals that cannot be met
+
+
+def test_a_floor_that_cannot_be_met(whole: Whole, shrink: Any, tmp_path: Path) -> None:
+    flags = ["--keep", "0.9999999", *FLAGS[2:]]
+    code, said = shrink(whole.model, "--text", whole.text, "--out", tmp_path / "out", *flags)
+    assert code == 1
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("shrew: no smaller model was proven to keep")
+    assert "the nearest miss is" in last
+    assert "expect no proof" in said
+    assert {item.name for item in (tmp_path / "out").iterdir()} == {"records.jsonl", "report.html", "shrew.json"}
+    (verdict,) = [item for item in record.read(tmp_path / "out" / "records.jsonl") if item.metric == "verdict"]
+    assert verdict.value == "not met"
+
+
+def test_a_size_that_cannot_be_met(whole: Whole, shrink: Any, tmp_path: Path) -> None:
+    code, said = shrink(whole.model, "--text", whole.text, "--out", tmp_path / "out", "--under", "1kB", *FLAGS[2:])
+    assert code == 1
+    last = said.strip().splitlines()[-1]
+    assert "--under" in last
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_size_alone(whole: Whole, shrink: Any, tmp_path: Path) -> None:
+    code, said = shrink(whole.model, "--text", whole.text, "--out", tmp_path / "out", "--under", "60kB", *FLAGS[2:])
+    assert code == 0, said
+    assert 30_000 < cost.disk_size(tmp_path / "out").weights <= 60_000
+
+
+def test_memory_that_no_process_can_do_with(whole: Whole, shrink: Any, tmp_path: Path) -> None:
+    code, said = shrink(whole.model, "--text", whole.text, "--out", tmp_path / "out", *FLAGS, "--memory", "1MB")
+    assert code == 1
+    assert "relax --under, --faster or --memory" in said.strip().splitlines()[-1]
+
+
+def test_two_texts_prove_nothing(whole: Whole, shrink: Any, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(whole.text.read_text("utf-8").splitlines(keepends=True)[:5]), "utf-8")
+    flags = ["--keep", "0.98", "--heal", 0, "--jobs", 1]
+    code, said = shrink(whole.model, "--text", few, "--out", tmp_path / "out", *flags)
+    assert code == 1
+    assert said.strip().splitlines()[-1].startswith("shrew: no smaller model was proven")
+
+
+# Other tasks
+
+
+def rows(path: Path, cases: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(case) + "\n" for case in cases), "utf-8")
+    return path
+
+
+def labelled(path: Path, labels: list[str], count: int = 120) -> Path:
+    samples = ["def f(x): return x", "# a remark on", "It rained on"]
+    return rows(path, [{"text": f"{samples[n % 3]} {n}", "label": labels[n % 3]} for n in range(count)])
+
+
+@pytest.fixture(scope="module")
+def trained_classifier(tiny_classifier_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loaded = folder.load(tiny_classifier_folder)
+    path = labelled(tmp_path_factory.mktemp("labels") / "train.jsonl", ["0", "1", "2"], 90)
+    cases = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    found = loaded.tokenizer([case["text"] + "!" for case in cases], padding=True, return_tensors="pt")
+    labels = torch.tensor([int(case["label"]) for case in cases])
+    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=2e-3)
+    for _ in range(12):
+        loaded.model(**{name: found[name] for name in ("input_ids", "attention_mask")}, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder.save(loaded, path.parent / "classifier")
+    return path.parent / "classifier"
+
+
+def test_a_classifier_keeps_its_answers(trained_classifier: Path, shrink: Any, tmp_path: Path) -> None:
+    task = labelled(tmp_path / "my.jsonl", ["code", "comment", "prose"])
+    flags = ["--keep", "0.6", *FLAGS[2:]]
+    code, said = shrink(trained_classifier, "--task", task, "--out", tmp_path / "out", *flags)
+    assert code == 0, said
+    assert cost.disk_size(tmp_path / "out").weights < cost.disk_size(trained_classifier).weights / 2
+    (verdict,) = [item for item in record.read(tmp_path / "out" / "records.jsonl") if item.metric == "verdict"]
+    assert verdict.value == "met"
+
+
+def test_a_choice_task(whole: Whole, shrink: Any, tmp_path: Path) -> None:
+    names = ["ant", "bee", "cat", "dog", "elk", "fox"]
+    cases = [{"question": f"The {a} {verb} the", "options": [f" {b}.", f" the {b} The"], "answer": 0}
+             for a in names for b in names for verb in ("sees", "likes", "helps")]  # fmt: skip
+    task = rows(tmp_path / "choice.jsonl", cases)
+    flags = ["--keep", "0.5", "--heal", "0", *FLAGS[4:]]
+    code, said = shrink(whole.model, "--task", task, "--text", whole.text, "--out", tmp_path / "out", *flags)
+    assert code == 0, said
+
+
+def test_a_task_that_the_original_cannot_do(whole: Whole, shrink: Any, tmp_path: Path) -> None:
+    cases = [{"prompt": f"{n} + {n} =", "completion": f" {2 * n}"} for n in range(100, 160)]
+    task = rows(tmp_path / "sums.jsonl", cases)
+    code, said = shrink(whole.model, "--task", task, "--out", tmp_path / "out", *FLAGS)
+    assert code == 2
+    assert "no quality to keep; use a task that the original can do" in said.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+# Bad input
+
+
+def copied(model: Path, target: Path) -> Path:
+    shutil.copytree(model, target)
+    return target
+
+
+def truncated(model: Path, work: Path) -> list[Any]:
+    bad = copied(model, work / "bad")
+    os.truncate(bad / "model.safetensors", 90_000)
+    return [bad]
+
+
+def disagreeing(model: Path, work: Path) -> list[Any]:
+    bad = copied(model, work / "bad")
+    config = json.loads((bad / "config.json").read_text()) | {"intermediate_size": 96}
+    (bad / "config.json").write_text(json.dumps(config))
+    return [bad]
+
+
+def not_a_number(model: Path, work: Path) -> list[Any]:
+    bad = copied(model, work / "bad")
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    return [bad]
+
+
+def task_file(content: bytes, flag: str = "--task", name: str = "bad.jsonl") -> Callable[[Path, Path], list[Any]]:
+    def make(model: Path, work: Path) -> list[Any]:
+        (work / name).write_bytes(content)
+        return [model, flag, work / name]
+
+    return make
+
+
+def flags(*more: str) -> Callable[[Path, Path], list[Any]]:
+    return lambda model, work: [model, *more]
+
+
+def occupied(model: Path, work: Path) -> list[Any]:
+    (work / "out").mkdir()
+    (work / "out" / "mine.txt").write_text("mine")
+    return [model]
+
+
+LINE = b'{"prompt": "a", "completion": "b"}\n'
+BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
+    "no folder": (lambda model, work: [work / "nowhere"], "nowhere"),
+    "truncated": (truncated, "model.safetensors"),
+    "disagreeing": (disagreeing, "config.json"),
+    "NaN": (not_a_number, "model.norm.weight"),
+    "empty task": (task_file(b""), "is empty"),
+    "one line": (task_file(LINE), "at least 2"),
+    "no JSON": (task_file(LINE * 2 + b'{"prompt": \n' + LINE), "line 3"),
+    "no such task": (flags("--task", "nothing.jsonl"), "nothing.jsonl"),
+    "unknown keys": (task_file(b'{"a": 1}\n' * 3), "line 1"),
+    "latin-1": (task_file("Das Mädchen.\n".encode("latin-1"), "--text", "bad.txt"), "UTF-8"),
+    "too much": (flags("--keep", "1.5"), "keep"),
+    "nothing": (flags("--keep", "0"), "keep"),
+    "percent": (flags("--keep", "0.01"), "share of 1"),
+    "no size": (flags("--under", "3XB"), "3XB"),
+    "no speed": (flags("--faster", "very"), "very"),
+    "no memory": (flags("--memory", "lots"), "lots"),
+    "no such file": (flags("--text", "nothing.txt"), "nothing.txt"),
+    "occupied": (occupied, "holds other things"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(
+    name: str, trained_llama_folder: Path, stories: Path, shrink: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_run.Run, "baseline", lambda self: pytest.fail("it started to work"))
+    make, words = BAD[name]
+    arguments = make(trained_llama_folder, tmp_path)
+    if not {"--task", "--text"} & set(map(str, arguments)):
+        arguments += ["--text", stories]
+    out = tmp_path / "out"
+    before = sorted(out.iterdir()) if out.exists() else None
+    code, said = shrink(*arguments, "--out", out, "--jobs", 1)
+    assert code == 2
+    assert said.count("\n") == 1, said
+    assert said.startswith("shrew: ")
+    assert words in said
+    assert (sorted(out.iterdir()) if out.exists() else None) == before
+    assert not [item for item in tmp_path.iterdir() if item.name.startswith(".")]
+
+
+def test_a_task_with_labels_that_the_head_has_not(trained_classifier: Path, shrink: Any, tmp_path: Path) -> None:
+    task = labelled(tmp_path / "my.jsonl", ["code", "comment", "poem"])
+    code, said = shrink(trained_classifier, "--task", task, "--out", tmp_path / "out", *FLAGS)
+    assert code == 2
+    assert "'poem'" in said
+    assert "code, comment, prose" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_text_there_is_nothing_to_measure(trained_llama_folder: Path, shrink: Any, tmp_path: Path) -> None:
+    code, said = shrink(trained_llama_folder, "--out", tmp_path / "out")
+    assert code == 2
+    assert "give --task FILE.jsonl or --text FILE" in said
+
+
+def test_the_model_itself_is_no_place_to_write(trained_llama_folder: Path, shrink: Any, tmp_path: Path) -> None:
+    model = copied(trained_llama_folder, tmp_path / "model")
+    code, said = shrink(model, "--text", "x.txt", "--out", model)
+    assert code == 2
+    assert "is the model itself" in said
+
+
+def test_an_unknown_flag(shrink: Any, tmp_path: Path) -> None:
+    code, said = shrink("model", "--kepe", "0.9")
+    assert code == 2
+    assert "--kepe" in said
+
+
+@contextlib.contextmanager
+def mounted(path: Path, options: str) -> Iterator[None]:
+    """A small file system of its own, where one may mount."""
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip("mounting a tmpfs takes root, which this is not")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_a_read_only_place(trained_llama_folder: Path, stories: Path, shrink: Any, tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=64k,ro"):
+        code, said = shrink(trained_llama_folder, "--text", stories, "--out", tmp_path / "disk" / "out", *FLAGS)
+    assert code == 2
+    assert said.count("\n") == 1, said
+    assert "cannot be written to" in said
+
+
+@pytest.mark.parametrize("what", ["result", "cache"])
+def test_a_full_disk(what: str, whole: Whole, shrink: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mounted(tmp_path / "disk", "size=48k"):
+        out = tmp_path / "disk" / "out" if what == "result" else tmp_path / "out"
+        if what == "cache":
+            monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "disk"))
+        code, said = shrink(whole.model, "--text", whole.text, "--out", out, *FLAGS)
+        assert code == 2, said
+        assert "disk is full" in said.strip().splitlines()[-1]
+        assert not out.exists()
+        assert not list((tmp_path / "disk").glob(".out*"))
+    if what == "result":  # nothing was lost with it
+        assert shrink(whole.model, "--text", whole.text, "--out", tmp_path / "later", *FLAGS)[0] == 0
+
+
+def test_a_trial_that_breaks_is_told_plainly(
+    trained_llama_folder: Path, stories: Path, shrink: Any, tmp_path: Path
+) -> None:
+    code, said = shrink(trained_llama_folder, "--text", stories, "--out", tmp_path / "out", *FLAGS[:2], "--heal", 12,
+                        "--lr", "1e30", "--jobs", 1)  # fmt: skip
+    assert code == 1
+    assert "lower its lr" in said.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
