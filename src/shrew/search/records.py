@@ -142,7 +142,7 @@ def _details(run: "Run", name: str, label: str, item: "Trial", verdicts: dict[st
     if not loaded.is_classifier and run.task.metric == "bits_per_byte":
         found += _agreement(run, common, item)
         found += samples(run, common, run.original, loaded)
-    untouched = loaded.lineage.get("untouched", {})
+    untouched = loaded.untouched
     for tensor in folder.tensors(item.folder):
         detail = {"tensor": tensor.name, "class": _class(tensor.name), "bytes": tensor.bytes,
                   "shape": list(tensor.shape)}  # fmt: skip
