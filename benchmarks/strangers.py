@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -89,7 +90,7 @@ def modernbert(common: dict[str, Any]) -> Any:
 
 CLASSIFIERS = ("modernbert",)
 TRAINING: dict[str, Any] = {"length": CONTEXT, "batch_tokens": 4096, "lr": 3e-3, "warmup": 50, "threads": 1,
-                            "seed": SEED, "checkpoint_every": 200, "evaluate_every": 1_000_000}  # fmt: skip
+                            "seed": SEED, "checkpoint_every": 200, "validation": 0.0}  # fmt: skip
 LABELLED = TRAINING | {"length": 64, "batch_tokens": 2048, "lr": 2e-3, "checkpoint_every": 1000}
 
 
@@ -200,15 +201,15 @@ def unigrams(tokenizer: Any, documents: list[data.Document], held: list[str]) ->
     rows = tokenizer(held, add_special_tokens=False)["input_ids"]
     by_token = -np.log2(tokens / tokens.sum())[np.concatenate(rows)].sum()
     by_byte = -np.log2(count / count.sum())[seen].sum()
-    return {"unigram_tokens": by_token / len(seen), "unigram_bytes": by_byte / len(seen)}
+    return {"unigram_tokens": float(by_token / len(seen)), "unigram_bytes": float(by_byte / len(seen))}
 
 
-def shrink(name: str, place: Path, held: Path, keep: float, options: Sequence[str]) -> dict[str, Any]:
+def shrink(name: str, place: Path, held: Path, keep: float, flags: Sequence[str]) -> dict[str, Any]:
     """`shrew shrink` on PLACE/trained, giving PLACE/small, and whether what it claims is so."""
     model, small = place / "trained", place / "small"
-    flags = ["--task" if name in CLASSIFIERS else "--text", str(held.resolve()), "--keep", str(keep), "--json"]
+    asked = ["--task" if name in CLASSIFIERS else "--text", str(held.resolve()), "--keep", str(keep), "--json"]
     begun = time.monotonic()
-    told = _shrew(["shrink", str(model.resolve()), *flags, "--out", str(small.resolve()), *options], place)
+    told = _shrew(["shrink", str(model.resolve()), *asked, "--out", str(small.resolve()), *flags], place)
     wall = time.monotonic() - begun
     facts = [json.loads(line) for line in told.splitlines()]
     chosen = [item for item in facts if item["model"] == "chosen"]
@@ -281,7 +282,7 @@ def everything(args: argparse.Namespace) -> bool:
             train(name, place, args.labels if classifier else args.prose)
         text = args.test if classifier else sample(args.valid, place / "held.jsonl", args.characters)
         found = [("trained", check(name, place, args.prose, text)),
-                 ("small", shrink(name, place, text, args.keep, args.options))]  # fmt: skip
+                 ("small", shrink(name, place, text, args.keep, args.flags))]  # fmt: skip
         for stage, result in found:
             print(json.dumps(result), flush=True)
             passed.append(result["passed"])
@@ -314,7 +315,7 @@ def parse() -> argparse.Namespace:
     one = verb("shrink", "PLACE/trained -> PLACE/small, and what is true of it", "type", "place")
     one.add_argument("--held", type=Path, required=True, help="unseen text, or labelled JSONL")
     one.add_argument("--keep", type=float, default=0.95)
-    one.add_argument("options", nargs="*", help="more flags of shrew shrink, after --")
+    one.add_argument("--flags", type=shlex.split, default=[], help='more flags of shrew shrink: --flags="--heal 32"')
     verb("answer", "what a folder says to prompts, by plain transformers", "model", "prompts", "out")
     one = verb("all", "everything, going on from what is there", "runs")
     for flag in ("prose", "valid", "labels", "test"):
@@ -323,7 +324,7 @@ def parse() -> argparse.Namespace:
     one.add_argument("--types", nargs="+", choices=TABLE, default=list(TABLE))
     one.add_argument("--characters", type=int, default=1_000_000, help="of held-out text")
     one.add_argument("--keep", type=float, default=0.95)
-    one.add_argument("options", nargs="*", help="more flags of shrew shrink, after --")
+    one.add_argument("--flags", type=shlex.split, default=[], help='more flags of shrew shrink: --flags="--heal 32"')
     return parser.parse_args()
 
 
@@ -349,7 +350,7 @@ def main() -> int:
             print(json.dumps(result))
             return 0 if result["passed"] else 1
         case "shrink":
-            result = shrink(args.type, args.place, args.held, args.keep, args.options)
+            result = shrink(args.type, args.place, args.held, args.keep, args.flags)
             print(json.dumps(result))
             return 0 if result["passed"] else 1
     return 0
