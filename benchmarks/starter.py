@@ -29,9 +29,8 @@ def next_lines() -> Completion:
         lines = document.text.splitlines(keepends=True)
         wanted = [number for number in range(20, len(lines)) if len(lines[number].strip()) >= 8]
         for number in sorted(draw.permutation(wanted)[: LINES // 30]):
-            before, line = "".join(lines[:number])[-BEFORE:], lines[number].rstrip("\n")
-            indent = line[: len(line) - len(line.lstrip())]
-            found.append(Prompt(f"{document.id}:{number + 1}", before + indent, line.strip()))
+            before = "".join(lines[:number])[-BEFORE:]
+            found.append(Prompt(f"{document.id}:{number + 1}", before, lines[number].rstrip("\n")))
     return Completion(name="next-line", splits={"all": found[:LINES]})
 
 
@@ -55,17 +54,18 @@ def main() -> None:
     card = f"""# The starter: a small model of Python source
 
 {int(values["parameters"].value or 0):,} parameters, bf16, {int(values["bytes"].value or 0):,} bytes; a Llama-type
-folder that transformers reads without Shrew. It is there so that everything Shrew does can be tried on a fresh machine.
+folder that transformers reads without Shrew, so that everything Shrew does can be tried on a fresh machine.
 
 | measured on modules never trained on | value | 95 % interval | n |
 | --- | --- | --- | --- |
 | bits per byte | {bits.value:.4f} | {bits.low:.4f} to {bits.high:.4f} | {bits.n} modules |
 | next line completed exactly | {lines.value:.1%} | {lines.low:.1%} to {lines.high:.1%} | {lines.n} lines |
 
-Trained by `recipes/starter.toml`: {recipe["train"]["steps"]:,} steps of {recipe["train"]["batch_tokens"]:,} tokens on
-{manifest.files:,} Python files ({manifest.bytes / 1e6:.0f} MB) of the standard library and of permissively licensed
-packages, listed with their licences in `manifest.json`. Held out: {len(manifest.evaluation)} files of the standard
-library, chosen by a hash of their names. Dropped: {", ".join(f"{n} ({what})" for what, n in manifest.dropped.items())}.
+Trained by `recipes/starter.toml`: {recipe["train"]["steps"]:,} steps of {recipe["train"]["batch_tokens"]:,} tokens, drawn
+from {manifest.files:,} Python files ({manifest.bytes / 1e6:.0f} MB) of the standard library and of permissively
+licensed packages, listed with their licences in `manifest.json`. Held out: {len(manifest.evaluation)} files of the standard
+library, chosen by a hash of their names. Dropped, in files:
+{", ".join(f"{n} ({what})" for what, n in manifest.dropped.items())}.
 
 It completes short Python text plausibly and knows little: it is a test object, not an assistant.
 """

@@ -33,7 +33,7 @@ class Distil:
 
     steps: Annotated[int, Meta(ge=1)] = doc("optimizer steps", 100)
     rows: Annotated[int, Meta(ge=1)] = doc("windows of text in a step", 4)
-    lr: Annotated[float, Meta(gt=0)] = doc("peak learning rate (AdamW, 10 % warm-up, linear to zero)", 5e-4)
+    lr: Annotated[float, Meta(gt=0)] = doc("peak learning rate (AdamW, 10 % warm-up, linear to zero)", 1e-3)
     teacher: Annotated[float, Meta(ge=0, le=1)] = doc("weight of KL to the original; the rest is next-token loss", 0.9)
     top_k: Annotated[int, Meta(ge=1)] = doc("teacher predictions stored for each position", 32)
     hidden: Annotated[float, Meta(ge=0)] = doc("weight of 1 - cos of the last hidden states; runs the teacher", 0.0)

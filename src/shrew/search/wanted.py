@@ -20,7 +20,7 @@ class ShrinkSpec:
     memory: str | None = doc("largest peak memory of a fresh process, such as 500MB", None)
     minutes: Annotated[float, Meta(gt=0)] = doc("start no new trial after this long", 30.0)
     heal: Annotated[int, Meta(ge=0)] = doc("steps that a finalist is healed for; a quarter of it to rank cuts", 64)
-    lr: Annotated[float, Meta(gt=0)] = doc("peak learning rate of healing", 5e-4)
+    lr: Annotated[float, Meta(gt=0)] = doc("peak learning rate of healing", 1e-3)
     rows: Annotated[int, Meta(ge=1)] = doc("windows of text in a healing step", 4)
     group: Annotated[int, Meta(ge=16)] = doc("weights that share a scale", 64)
     symmetric: bool = doc("grids without zero points", True)
