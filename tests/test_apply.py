@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from shrew import folder, machine, spec
+from shrew import folder, spec
 from shrew.__main__ import main
 from shrew.errors import SpecError
 from shrew.moves import MOVES, parse_moves, table
@@ -20,10 +20,8 @@ DISTIL = {"name": "distil", "steps": 3, "rows": 2, "top_k": 8}
 
 
 @pytest.fixture
-def apply(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def apply(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Runs `shrew apply` in this process: exit code and what it said."""
-    monkeypatch.setattr(machine, "usable_cores", lambda: 1)
-
     def call(*arguments: Any) -> tuple[int, str]:
         capsys.readouterr()
         code = main(["apply", *map(str, arguments)])

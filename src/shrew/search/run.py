@@ -65,7 +65,7 @@ class Run:
         cores = machine.usable_cores()
         threads = machine.choose_threads(max(cores // self.jobs, 1) if self.jobs > 1 else None)
         self.source = replace(source, threads=threads.count)
-        say(f"{self.jobs} trial(s) at a time; {threads.reason}.")
+        self.threads = threads.reason
         self.json = json.dumps(spec.dump(self.source), sort_keys=True)
         self.task = open_task(self.source, self.original)
         self.context = context_of(self.source, self.original, self.task, say)
@@ -194,7 +194,8 @@ class Run:
         wishes += [f"{name} {getattr(self.wanted, name)}" for name in ("under", "faster", "memory") if self.goals[name]]
         self.say(f"Shrinking {self.source.model}: {' and '.join(wishes)}.")
         self.say(f"  {self.task.describe()}")
-        self.say(f"  {len(self.context.calibration)} calibration and {len(self.context.healing)} healing windows.")
+        self.say(f"  {len(self.context.calibration)} calibration and {len(self.context.healing)} healing windows; "
+                 f"{self.jobs} trial(s) at a time; {self.threads}.")  # fmt: skip
         self.say(f"  Cuts (layers, channels) x bits (2 to 8, by measured damage), each healed for "
                  f"{self.wanted.heal // 4} steps to rank and {self.wanted.heal} to finish; no new trial after "
                  f"{self.wanted.minutes:g} minutes.")  # fmt: skip
