@@ -222,6 +222,7 @@ def weights(path: Path) -> bytes:
 
 
 def test_a_floor_that_cannot_be_met(whole: Whole, shrink: Any, tmp_path: Path) -> None:
+    copied(whole.out, tmp_path / "out")  # what was proven earlier stays
     flags = ["--keep", "0.9999999", *FLAGS[2:]]
     code, said = shrink(whole.model, "--text", whole.text, "--out", tmp_path / "out", *flags)
     assert code == 1
@@ -229,8 +230,10 @@ def test_a_floor_that_cannot_be_met(whole: Whole, shrink: Any, tmp_path: Path) -
     assert last.startswith("shrew: no smaller model was proven to keep")
     assert "the nearest miss is" in last
     assert "expect no proof" in said
-    assert {item.name for item in (tmp_path / "out").iterdir()} == {"records.jsonl", "report.html", "shrew.json"}
-    (verdict,) = [item for item in record.read(tmp_path / "out" / "records.jsonl") if item.metric == "verdict"]
+    assert weights(tmp_path / "out") == weights(whole.out)
+    missed = tmp_path / "out-not-met"
+    assert {item.name for item in missed.iterdir()} == {"records.jsonl", "report.html", "shrew.json"}
+    (verdict,) = [item for item in record.read(missed / "records.jsonl") if item.metric == "verdict"]
     assert verdict.value == "not met"
 
 
