@@ -61,10 +61,10 @@ folder that transformers reads without Shrew, so that everything Shrew does can 
 | bits per byte | {bits.value:.4f} | {bits.low:.4f} to {bits.high:.4f} | {bits.n} modules |
 | next line completed exactly | {lines.value:.1%} | {lines.low:.1%} to {lines.high:.1%} | {lines.n} lines |
 
-Trained by `recipes/starter.toml`: {recipe["train"]["steps"]:,} steps of {recipe["train"]["batch_tokens"]:,} tokens, drawn
-from {manifest.files:,} Python files ({manifest.bytes / 1e6:.0f} MB) of the standard library and of permissively
-licensed packages, listed with their licences in `manifest.json`. Held out: {len(manifest.evaluation)} files of the standard
-library, chosen by a hash of their names. Dropped, in files:
+Trained by `recipes/starter.toml`: {recipe["train"]["steps"]:,} steps of {recipe["train"]["batch_tokens"]:,} tokens,
+drawn from {manifest.files:,} Python files ({manifest.bytes / 1e6:.0f} MB) of the standard library and of
+permissively licensed packages, listed with their licences in `manifest.json`. Held out: {len(manifest.evaluation)}
+files of the standard library, chosen by a hash of their names. Dropped, in files:
 {", ".join(f"{n} ({what})" for what, n in manifest.dropped.items())}.
 
 It completes short Python text plausibly and knows little: it is a test object, not an assistant.

@@ -326,6 +326,8 @@ ALLOWED = ('scope="sess' + 'ion"',)  # pytest's own word
 def test_nothing_speaks_of_the_place_where_it_was_written() -> None:
     faults = []
     for path in _tracked():
+        if path.name == "tokenizer.json":
+            continue  # a vocabulary holds every common word
         try:
             lines = path.read_text("utf-8").splitlines()
         except UnicodeDecodeError:

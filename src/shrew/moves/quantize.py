@@ -26,6 +26,8 @@ HEAD = "an embedding or output head; quantized only when embeddings are asked fo
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
+    """Round weights to 2 to 8 bits, with errors fed back by calibration text or not."""
+
     name: ClassVar[str] = "quantize"
     paper: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv:2210.17323"
 
