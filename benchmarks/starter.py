@@ -17,7 +17,7 @@ from shrew import data, files, folder, machine, measure, record, tasks
 from shrew.data import python
 from shrew.tasks.completion import Completion, Prompt
 
-LINES = 300  # next lines asked for
+LINES = 600  # next lines asked for
 BEFORE = 1200  # characters of the module before each of them
 
 
@@ -27,10 +27,11 @@ def next_lines() -> Completion:
     found = []
     for document in data.documents(["python:evaluation"]):
         lines = document.text.splitlines(keepends=True)
-        wanted = [number for number in range(20, len(lines)) if len(lines[number].strip()) >= 8]
+        wanted = [number for number in range(20, len(lines)) if lines[number].strip()]
         for number in sorted(draw.permutation(wanted)[: LINES // 30]):
-            before = "".join(lines[:number])[-BEFORE:]
-            found.append(Prompt(f"{document.id}:{number + 1}", before, lines[number].rstrip("\n")))
+            # A line's break and indentation are one token, so the prompt ends before the break.
+            before = "".join(lines[:number])[-BEFORE:].rstrip("\n")
+            found.append(Prompt(f"{document.id}:{number + 1}", before, "\n" + lines[number].rstrip("\n")))
     return Completion(name="next-line", splits={"all": found[:LINES]})
 
 
