@@ -65,7 +65,7 @@ def _plan(run: "Run", name: str) -> Record:
         "model": run.source.model, "command": run.command, "goals": run.goals, "tried": run.tried,
         "settings": spec.dump(run.wanted) | _evaluated(run), "versions": folder.versions(),
         "threads": run.source.threads, "candidates": run.wanted.candidates, "splits": splits,
-        "provable_keep": run.provable,
+        "provable_keep": run.provable, "final_split_opened": run.openings,
     })  # fmt: skip
 
 

@@ -71,6 +71,7 @@ class Run:
         self.context = context_of(self.source, self.original, self.task, say)
         self.trials: list[Trial] = []
         self.tried: list[str] = []
+        self.openings = 0
         self.references: dict[str, Scores] = {}
         self.curve = Curve(1.0)
 
@@ -385,7 +386,11 @@ class Run:
             self.finals = {}
             return None, {}, []
         sizes = ", ".join(f"{item.bytes / 1e6:.2f} MB" for item in order)
+        self.openings = self.count_opening()
         self.say(f"Opening the final split for {len(order)} candidate(s): {sizes}.")
+        if self.openings > 1:
+            self.say(f"  It has been opened for {self.openings} different settings by now; with each, the chance grows "
+                     "that one of them passes by luck.")  # fmt: skip
         made = {"original": [], "healed original": [self.twin] if self.twin else []}
         waiting = {name: self.start(made[name], "final") for name in self.references}
         ahead = {item.label: self.start(item.moves, "final") for item in order[:1]}
@@ -405,6 +410,14 @@ class Run:
 
         name, opened = fixed_sequence(verdicts())
         return next((item for item in order if item.label == name), None), dict(opened), order
+
+    def count_opening(self) -> int:
+        """How many different settings have opened this final split, this one included; remembered beside the cache."""
+        place = files.cache_folder() / "openings" / f"{trial.task_key(self.task, 'final')[:32]}.json"
+        known = set(json.loads(place.read_text("utf-8"))) if place.exists() else set()
+        known.add(spec.digest([self.source, self.wanted]))
+        files.write_text(place, json.dumps(sorted(known)))
+        return len(known)
 
     def named(self) -> list[Trial]:
         """The candidates for the final split, the safest first: of those that hold, the smallest at each quality, and
