@@ -83,6 +83,8 @@ def _evaluated(run: "Run") -> dict[str, str]:
 
 def _references(run: "Run", name: str) -> list[Record]:
     found = cost_records(name, "original", run.original)
+    if "healed original" in run.references:
+        found.append(Record(run=name, model="healed original", metric="bytes", value=run.twin_bytes, unit="bytes"))
     twins = {"original": run.references["original"], **run.references}
     for label, scores in twins.items():
         final = run.finals.get(label)

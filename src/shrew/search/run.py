@@ -244,6 +244,7 @@ class Run:
         found = future.result()
         scores = Scores.parse(found["scores"])
         self.references["healed original"] = scores
+        self.twin_bytes = found["bytes"]
         self.say(f"The original healed alike keeps {statistics.retention(self.references['original'], scores):.2%}.")
         for item in self.trials:
             item.retention = min(statistics.retention(reference, item.scores)
