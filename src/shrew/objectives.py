@@ -40,8 +40,3 @@ def top_k_kl(student: Tensor, logs: Tensor, ids: Tensor) -> Tensor:
 def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over positions of 1 - cos between hidden states [N, d] of equal width."""
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).sum()
-
-
-def perplexity_bits(nats: float, text_bytes: int) -> float:
-    """Bits per byte of a text whose tokens cost `nats` in all."""
-    return nats / torch.log(torch.tensor(2.0)).item() / text_bytes
