@@ -1,6 +1,5 @@
 """Losses as functions of logits. N positions, V vocabulary entries, K stored teacher entries."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
