@@ -31,7 +31,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from shrew import data, errors, machine, record, spec  # noqa: E402
-from shrew.blocks.model import build, stock  # noqa: E402
+from shrew.blocks.model import build  # noqa: E402
+from shrew.blocks.stock import stock  # noqa: E402
 from shrew.measure.statistics import student_quantile  # noqa: E402
 from shrew.train import Loop, Recipe, TrainSpec, World, flops_per_token, train_tokenizer  # noqa: E402
 

@@ -12,6 +12,7 @@ import re
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from msgspec import Meta
 
 from shrew.errors import SpecError, nearest
 
-__all__ = ["Meta", "add_flags", "digest", "doc", "dump", "from_flags", "parse", "parse_bytes", "parse_times",
+__all__ = ["Kinds", "Meta", "add_flags", "digest", "doc", "dump", "from_flags", "parse", "parse_bytes", "parse_times",
            "read_toml", "to_toml"]  # fmt: skip
 
 T = TypeVar("T")
@@ -33,30 +34,58 @@ def doc(text: str, default: Any = MISSING, default_factory: Any = MISSING) -> An
     return field(default=default, default_factory=default_factory, metadata={"doc": text})
 
 
+class Kinds:
+    """Marks a field whose tables are told apart by their key `kind`: `Annotated[Any, Kinds({kind: spec class})]`.
+    Without the key a table is of the first kind."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self.table = table
+
+
 def parse(cls: type[T], values: dict[str, Any], where: str) -> T:
     """Build `cls` from plain values (TOML or JSON). `where` names the source in errors."""
     if not isinstance(values, dict):
         raise SpecError(f"{where}: expected a table of settings, got {type(values).__name__}.")
-    _refuse_unknown(cls, values, where)
     try:
-        return msgspec.convert(values, cls)
+        return msgspec.convert(_resolve(cls, values, where), cls)
     except msgspec.ValidationError as error:
         raise SpecError(f"{where}: {_plain(error)}.") from None
 
 
-def _refuse_unknown(cls: Any, values: dict[str, Any], where: str) -> None:
-    hints = typing.get_type_hints(cls)
+def _resolve(cls: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values with every table of a `Kinds` field parsed; unknown keys are refused at every depth."""
+    hints = typing.get_type_hints(cls, include_extras=True)
     known = {item.name for item in dataclasses.fields(cls)}  # without the class variables, which are no keys
+    found = dict(values)
     for key, value in values.items():
         if key not in known:
             raise SpecError(f"{where}: unknown key '{key}'; {nearest(key, known)}")
-        for inner in _dataclasses_in(hints[key]):
-            tables = value if isinstance(value, list) else [value]
-            if typing.get_origin(hints[key]) is dict and isinstance(value, dict):
-                tables = list(value.values())
-            for table in tables:
-                if isinstance(table, dict):
-                    _refuse_unknown(inner, table, f"{where}: {key}")
+        if typing.get_origin(hints[key]) is dict and isinstance(value, dict):
+            found[key] = {name: _inner(hints[key], part, f"{where}: {key}.{name}") for name, part in value.items()}
+        elif isinstance(value, list):
+            found[key] = [_inner(hints[key], part, f"{where}: {key}") for part in value]
+        else:
+            found[key] = _inner(hints[key], value, f"{where}: {key}")
+    return found
+
+
+def _inner(hint: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    for kinds in _kinds_in(hint):
+        kind = value.get("kind", next(iter(kinds.table)))
+        if kind not in kinds.table:
+            raise SpecError(f"{where}: unknown kind '{kind}'; {nearest(str(kind), kinds.table)}")
+        return parse(kinds.table[kind], value, where)
+    for cls in _dataclasses_in(hint):
+        return _resolve(cls, value, where)
+    return value
+
+
+def _kinds_in(hint: Any) -> list["Kinds"]:
+    if isinstance(hint, Kinds):
+        return [hint]
+    return [found for part in typing.get_args(hint) for found in _kinds_in(part)]
 
 
 def _dataclasses_in(hint: Any) -> list[Any]:

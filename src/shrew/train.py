@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shrew import data, files, folder, machine, objectives, spec
-from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build, stock
+from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
+from shrew.blocks.stock import stock
 from shrew.errors import DataError, FolderError, ShrewError, SpecError, UsageError, nearest
 from shrew.spec import Meta, doc
 
@@ -410,17 +411,19 @@ class Loop:
             state = {"step": self.step, "cpu_seconds": self.cpu_seconds, **facts}
             (temporary / "state.json").write_text(json.dumps(state))
 
-    def _losses(self, tokens: Tensor, targets: Tensor, owner: Tensor) -> Tensor:
-        """Summed loss in nats of a micro-batch."""
+    def _losses(self, tokens: Tensor, targets: Tensor, owner: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Summed loss in nats of a micro-batch, and what the blocks add to it to be trained well (MoE balance)."""
         if isinstance(self.batches, Labelled):
             logits = self.model(input_ids=tokens, attention_mask=owner).logits
-            return objectives.classify(logits, targets)
+            return objectives.classify(logits, targets), None
         if isinstance(self.model, ShrewForCausalLM):
-            hidden = self.model.hidden(tokens, owner if self.item.document_mask else None)
-            return objectives.next_token(self.model.lm_head(hidden), targets)
+            hidden, penalty = self.model.hidden(tokens, owner if self.item.document_mask else None)
+            loss = objectives.next_token(self.model.logits(hidden), targets)
+            return loss, None if penalty is None else penalty * (targets != objectives.IGNORE).sum()
         # Stock models read document borders from positions that start again at zero.
         positions = _positions(owner) if self.item.document_mask else None
-        return objectives.next_token(self.model(tokens, position_ids=positions, use_cache=False).logits, targets)
+        logits = self.model(tokens, position_ids=positions, use_cache=False).logits
+        return objectives.next_token(logits, targets), None
 
     def take_step(self) -> tuple[float, int]:
         """One optimizer step; (mean loss in nats, tokens that counted)."""
@@ -436,8 +439,8 @@ class Loop:
         for low in range(0, self.rows, self.micro):
             parts = [torch.from_numpy(array[low : low + self.micro]).to(self.world.device) for array in arrays]
             with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = self.losses(*parts)
-            (loss / count).backward()
+                loss, penalty = self.losses(*parts)
+            ((loss if penalty is None else loss + penalty) / count).backward()
             total += loss.detach()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.world.sum(grads)
@@ -464,7 +467,7 @@ class Loop:
         batches = data.Batches(self.held, length, 1, 0)
         for index in range(min(self.held.windows(length), limit)):
             arrays = [torch.from_numpy(array).to(self.world.device) for array in batches[index]]
-            total += self._losses(*arrays).item()
+            total += self._losses(*arrays)[0].item()
             count += int((arrays[1] != objectives.IGNORE).sum())
         self.model.train()
         return total / max(count, 1)
@@ -522,8 +525,9 @@ def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
     hidden: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    outer = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
-             for p in layer.parameters()} if hasattr(model, "get_input_embeddings") else set()  # fmt: skip
+    tables = [layer for layer in model.modules() if isinstance(layer, nn.Embedding)]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    outer = {id(p) for layer in [*tables, head] if layer is not None for p in layer.parameters()}
     for p in model.parameters():
         if p.ndim == 2 and id(p) not in outer:
             hidden.append(p)
@@ -545,8 +549,11 @@ def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
 
 
 def flops_per_token(model: Any, length: int) -> int:
-    """Training FLOPs of one token: 6 per weight that multiplies (the head does, the embedding table does not, nor do
-    experts that are not chosen), 12 per layer, width and mean context for attention (Kaplan et al. 2020)."""
+    """Training FLOPs of one token: of our own models three times the forward pass as the blocks count it; of others 6
+    per weight that multiplies (the head does, the embedding table does not, nor do experts that are not chosen) and 12
+    per layer, width and mean context for attention (Kaplan et al. 2020)."""
+    if isinstance(model, ShrewForCausalLM):
+        return 3 * model.flops(length // 2)
     config: Any = model.config
     weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     if not getattr(config, "tie_word_embeddings", False):

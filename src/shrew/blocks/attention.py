@@ -6,11 +6,10 @@ B rows, T new positions, S positions seen, H query heads, K key-value heads, D h
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from shrew.blocks.layers import RMSNorm, rotate
+from shrew.blocks.layers import Place, RMSNorm, Shape, rotate
 from shrew.spec import Meta, doc
 
 
@@ -23,6 +22,16 @@ class AttentionSpec:
     qk_norm: bool = doc("RMS norm on queries and keys (Henry et al. 2020)", False)
     rope_theta: Annotated[float, Meta(gt=0)] = doc("base of the rotary frequencies", 10000.0)
 
+    def problem(self, width: int) -> str:
+        """What is wrong with these settings at a model's width; empty when nothing is."""
+        if self.heads % (self.kv_heads or self.heads):
+            return f"{self.heads} heads are no multiple of {self.kv_heads} kv_heads"
+        if self.head_width is None and width % self.heads:
+            return f"width {width} is no multiple of {self.heads} heads"
+        if (self.head_width or width // self.heads) % 2:
+            return "heads of an odd width cannot be rotated; set an even head_width"
+        return ""
+
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     """The definition: softmax(q k^T / sqrt(D)) v where `allowed` [B, 1, T, S] is true. The oracle of the tests."""
@@ -33,8 +42,10 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, spec: AttentionSpec, width: int, eps: float) -> None:
+    def __init__(self, spec: AttentionSpec, shape: Shape) -> None:
         super().__init__()
+        width, eps = shape.width, shape.eps
+        self.spec = spec
         self.heads, self.kv_heads = spec.heads, spec.kv_heads or spec.heads
         self.head_width = spec.head_width or width // spec.heads
         self.q_proj = nn.Linear(width, self.heads * self.head_width, bias=False)
@@ -44,11 +55,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_width, eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(self.head_width, eps) if spec.qk_norm else None
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None, state: Any = None
-    ) -> Tensor:
-        """x [B, T, d] -> [B, T, d]. `mask` [B, 1, T, S] is True (or 0) where attention is allowed; None means plain
-        causal. `state` is a `DynamicLayer` holding earlier keys and values; it is extended in place."""
+    def forward(self, x: Tensor, place: Place, state: Any = None) -> Tensor:
+        """x [B, T, d] -> [B, T, d]. `state` is a `DynamicLayer` of earlier keys and values, extended in place."""
+        mask, rotary = place.mask(), place.rotary(self.head_width, self.spec.rope_theta)
         rows, length, _ = x.shape
         q = self.q_proj(x).view(rows, length, self.heads, self.head_width).transpose(1, 2)
         k = self.k_proj(x).view(rows, length, self.kv_heads, self.head_width).transpose(1, 2)
@@ -63,6 +72,12 @@ class Attention(nn.Module):
         )
         return self.o_proj(y.transpose(1, 2).reshape(rows, length, -1))
 
+    def start(self, std: float, deep: float) -> None:
+        """Initialise: normal with `std`, and with `deep` what adds to the residual stream."""
+        for part in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(part.weight, std=std)
+        nn.init.normal_(self.o_proj.weight, std=deep)
+
     def init_state(self) -> DynamicLayer:
         return DynamicLayer()
 
@@ -73,14 +88,3 @@ class Attention(nn.Module):
 
     def state_bytes(self, context: int, element: int = 2) -> int:
         return 2 * self.kv_heads * self.head_width * context * element
-
-
-def document_mask(owner: Tensor) -> Tensor | None:
-    """Causal mask [B, 1, T, T] that keeps packed documents apart; None if no row holds two documents.
-
-    owner [B, T]: number of the document that each position belongs to."""
-    if bool((owner == owner[:, :1]).all()):
-        return None
-    length = owner.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=owner.device).tril()
-    return ((owner[:, None, :] == owner[:, :, None]) & causal)[:, None]

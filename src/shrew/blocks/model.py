@@ -1,25 +1,32 @@
 """A model is a spec: `ModelSpec` says it, `ShrewForCausalLM` is it, transformers' Auto classes load it.
 
-Parameter names are Llama's. Where a stock type can express a spec (llama, or qwen3 with QK-norm), `stock` gives that
-model with the same weights, and that is what gets saved: everything else can read it without Shrew.
+Where a stock type can express a spec, `shrew.blocks.stock` gives that model with the same weights, and that is what
+gets saved: everything else can read it without Shrew.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from shrew.blocks.attention import Attention, AttentionSpec, document_mask
-from shrew.blocks.layers import RMSNorm, rotary_tables
+from shrew.blocks.attention import Attention, AttentionSpec
+from shrew.blocks.layers import Place, RMSNorm, Shape, State
 from shrew.blocks.mlp import Mlp, MlpSpec
-from shrew.errors import SpecError, nearest
-from shrew.spec import Meta, doc, dump, parse
+from shrew.errors import SpecError, UsageError, nearest
+from shrew.spec import Kinds, Meta, doc, dump, parse
+
+# kind: (spec, block). A block's spec says what is wrong with it at a model's width (`problem`).
+MIXERS: dict[str, tuple[Any, Any]] = {
+    "attention": (AttentionSpec, Attention),
+}
+FFNS: dict[str, tuple[Any, Any]] = {
+    "mlp": (MlpSpec, Mlp),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +40,16 @@ class ModelSpec:
     context: Annotated[int, Meta(ge=2)] = doc("longest context", 1024)
     tied: bool = doc("one matrix for embedding and head", True)
     eps: float = doc("epsilon of the norms", 1e-6)
-    mixers: dict[str, AttentionSpec] = field(default_factory=lambda: {"A": AttentionSpec()})
-    ffn: MlpSpec = field(default_factory=MlpSpec)
+    norms: Literal["pre", "sandwich"] = doc("norm before each block, or before and after it (Gemma)", "pre")
+    embedding_scale: float = doc("factor of the embeddings", 1.0)
+    residual_scale: float = doc("factor of what a block adds to the residual stream", 1.0)
+    logit_scale: float = doc("factor of the logits", 1.0)
+    softcap: Annotated[float, Meta(ge=0)] = doc("logits become softcap tanh(logits / softcap); 0: off", 0.0)
+    zero_init: bool = doc("start every block's last matrix at zero, so that a new model is its embedding", False)
+    mixers: dict[str, Annotated[Any, Kinds({kind: spec for kind, (spec, _) in MIXERS.items()})]] = field(
+        default_factory=lambda: {"A": AttentionSpec()}
+    )
+    ffn: Annotated[Any, Kinds({kind: spec for kind, (spec, _) in FFNS.items()})] = field(default_factory=MlpSpec)
 
     def __post_init__(self) -> None:
         if not self.pattern:
@@ -42,19 +57,12 @@ class ModelSpec:
         for letter in self.pattern:
             if letter not in self.mixers:
                 raise SpecError(f"pattern '{self.pattern}': no mixer '{letter}'; {nearest(letter, self.mixers)}")
-        for letter, mixer in self.mixers.items():
-            if mixer.kind != "attention":
-                raise SpecError(f"mixers.{letter}: unknown kind '{mixer.kind}'; known: attention.")
-            if mixer.heads % (mixer.kv_heads or mixer.heads):
-                raise SpecError(f"mixers.{letter}: {mixer.heads} heads are no multiple of {mixer.kv_heads} kv_heads.")
-            if mixer.head_width is None and self.width % mixer.heads:
-                raise SpecError(f"mixers.{letter}: width {self.width} is no multiple of {mixer.heads} heads.")
-            if (mixer.head_width or self.width // mixer.heads) % 2:
-                raise SpecError(f"mixers.{letter}: heads of an odd width cannot be rotated; set an even head_width.")
-        if self.ffn.kind != "mlp":
-            raise SpecError(f"ffn: unknown kind '{self.ffn.kind}'; known: mlp.")
+        mixers = {f"mixers.{letter}": mixer for letter, mixer in self.mixers.items()}
+        for name, block in {**mixers, "ffn": self.ffn}.items():
+            if problem := block.problem(self.width):
+                raise SpecError(f"{name}: {problem}.")
 
-    def mixer(self, layer: int) -> AttentionSpec:
+    def mixer(self, layer: int) -> Any:
         return self.mixers[self.pattern[layer % len(self.pattern)]]
 
 
@@ -82,14 +90,22 @@ class ShrewConfig(PreTrainedConfig):
 class Layer(nn.Module):
     def __init__(self, spec: ModelSpec, number: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.width, spec.eps)
-        self.self_attn = Attention(spec.mixer(number), spec.width, spec.eps)
-        self.post_attention_layernorm = RMSNorm(spec.width, spec.eps)
-        self.mlp = Mlp(spec.ffn, spec.width)
+        shape = Shape(spec.width, spec.eps, spec.vocabulary or 0, number)
+        mixer = spec.mixer(number)
+        self.scale = spec.residual_scale
+        self.mixer_norm = RMSNorm(spec.width, spec.eps)
+        self.mixer = MIXERS[mixer.kind][1](mixer, shape)
+        self.ffn_norm = RMSNorm(spec.width, spec.eps)
+        self.ffn = FFNS[spec.ffn.kind][1](spec.ffn, shape)
+        self.mixer_after = RMSNorm(spec.width, spec.eps) if spec.norms == "sandwich" else None
+        self.ffn_after = RMSNorm(spec.width, spec.eps) if spec.norms == "sandwich" else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, state: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, state)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, d] -> [B, T, d], and the penalty of the ffn, if it has one."""
+        y = self.mixer(self.mixer_norm(x), place, state)
+        x = x + self.scale * (y if self.mixer_after is None else self.mixer_after(y))
+        y, penalty = self.ffn(self.ffn_norm(x))
+        return x + self.scale * (y if self.ffn_after is None else self.ffn_after(y)), penalty
 
 
 class Trunk(nn.Module):
@@ -102,23 +118,24 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(spec, number) for number in range(spec.layers))
         self.norm = RMSNorm(spec.width, spec.eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """tokens, positions [B, T] -> hidden states [B, T, d]."""
-        x = self.embed_tokens(tokens)
-        tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+    def forward(self, place: Place, cache: Cache | None = None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [B, T, d] of the tokens, and the sum of the layers' penalties (None if there is none)."""
+        x = self.embed_tokens(place.tokens)
+        if self.spec.embedding_scale != 1:
+            x = x * self.spec.embedding_scale
+        penalties = []
         for number, layer in enumerate(self.layers):
-            mixer: Any = layer.self_attn
-            key = (mixer.head_width, self.spec.mixer(number).rope_theta)
-            if key not in tables:
-                tables[key] = rotary_tables(positions, *key)
-            x = layer(x, tables[key], mask, None if cache is None else _state(cache, number, mixer))
-        return self.norm(x)
+            state = None if cache is None else cache.layers[number]
+            x, penalty = layer(x, place, state)
+            if isinstance(state, State):
+                state.seen += place.positions.shape[1]
+            if penalty is not None:
+                penalties.append(penalty)
+        return self.norm(x), torch.stack(penalties).sum() if penalties else None
 
-
-def _state(cache: Cache, number: int, mixer: Attention) -> Any:
-    while len(cache.layers) <= number:
-        cache.layers.append(mixer.init_state())
-    return cache.layers[number]
+    def new_cache(self) -> Cache:
+        layers: list[Any] = list(self.layers)
+        return Cache(layers=[layer.mixer.init_state() for layer in layers])
 
 
 class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
@@ -136,23 +153,38 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Normal(0, 0.02), residual outputs scaled by depth (Radford et al. 2019).
+        # Normal(0, 0.02), residual outputs scaled by depth (Radford et al. 2019) or zero; a block that wants its own
+        # start says so in `start`.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        if isinstance(module, Layer):
-            outputs: list[Any] = [module.self_attn.o_proj, module.mlp.down_proj]
-            for last in outputs:
-                nn.init.normal_(last.weight, std=0.02 / (2 * self.spec.layers) ** 0.5)
-                last._is_hf_initialized = True
+        elif isinstance(module, Layer):
+            deep = 0.0 if self.spec.zero_init else 0.02 / (2 * self.spec.layers) ** 0.5
+            for block in (module.mixer, module.ffn):
+                block.start(0.02, deep)
+                for part in block.modules():
+                    part._is_hf_initialized = True
 
-    def hidden(self, tokens: Tensor, owner: Tensor | None = None) -> Tensor:
-        """tokens [B, T] -> last hidden states [B, T, d]; `owner` [B, T] keeps packed documents apart (rotary
-        positions are relative, so each is as if alone). The training path: the loss applies the head."""
+    def hidden(self, tokens: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """tokens [B, T] -> last hidden states [B, T, d] and the sum of the layers' penalties; `owner` [B, T] keeps
+        packed documents apart (rotary positions are relative, so each is as if alone). The training path."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        mask = None if owner is None else document_mask(owner)
-        return self.model(tokens, positions, mask, None)
+        return self.model(Place(tokens, positions, owner))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last hidden states [..., d] -> logits [..., V]."""
+        logits = self.lm_head(hidden)
+        if self.spec.logit_scale != 1:
+            logits = logits * self.spec.logit_scale
+        cap = self.spec.softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def flops(self, context: int) -> int:
+        """Multiply-adds times two of one token's forward pass that sees `context` positions on average."""
+        layers: list[Any] = list(self.model.layers)
+        each = sum(layer.mixer.flops(context) + layer.ffn.flops() for layer in layers)
+        return each + 2 * self.spec.width * (self.spec.vocabulary or 0)
 
     def forward(
         self,
@@ -165,24 +197,28 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids [B, T] -> logits [B, T, V]; `labels` are shifted inside, as transformers does."""
+        """input_ids [B, T] -> logits [B, T, V]; `attention_mask` [B, S] is 0 at padding; `labels` are shifted inside,
+        as transformers does."""
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise UsageError("attention_mask: give it as [rows, positions], 1 for text and 0 for padding.")
         if use_cache and past_key_values is None:
-            past_key_values = Cache(layers=[])
-        seen = past_key_values.get_seq_length() if past_key_values is not None and past_key_values.layers else 0
+            past_key_values = self.model.new_cache()
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
-            position_ids = position_ids.expand_as(input_ids)
-        mask = None
-        if attention_mask is not None or (seen and input_ids.shape[1] > 1):
-            mask = create_causal_mask(
-                config=self.config, inputs_embeds=self.model.embed_tokens(input_ids), attention_mask=attention_mask,
-                past_key_values=past_key_values if seen else None, position_ids=position_ids,
-            )  # fmt: skip
-        x = self.model(input_ids, position_ids, mask, past_key_values)
+        place = Place(input_ids, position_ids.expand_as(input_ids), attention_mask, seen)
+        x, penalty = self.model(place, past_key_values)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x[:, keep])
+        logits = self.logits(x[:, keep])
         loss = self.loss_function(logits, labels, self.spec.vocabulary, **kwargs) if labels is not None else None
+        if loss is not None and penalty is not None:
+            loss = loss + penalty
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """transformers' `generate` would make a cache of keys and values alone."""
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.model.new_cache()
 
 
 AutoConfig.register("shrew", ShrewConfig)
@@ -192,27 +228,3 @@ AutoModelForCausalLM.register(ShrewConfig, ShrewForCausalLM)
 def build(spec: ModelSpec, **kwargs: Any) -> ShrewForCausalLM:
     """A freshly initialised model; `kwargs` go into its config (token ids)."""
     return ShrewForCausalLM(ShrewConfig(dump(spec), **kwargs))
-
-
-def stock(model: ShrewForCausalLM) -> PreTrainedModel:
-    """The same model as a stock transformers type (llama, or qwen3 where it has QK-norm), sharing no memory with
-    `model`; the model itself where neither can say its spec (mixers that differ from layer to layer)."""
-    spec = model.spec
-    kinds = {spec.mixer(number) for number in range(spec.layers)}
-    if len(kinds) > 1:
-        return model
-    mixer = kinds.pop()
-    config_class: Any = Qwen3Config if mixer.qk_norm else LlamaConfig
-    config = config_class(
-        vocab_size=spec.vocabulary, hidden_size=spec.width, num_hidden_layers=spec.layers,
-        intermediate_size=spec.ffn.hidden or 3 * spec.width, num_attention_heads=mixer.heads,
-        num_key_value_heads=mixer.kv_heads or mixer.heads, head_dim=mixer.head_width or spec.width // mixer.heads,
-        max_position_embeddings=spec.context, rms_norm_eps=spec.eps, tie_word_embeddings=spec.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": mixer.rope_theta},
-        bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-    )  # fmt: skip
-    same = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    same.load_state_dict(model.state_dict())
-    same.tie_weights()
-    return same.eval()

@@ -1,0 +1,74 @@
+"""Our models as stock transformers types, and those types as ours: same weights, same logits.
+
+An adapter is a row of `ADAPTERS`, made in the file of its family: the config of its type that says a spec, the
+spec that says a config, and the names of the parts. Norms that add one to their weight, stacked projections and the
+like are undone in `out` and `back`.
+"""
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
+from shrew.blocks.stock import dense
+from shrew.blocks.stock.adapter import Adapter, Weights
+from shrew.errors import UnsupportedError
+
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# The first that can say a spec is what gets saved.
+ADAPTERS: dict[str, Adapter] = {
+    "llama": dense.LLAMA,
+    "qwen3": dense.QWEN3,
+}
+
+
+def stock(model: ShrewForCausalLM) -> PreTrainedModel:
+    """The same model as a stock transformers type, sharing no memory with `model`; the model itself where no type can
+    say its spec."""
+    spec = model.spec
+    for adapter in ADAPTERS.values():
+        config = adapter.config(spec)
+        if config is not None:
+            for key in IDS:
+                setattr(config, key, getattr(model.config, key))
+            same = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+            weights = {name: value.clone() for name, value in model.state_dict().items()}
+            same.load_state_dict(adapter.out(spec, _renamed(weights, _names(adapter, spec))))
+            same.tie_weights()
+            return same.eval()
+    return model
+
+
+def adopt(model: PreTrainedModel) -> ShrewForCausalLM:
+    """A stock model in our blocks, sharing no memory with `model`.
+
+    Raises UnsupportedError where our blocks cannot say its config."""
+    kind = model.config.model_type
+    adapter = ADAPTERS.get(kind)
+    spec = adapter.spec(model.config) if adapter else None
+    if adapter is None or spec is None:
+        raise UnsupportedError(f"{kind}: this model cannot be said in our blocks; known: {', '.join(ADAPTERS)}.")
+    ours = build(spec, **{key: getattr(model.config, key) for key in IDS}).to(model.dtype)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [{theirs: part for part, theirs in layer.items()} for layer in _names(adapter, spec)]
+    ours.load_state_dict(_renamed(adapter.back(spec, weights), names))
+    ours.tie_weights()
+    return ours.eval()
+
+
+def _names(adapter: Adapter, spec: ModelSpec) -> list[dict[str, str]]:
+    return [adapter.names(spec, layer) for layer in range(spec.layers)]
+
+
+def _renamed(weights: Weights, names: list[dict[str, str]]) -> Weights:
+    """The parts of layers ('model.layers.3.PART.rest') renamed; longest first, so that a name can begin another."""
+    found = {}
+    for name, value in weights.items():
+        head, dot, rest = name.partition(".layers.")
+        number, _, part = rest.partition(".")
+        table = names[int(number)] if dot else {}
+        for old in sorted(table, key=len, reverse=True):
+            if part == old or part.startswith(old + "."):
+                name = f"{head}.layers.{number}.{table[old]}{part.removeprefix(old)}"
+                break
+        found[name] = value
+    return found

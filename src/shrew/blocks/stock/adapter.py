@@ -1,0 +1,20 @@
+"""What a row of the table of stock types is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from shrew.blocks.model import ModelSpec
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    config: Callable[[ModelSpec], Any]  # spec -> a config of the type, or None
+    spec: Callable[[Any], ModelSpec | None]  # config -> spec, or None where our blocks cannot say it
+    names: Callable[[ModelSpec, int], dict[str, str]]  # spec, layer -> {our part of that layer: theirs}
+    out: Callable[[ModelSpec, Weights], Weights] = lambda spec, weights: weights  # renamed weights -> theirs
+    back: Callable[[ModelSpec, Weights], Weights] = lambda spec, weights: weights  # theirs -> ours but for the names
