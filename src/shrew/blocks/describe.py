@@ -28,6 +28,7 @@ from shrew.errors import FolderError, ShrewError, SpecError, UnsupportedError, U
 
 SEQUENCE = (1024, 8192, 131072)
 BITS, GROUP = 4, 128
+WIDTH = 200  # so that a layer is one line where the output is piped; a terminal that is narrower wraps by itself
 SMALLEST_ROW = 16  # the quantize move leaves narrower matrices alone
 
 
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps({"model": str(args.model), **found}, indent=1))
     else:
-        show(str(args.model), item, found, Console())
+        show(str(args.model), item, found, Console(width=WIDTH))
     return 0
 
 
@@ -310,12 +311,12 @@ def _listed(parts: list[str]) -> str:
 
 
 def _settings(block: dict[str, Any]) -> str:
-    """'attention, heads 8, kv_heads 2': whole numbers, and whatever differs from its default."""
+    """'attention, heads 8, kv_heads 2': numbers above 1, and whatever differs from its default."""
     kind = block["kind"]
     default = spec.dump({**MIXERS, **FFNS}[kind][0]())
     words = [kind]
     for key, value in block.items():
-        if value != default.get(key) or (type(value) is int and value):
+        if value != default.get(key) or (type(value) is int and value > 1):
             words.append((key if value else f"no {key}") if isinstance(value, bool) else f"{key} {value}")
     return ", ".join(words)
 
