@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
-from shrew import errors, folder
+from shrew import errors, folder, spec
 from shrew.__main__ import main
 from shrew.blocks import describe
 from shrew.blocks.attention import AttentionSpec
@@ -25,6 +25,7 @@ MIXED = ModelSpec(pattern="AAB", layers=7, width=160, vocabulary=300, context=64
                   ffn=MlpSpec(hidden=72))  # fmt: skip
 SMOL = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                    num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)  # fmt: skip
+ARMS = ("dense", "moe", "hybrid", "conv-hybrid")
 RECIPE = """
 [train]
 data = ["a.txt"]
@@ -141,6 +142,17 @@ def test_every_known_model_has_as_many_ffns_as_mixers() -> None:
 )
 def test_every_recipe_can_be_described(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _described(path, capsys)["parameters"]["total"] > 0
+
+
+@pytest.mark.parametrize("size", ["1m", "3m", "7m"])
+def test_the_arms_of_a_contest_are_of_one_size_and_trained_alike(size: str) -> None:
+    paths = {arm: ROOT / "recipes" / "contest" / f"{arm}-{size}.toml" for arm in ARMS}
+    train = [{**spec.read_toml(path)["train"], "out": ""} for path in paths.values()]
+    assert train == [train[0]] * len(ARMS)
+    models = {arm: describe.shell(describe.read(path)) for arm, path in paths.items()}
+    body = {arm: describe.parameters(model).body for arm, model in models.items()}
+    assert all(abs(count / body["dense"] - 1) < 0.03 for count in body.values()), body
+    assert abs(body["dense"] / int(size[0]) / 1e6 - 1) < 0.03
 
 
 def test_a_recipe_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
