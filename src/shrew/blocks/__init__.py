@@ -5,5 +5,6 @@
     FFN:    forward(x [B, T, d]) -> (y [B, T, d], penalty or None)
             start(std, deep)  flops()  idle()
 
-`start` initialises, `flops` counts multiply-adds times two of a token, `idle` the parameters that a token does not use.
+`spec` is what the block was made from, `start` initialises, `flops` counts multiply-adds times two of a token, `idle`
+the parameters that a token does not use.
 """

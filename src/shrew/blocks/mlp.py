@@ -21,6 +21,7 @@ class MlpSpec:
 class Mlp(nn.Module):
     def __init__(self, spec: MlpSpec, shape: Shape) -> None:
         super().__init__()
+        self.spec = spec
         width, hidden = shape.width, spec.hidden or 3 * shape.width
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)

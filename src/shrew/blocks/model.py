@@ -186,6 +186,11 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         each = sum(layer.mixer.flops(context) + layer.ffn.flops() for layer in layers)
         return each + 2 * self.spec.width * (self.spec.vocabulary or 0)
 
+    def state_bytes(self, context: int, element: int = 2) -> int:
+        """What a cache of one row holds after `context` positions."""
+        layers: list[Any] = list(self.model.layers)
+        return sum(layer.mixer.state_bytes(context, element) for layer in layers)
+
     def forward(
         self,
         input_ids: Tensor,

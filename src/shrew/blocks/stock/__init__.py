@@ -5,6 +5,8 @@ spec that says a config, and the names of the parts. Norms that add one to their
 like are undone in `out` and `back`.
 """
 
+from typing import Any
+
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
@@ -38,15 +40,22 @@ def stock(model: ShrewForCausalLM) -> PreTrainedModel:
     return model
 
 
+def as_spec(config: Any) -> ModelSpec:
+    """The spec that a stock config says. Raises UnsupportedError where our blocks cannot say it."""
+    adapter = ADAPTERS.get(config.model_type)
+    spec = adapter.spec(config) if adapter else None
+    if spec is None:
+        known = ", ".join(ADAPTERS)
+        raise UnsupportedError(f"{config.model_type}: this model cannot be said in our blocks; known: {known}.")
+    return spec
+
+
 def adopt(model: PreTrainedModel) -> ShrewForCausalLM:
     """A stock model in our blocks, sharing no memory with `model`.
 
     Raises UnsupportedError where our blocks cannot say its config."""
-    kind = model.config.model_type
-    adapter = ADAPTERS.get(kind)
-    spec = adapter.spec(model.config) if adapter else None
-    if adapter is None or spec is None:
-        raise UnsupportedError(f"{kind}: this model cannot be said in our blocks; known: {', '.join(ADAPTERS)}.")
+    spec = as_spec(model.config)
+    adapter = ADAPTERS[model.config.model_type]
     ours = build(spec, **{key: getattr(model.config, key) for key in IDS}).to(model.dtype)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     names = [{theirs: part for part, theirs in layer.items()} for layer in _names(adapter, spec)]
