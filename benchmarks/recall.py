@@ -1,0 +1,196 @@
+"""What mixers forget: associative recall and copying against length, two layers each.
+
+    python benchmarks/recall.py attention conv linear delta linear+attention --records RECORDS.jsonl
+
+Recall (after Arora et al. 2023, MQAR): length / 8 pairs of a key and a value, noise over half of the row, then every
+key once more in another order; counted is the value named after each. Copy: tokens drawn at random, a mark, and the
+same tokens again; counted is each of them. A mixer of two kinds, as linear+attention, is a layer of each. One model a
+probe and mixer learns rows of all lengths in turn, with the same draws, steps and rate as the others, and answers rows
+that it has not seen.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shrew import machine, objectives, record, spec
+from shrew.blocks.model import MIXERS, ModelSpec, ShrewForCausalLM, build
+from shrew.record import Record
+
+KEYS, VALUES, NOISE = 128, 32, 32  # token ids: noise and the mark, then values, then keys
+MARK = 0
+VOCABULARY = NOISE + VALUES + KEYS
+Probe = Callable[[int, int, torch.Generator], tuple[Tensor, Tensor]]
+
+
+def recall(rows: int, length: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens and targets [rows, length]; targets are IGNORE where nothing is asked."""
+    pairs = length // 8
+    keys = torch.rand(rows, KEYS, generator=draw).argsort(1)[:, :pairs]
+    values = torch.randint(NOISE, NOISE + VALUES, (rows, pairs), generator=draw)
+    order = torch.rand(rows, pairs, generator=draw).argsort(1)
+    told = torch.stack([keys + NOISE + VALUES, values], 2).flatten(1)
+    asked = torch.stack([keys.gather(1, order) + NOISE + VALUES, values.gather(1, order)], 2).flatten(1)
+    noise = torch.randint(1, NOISE, (rows, length - 4 * pairs), generator=draw)
+    tokens = torch.cat([told, noise, asked], 1)
+    targets = torch.full_like(tokens, objectives.IGNORE)
+    targets[:, -2 * pairs :: 2] = values.gather(1, order)
+    return tokens, targets
+
+
+def copy(rows: int, length: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens and targets [rows, length]."""
+    half = length // 2
+    text = torch.randint(1, VOCABULARY, (rows, half), generator=draw)
+    tokens = torch.cat([text, torch.full((rows, 1), MARK), text[:, :-1]], 1)
+    targets = torch.full_like(tokens, objectives.IGNORE)
+    targets[:, half:] = text
+    return tokens, targets
+
+
+PROBES: dict[str, Probe] = {"recall": recall, "copy": copy}
+
+
+def make(mixers: str, width: int, context: int) -> ShrewForCausalLM:
+    """Two layers of these mixers, each with its default settings."""
+    kinds = mixers.split("+")
+    unknown = [kind for kind in kinds if kind not in MIXERS]
+    if unknown:
+        raise SystemExit(f"no mixer '{unknown[0]}'; known: {', '.join(MIXERS)}")
+    letters = "ABCDEFGH"[: len(kinds)]
+    table = {letter: {"kind": kind} for letter, kind in zip(letters, kinds, strict=True)}
+    model = {"pattern": letters, "layers": max(2, len(kinds)), "width": width, "vocabulary": VOCABULARY,
+             "context": context, "mixers": table}  # fmt: skip
+    return build(spec.parse(ModelSpec, model, mixers))
+
+
+def learn(model: ShrewForCausalLM, probe: Probe, lengths: Sequence[int], steps: int, tokens: int, rate: float,
+          seed: int) -> float:  # fmt: skip
+    """Train on rows of each length in turn, AdamW with warm-up and linear decay; CPU-seconds."""
+    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    begun = time.process_time()
+    model.train()
+    for step in range(steps):
+        length = lengths[step % len(lengths)]
+        inputs, targets = probe(max(tokens // length, 1), length, draw)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / (0.05 * steps), 1.0, (steps - step) / (0.5 * steps))
+        hidden, penalty = model.hidden(inputs)
+        asked = targets != objectives.IGNORE  # only these need logits
+        loss = objectives.next_token(model.logits(hidden[asked]), targets[asked]) / asked.sum()
+        (loss if penalty is None else loss + penalty).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    return time.process_time() - begun
+
+
+@torch.inference_mode()
+def answers(model: ShrewForCausalLM, probe: Probe, length: int, count: int, seed: int) -> tuple[int, int]:
+    """(right, asked) over rows of their own, about `count` answers and 16 rows at least."""
+    draw = torch.Generator().manual_seed(2**40 + seed)
+    right = asked = rows = 0
+    while asked < count or rows < 16:
+        tokens, targets = probe(4, length, draw)
+        where = targets != objectives.IGNORE
+        guess = model.logits(model.hidden(tokens)[0][where]).argmax(-1)
+        right += int((guess == targets[where]).sum())
+        asked, rows = asked + int(where.sum()), rows + len(tokens)
+    return right, asked
+
+
+def binomial(right: int, asked: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share (1927)."""
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = right / asked
+    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = z / (1 + z * z / asked) * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def measure(name: str, mixers: str, args: argparse.Namespace, seed: int) -> list[Record]:
+    """Train one model on one probe; a record for each length."""
+    machine.set_seed(seed)
+    model = make(mixers, args.width, max(args.lengths))
+    seconds = learn(model, PROBES[name], args.lengths, args.steps, args.batch_tokens, args.rate, seed)
+    found = []
+    for length in args.lengths:
+        right, asked = answers(model, PROBES[name], length, args.answers, seed)
+        low, high = binomial(right, asked)
+        detail: dict[str, Any] = {"length": length, "steps": args.steps, "batch_tokens": args.batch_tokens,
+                                  "rate": args.rate, "width": args.width, "training_cpu_seconds": seconds,
+                                  "interval": "binomial (Wilson), of this one trained model",
+                                  "state_bytes": sum(layer.mixer.state_bytes(length) for layer in model.model.layers),
+                                  "chance": 1 / (VALUES if name == "recall" else VOCABULARY - 1)}  # fmt: skip
+        found.append(Record(run="recall", model=mixers, metric="accuracy", value=right / asked, task=name, n=asked,
+                            low=low, high=high, seed=seed, detail=detail))  # fmt: skip
+    return found
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: accuracy by mixer and length, the mean of the seeds."""
+    parts = []
+    for name in dict.fromkeys(item.task for item in records):
+        items = [item for item in records if item.task == name]
+        lengths = sorted({item.detail["length"] for item in items})
+        parts.append(f"| {name} | {' | '.join(map(str, lengths))} |\n|---|{'---|' * len(lengths)}")
+        for mixers in dict.fromkeys(item.model for item in items):
+            cells = []
+            for length in lengths:
+                mine = [item for item in items if item.model == mixers and item.detail["length"] == length]
+                told = f"{sum(float(item.value or 0) for item in mine) / len(mine):.3f}"
+                if len(mine) == 1:
+                    told += f" ({mine[0].low:.3f} to {mine[0].high:.3f})"
+                cells.append(told)
+            parts.append(f"| {mixers} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mixers", nargs="+", help=f"kinds, joined by + for a hybrid: {', '.join(MIXERS)}")
+    parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--answers", type=int, default=2000, help="at least so many answers a length")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--records", type=Path, help="JSONL file that the records are added to")
+    args = parser.parse_args(words)
+    if min(args.lengths) < 8 or max(args.lengths) > 8 * KEYS:
+        parser.error(f"lengths are 8 to {8 * KEYS}: a row of length T has T / 8 of {KEYS} keys")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(1)
+    found: list[Record] = []
+    for name in args.probes:
+        for mixers in args.mixers:
+            for seed in range(args.seeds):
+                told = measure(name, mixers, args, seed)
+                shown = ", ".join(f"{item.detail['length']}: {item.value:.3f}" for item in told)
+                print(f"{name}, {mixers}, seed {seed}: {shown} ({told[0].detail['training_cpu_seconds']:.0f} CPU-s)",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                found += told
+                if args.records:
+                    record.append(args.records, told)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
