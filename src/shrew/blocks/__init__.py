@@ -8,3 +8,5 @@
 `spec` is what the block was made from, `start` initialises, `flops` counts multiply-adds times two of a token, `idle`
 the parameters that a token does not use.
 """
+
+import transformers  # noqa: F401 - first: its import registers `blocks.model`, which must not meet a half-made block
