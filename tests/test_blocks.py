@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from shrew import errors, folder, spec
 from shrew.blocks.attention import Attention, AttentionSpec, naive_attention
+from shrew.blocks.delta import DeltaSpec
 from shrew.blocks.layers import Place, Shape, State, rotate
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.stock import adopt, stock
@@ -22,10 +23,14 @@ from shrew.train import flops_per_token
 
 PLAIN = AttentionSpec(heads=4, kv_heads=2)
 NORMED = AttentionSpec(heads=2, head_width=24, qk_norm=True, rope_theta=500.0)
+DELTA = DeltaSpec(heads=4, key_heads=2, key_width=8, value_width=6, chunk=4)
+DELTANET = DeltaSpec(heads=2, key_width=8, conv=0, gate=False, decay=False, chunk=8)
 SHAPES = {
     "grouped": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN}),
     "normed": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False, mixers={"A": NORMED}),
     "mixed": ModelSpec(pattern="AB", layers=3, width=32, vocabulary=97, context=64, mixers={"A": PLAIN, "B": NORMED}),
+    "delta": ModelSpec(pattern="DDA", layers=3, width=32, vocabulary=97, context=64, mixers={"D": DELTA, "A": PLAIN}),
+    "deltanet": ModelSpec(pattern="D", layers=2, width=32, vocabulary=97, context=64, mixers={"D": DELTANET}),
 }
 
 

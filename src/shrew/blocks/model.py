@@ -15,6 +15,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shrew.blocks.attention import Attention, AttentionSpec
+from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
 from shrew.blocks.mlp import Mlp, MlpSpec
 from shrew.errors import SpecError, UsageError, nearest
@@ -23,6 +24,7 @@ from shrew.spec import Kinds, Meta, doc, dump, parse
 # kind: (spec, block). A block's spec says what is wrong with it at a model's width (`problem`).
 MIXERS: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionSpec, Attention),
+    "delta": (DeltaSpec, Delta),
 }
 FFNS: dict[str, tuple[Any, Any]] = {
     "mlp": (MlpSpec, Mlp),
