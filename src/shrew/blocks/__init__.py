@@ -7,3 +7,5 @@
 
 `start` initialises, `flops` counts multiply-adds times two of a token, `idle` the parameters that a token does not use.
 """
+
+import transformers  # noqa: F401 - before any block: what `shrew` does after its import needs the blocks whole

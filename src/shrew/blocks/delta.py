@@ -35,7 +35,9 @@ class DeltaSpec:
     conv: Annotated[int, Meta(ge=0)] = doc("taps of the causal convolution of queries, keys, values; 0: none", 4)
     gate: bool = doc("output gate, silu(z) after the norm", True)
     decay: bool = doc("forget by a learned share at each step; false: plain DeltaNet", True)
-    chunk: Annotated[int, Meta(ge=1)] = doc("positions of a chunk: speed and memory only", 64)
+    chunk: Annotated[int, Meta(ge=1)] | None = doc(
+        "positions of a chunk: speed only; default: 32, or 64 where keys are wider than 64", None
+    )
 
     def problem(self, width: int) -> str:
         """What is wrong with these settings at a model's width; empty when nothing is."""
@@ -177,6 +179,7 @@ class Delta(nn.Module):
         self.heads, self.key_heads = spec.heads, spec.key_heads or spec.heads
         self.key_width = spec.key_width or width // spec.heads
         self.value_width = spec.value_width or self.key_width
+        self.chunk = spec.chunk or (32 if self.key_width <= 64 else 64)
         keys, values = self.key_heads * self.key_width, self.heads * self.value_width
         self.sizes, self.counts = (keys, keys, values), (self.key_heads, self.key_heads, self.heads)
         self.qkv_proj = nn.Linear(width, sum(self.sizes), bias=False)
@@ -213,7 +216,7 @@ class Delta(nn.Module):
                 y, last = kernel(q, k, v.to(low), g=decay, beta=beta, scale=1.0, initial_state=past,
                                  output_final_state=True)  # fmt: skip
             else:
-                y, last = delta_rule(q, k, v, beta, decay, self.spec.chunk, past, place.new, place.before)
+                y, last = delta_rule(q, k, v, beta, decay, self.chunk, past, place.new, place.before)
         if state is not None:
             state.held["rule"] = last
         y = self.o_norm(y.to(exact)).flatten(2)
@@ -244,7 +247,7 @@ class Delta(nn.Module):
         """Multiply-adds times two, per token, the triangular system among them."""
         parts = (self.qkv_proj, self.b_proj, self.a_proj, self.g_proj, self.o_proj)
         linear = sum(part.weight.numel() for part in parts if part is not None)
-        size, key, value = min(self.spec.chunk, context), self.key_width, self.value_width
+        size, key, value = min(self.chunk, context), self.key_width, self.value_width
         inside = size * (key + value) + size * (key + value) / 2  # keys with keys, pairs with values; the system
         states = key * (key + value) + key * key * value / size + 2 * key * value
         return round(2 * (linear + self.key_heads * size * key + self.heads * (inside + states)))
