@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from shrew.blocks.attention import Attention, AttentionSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
 from shrew.blocks.mlp import Mlp, MlpSpec
+from shrew.blocks.moe import MoeSpec, moe_or_mlp
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.spec import Kinds, Meta, doc, dump, parse
 
@@ -26,6 +27,7 @@ MIXERS: dict[str, tuple[Any, Any]] = {
 }
 FFNS: dict[str, tuple[Any, Any]] = {
     "mlp": (MlpSpec, Mlp),
+    "moe": (MoeSpec, moe_or_mlp),
 }
 
 
