@@ -18,16 +18,19 @@ from shrew.blocks.attention import Attention, AttentionSpec, naive_attention
 from shrew.blocks.delta import DeltaSpec
 from shrew.blocks.layers import Place, Shape, State, rotate
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
+from shrew.blocks.moe import MoeSpec
 from shrew.blocks.stock import adopt, stock
 from shrew.train import flops_per_token
 
 PLAIN = AttentionSpec(heads=4, kv_heads=2)
-NORMED = AttentionSpec(heads=2, head_width=24, qk_norm=True, rope_theta=500.0)
+NORMED = AttentionSpec(heads=2, head_width=24, qk_norm="head", rope_theta=500.0)
 DELTA = DeltaSpec(heads=4, key_heads=2, key_width=8, value_width=6, chunk=4)
 DELTANET = DeltaSpec(heads=2, key_width=8, conv=0, gate=False, decay=False, chunk=8)
 SHAPES = {
     "grouped": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN}),
     "normed": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False, mixers={"A": NORMED}),
+    "experts": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN},
+                         ffn=MoeSpec(experts=4, every=2, shared=16, shared_gate=True, balance="bias")),
     "mixed": ModelSpec(pattern="AB", layers=3, width=32, vocabulary=97, context=64, mixers={"A": PLAIN, "B": NORMED}),
     "delta": ModelSpec(pattern="DDA", layers=3, width=32, vocabulary=97, context=64, mixers={"D": DELTA, "A": PLAIN}),
     "deltanet": ModelSpec(pattern="D", layers=2, width=32, vocabulary=97, context=64, mixers={"D": DELTANET}),
@@ -70,7 +73,7 @@ def test_attention_is_its_definition(mixer: AttentionSpec, masked: bool, length:
 
     def heads(name: str, count: int) -> Tensor:
         y = getattr(block, f"{name}_proj")(x).view(3, length, count, -1).transpose(1, 2)
-        if mixer.qk_norm and name != "v":
+        if mixer.qk_norm == "head" and name != "v":
             y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * getattr(block, f"{name}_norm").weight
         return y if name == "v" else rotate(y, *rotary)
 

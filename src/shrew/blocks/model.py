@@ -18,6 +18,7 @@ from shrew.blocks.attention import Attention, AttentionSpec
 from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
 from shrew.blocks.mlp import Mlp, MlpSpec
+from shrew.blocks.moe import MoeSpec, moe_or_mlp
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.spec import Kinds, Meta, doc, dump, parse
 
@@ -28,6 +29,7 @@ MIXERS: dict[str, tuple[Any, Any]] = {
 }
 FFNS: dict[str, tuple[Any, Any]] = {
     "mlp": (MlpSpec, Mlp),
+    "moe": (MoeSpec, moe_or_mlp),
 }
 
 
