@@ -8,7 +8,7 @@ like are undone in `out` and `back`.
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import dense, olmoe
+from shrew.blocks.stock import dense, olmoe, qwen3_next
 from shrew.blocks.stock.adapter import Adapter, Weights
 from shrew.errors import UnsupportedError
 
@@ -21,6 +21,7 @@ ADAPTERS: dict[str, Adapter] = {
     "olmoe": olmoe.OLMOE,
     "qwen3_moe": olmoe.QWEN3_MOE,
     "mixtral": olmoe.MIXTRAL,
+    "qwen3_next": qwen3_next.QWEN3_NEXT,
 }
 
 
