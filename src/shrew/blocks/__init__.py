@@ -8,4 +8,4 @@
 `start` initialises, `flops` counts multiply-adds times two of a token, `idle` the parameters that a token does not use.
 """
 
-import transformers  # noqa: F401 - before any block: what `shrew` does after its import needs the blocks whole
+import transformers  # noqa: F401 - first: its import registers `blocks.model`, which must not meet a half-made block

@@ -250,7 +250,8 @@ class Delta(nn.Module):
         size, key, value = min(self.chunk, context), self.key_width, self.value_width
         inside = size * (key + value) + size * (key + value) / 2  # keys with keys, pairs with values; the system
         states = key * (key + value) + key * key * value / size + 2 * key * value
-        return round(2 * (linear + self.key_heads * size * key + self.heads * (inside + states)))
+        conv = self.spec.conv * sum(self.sizes)
+        return round(2 * (linear + conv + self.key_heads * size * key + self.heads * (inside + states)))
 
     def state_bytes(self, context: int, element: int = 2) -> int:
         conv = max(self.spec.conv - 1, 0) * sum(self.sizes) * element

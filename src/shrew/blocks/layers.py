@@ -3,6 +3,7 @@
 B rows, T new positions, S positions seen so far and new, H heads, D head width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,9 @@ class Place:
             self._kept[key] = make()
         return self._kept[key]
 
-    def rotary(self, width: int, theta: float) -> tuple[Tensor, Tensor]:
-        return self.once(("rotary", width, theta), lambda: rotary_tables(self.positions, width, theta))
+    def rotary(self, width: int, theta: float, yarn: float = 1.0, trained: int = 0) -> tuple[Tensor, Tensor]:
+        key = ("rotary", width, theta, yarn, trained)
+        return self.once(key, lambda: rotary_tables(self.positions, width, theta, yarn, trained))
 
     def mask(self) -> Tensor | None:
         """Causal mask [B or 1, 1, T, S], true where attention is allowed; None where plain causal attention of a whole
@@ -66,11 +68,15 @@ class Place:
         length = self.positions.shape[1]
         if self.owner is None and (length == 1 or not self.seen):
             return None
-        total = self.seen + length
-        causal = torch.ones(length, total, dtype=torch.bool, device=self.positions.device).tril(self.seen)
+        return self.allowed(0, length)
+
+    def allowed(self, start: int, end: int) -> Tensor:
+        """[B or 1, 1, end - start, seen + end]: what the new positions from `start` to before `end` may attend to."""
+        first, total = self.seen + start, self.seen + end
+        causal = torch.ones(end - start, total, dtype=torch.bool, device=self.positions.device).tril(first)
         if self.owner is None:
             return causal[None, None]
-        return ((self.owner[:, self.seen :, None] == self.owner[:, None, :]) & causal)[:, None]
+        return ((self.owner[:, first:total, None] == self.owner[:, None, :total]) & causal)[:, None]
 
 
 class State(CacheLayerMixin):
@@ -135,48 +141,117 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary_tables(positions: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, T, D] for positions [B, T] (Su et al. 2021, half-split layout as in Llama)."""
+def rotary_tables(
+    positions: Tensor, width: int, theta: float, yarn: float = 1.0, trained: int = 0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, T, D] for positions [B, T] (Su et al. 2021, half-split layout as in Llama); `yarn` is the
+    factor by which the context was stretched beyond the `trained` one."""
     rates = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    if yarn > 1:
+        rates = _stretched(rates, width, theta, yarn, trained)
     angles = positions[:, None, :, None].float() * rates
-    return torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+    warm = 0.1 * math.log(yarn) + 1  # the paper's temperature of the scores, applied here as everyone does
+    return (cos * warm, sin * warm) if yarn > 1 else (cos, sin)
+
+
+def _stretched(rates: Tensor, width: int, theta: float, yarn: float, trained: int) -> Tensor:
+    """YaRN (Peng et al. 2023): what turns more than 32 times in the trained context keeps its rate, what turns less
+    than once is slowed by the factor, with a ramp over the channels between."""
+
+    def channel(turns: float) -> float:
+        return width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(channel(32)), 0), min(math.ceil(channel(1)), width - 1)
+    ramp = (torch.arange(len(rates), device=rates.device) - low) / max(high - low, 0.001)
+    return torch.lerp(rates, rates / yarn, ramp.clamp(0, 1))
+
+
+class _Rotate(torch.autograd.Function):
+    """The rotation in place of a copy and its inverse as gradient: half the time of the written-out formula."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        width = cos.shape[-1]
+        low, high = slice(width // 2), slice(width // 2, width)
+        y = x * cos if width == x.shape[-1] else torch.cat([x[..., :width] * cos, x[..., width:]], -1)
+        y[..., low].addcmul_(x[..., high], sin[..., low], value=-1)
+        y[..., high].addcmul_(x[..., low], sin[..., high])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grads[0], cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, H, T, D]."""
-    low, high = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-high, low], -1) * sin.to(x.dtype)
+    """Rotary embedding of x [B, H, T, D]; of its first channels where the tables are narrower than D."""
+    y: Tensor = _Rotate.apply(x, cos.to(x.dtype), sin.to(x.dtype))
+    return y
+
+
+class _Depthwise(torch.autograd.Function):
+    """y [B, T, C] of x [B, K-1+T, C], weight [C, K] and a bias [C]: y_t = bias + sum_j weight[:, j] x_{t+j}.
+
+    On a CPU the depthwise convolution of images in channels-last order, which x is in, runs at the speed of memory, and
+    so does the gradient of x, which is one too. The library's gradient of the weight does not; products and sums do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _depthwise(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        (grad,), taps = grads, weight.shape[1]
+        length = grad.shape[1]
+        down = _depthwise(nn.functional.pad(grad, (0, 0, taps - 1, taps - 1)), weight.flip(1), None)
+        each = [(grad * x[:, tap : tap + length]).sum((0, 1)) for tap in range(taps)]
+        return down, torch.stack(each, 1), grad.sum((0, 1)) if ctx.needs_input_grad[2] else None
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        image = x.transpose(1, 2)[:, :, None]
+        return nn.functional.conv2d(image, weight[:, None, None], bias, groups=len(weight))[:, :, 0].transpose(1, 2)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, state: State | None = None,
                 name: str = "conv") -> Tensor:  # fmt: skip
     """Depthwise causal convolution of x [B, T, C] with weight [C, K]: y_t = bias + sum_j weight[:, K-1-j] x_{t-j}.
 
-    No tap reaches into another document. `state.held[name]` [B, K-1, C] holds the last inputs.
-    Shifts and adds instead of `conv1d`, whose depthwise CPU kernel is several times slower at these sizes.
+    No tap reaches into another document. `state.held[name]` [B, K-1, C] holds the last inputs. 2 C K FLOPs a token.
     """
     taps, length = weight.shape[1], x.shape[1]
     past = None if state is None else state.held.get(name)
-    if past is None:
-        past = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
-    whole = torch.cat([past, x], 1)
+    whole = nn.functional.pad(x, (0, 0, taps - 1, 0)) if past is None else torch.cat([past, x], 1)
     if state is not None:
-        state.held[name] = whole[:, whole.shape[1] - (taps - 1) :]
-    y = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
-    same = place.once(("taps", taps), lambda: _same_document(place, taps))
-    for back in range(1, taps):
-        shifted = whole[:, taps - 1 - back : taps - 1 - back + length]
-        if same is not None:
-            shifted = shifted * same[back - 1].to(x.dtype)
-        y = torch.addcmul(y, shifted, weight[:, taps - 1 - back])
+        state.held[name] = whole[:, length:]
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+    def few(windows: Tensor) -> Tensor:  # [..., K, C] -> [..., C]
+        y = (windows * weight.t()).sum(-2)
+        return y if bias is None else y + bias
+
+    y: Tensor = few(whole)[:, None] if length == 1 else _Depthwise.apply(whole, weight, bias)
+    seam = place.once(("seam", taps), lambda: _seam(place, taps))
+    if seam is not None:
+        row, column, same = seam
+        reach = torch.arange(taps, device=x.device)
+        y = y.index_put((row, column), few(whole[row[:, None], column[:, None] + reach] * same[..., None].to(x.dtype)))
     return y
 
 
-def _same_document(place: Place, taps: int) -> list[Tensor] | None:
-    """For each step back, [B, T, 1]: is that position of the same document?"""
+def _seam(place: Place, taps: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Row [N] and column [N] of the new positions within reach of an earlier document, and which of their taps [N, K]
+    are of their own."""
     if place.owner is None:
         return None
     owner = nn.functional.pad(place.owner, (taps - 1, 0), value=-1)  # before the first position there is nothing
-    start, length = place.seen + taps - 1, place.positions.shape[1]
-    new = owner[:, start:]
-    return [(owner[:, start - back : start - back + length] == new)[..., None] for back in range(1, taps)]
+    same = owner[:, place.seen :].unfold(1, taps, 1) == owner[:, place.seen + taps - 1 :, None]
+    row, column = (~same.all(-1)).nonzero(as_tuple=True)
+    return (row, column, same[row, column]) if len(row) else None

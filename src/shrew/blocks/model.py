@@ -15,17 +15,21 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shrew.blocks.attention import Attention, AttentionSpec
+from shrew.blocks.conv import Conv, ConvSpec
 from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
 from shrew.blocks.mlp import Mlp, MlpSpec
 from shrew.blocks.moe import MoeSpec, moe_or_mlp
+from shrew.blocks.window import Window, WindowSpec
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.spec import Kinds, Meta, doc, dump, parse
 
 # kind: (spec, block). A block's spec says what is wrong with it at a model's width (`problem`).
 MIXERS: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionSpec, Attention),
+    "conv": (ConvSpec, Conv),
     "delta": (DeltaSpec, Delta),
+    "window": (WindowSpec, Window),
 }
 FFNS: dict[str, tuple[Any, Any]] = {
     "mlp": (MlpSpec, Mlp),
@@ -126,7 +130,7 @@ class Trunk(nn.Module):
         """Hidden states [B, T, d] of the tokens, and the sum of the layers' penalties (None if there is none)."""
         x = self.embed_tokens(place.tokens)
         if self.spec.embedding_scale != 1:
-            x = x * self.spec.embedding_scale
+            x = x * torch.tensor(self.spec.embedding_scale).to(x.dtype)  # rounded to the weights' dtype, as Gemma does
         penalties = []
         for number, layer in enumerate(self.layers):
             state = None if cache is None else cache.layers[number]

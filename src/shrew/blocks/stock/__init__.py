@@ -8,7 +8,7 @@ like are undone in `out` and `back`.
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import dense, olmoe, qwen3_next
+from shrew.blocks.stock import dense, gemma3, lfm2, olmoe, qwen3_next
 from shrew.blocks.stock.adapter import Adapter, Weights
 from shrew.errors import UnsupportedError
 
@@ -22,6 +22,8 @@ ADAPTERS: dict[str, Adapter] = {
     "qwen3_moe": olmoe.QWEN3_MOE,
     "mixtral": olmoe.MIXTRAL,
     "qwen3_next": qwen3_next.QWEN3_NEXT,
+    "gemma3_text": gemma3.GEMMA3,
+    "lfm2": lfm2.LFM2,
 }
 
 

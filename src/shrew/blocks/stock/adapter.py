@@ -18,3 +18,9 @@ class Adapter:
     names: Callable[[ModelSpec, int], dict[str, str]]  # spec, layer -> {our part of that layer: theirs}
     out: Callable[[ModelSpec, Weights], Weights] = lambda spec, weights: weights  # renamed weights -> theirs
     back: Callable[[ModelSpec, Weights], Weights] = lambda spec, weights: weights  # theirs -> ours but for the names
+
+
+def shortest(letters: str) -> str:
+    """The shortest pattern that repeats to `letters`: 'LLGLLGL' -> 'LLG'."""
+    sizes = range(1, len(letters) + 1)
+    return next(letters[:size] for size in sizes if (letters[:size] * len(letters))[: len(letters)] == letters)

@@ -1,6 +1,6 @@
-"""llama and qwen3: the same attention and gated MLP in every layer, qwen3 with QK-norm."""
+"""llama and qwen3: the same attention and gated MLP in every layer, qwen3 with QK-norm; and what others share."""
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers import LlamaConfig, Qwen3Config
 
@@ -9,10 +9,10 @@ from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec
 from shrew.blocks.stock.adapter import Adapter
 
-Norm = Literal["none", "head"]
-
 LLAMA_NAMES = {"mixer_norm": "input_layernorm", "mixer": "self_attn",
                "ffn_norm": "post_attention_layernorm", "ffn": "mlp"}  # fmt: skip
+ROPE = {"rope_type", "rope_theta"}
+YARN = ROPE | {"factor", "original_max_position_embeddings"}
 
 
 def plain(spec: ModelSpec) -> bool:
@@ -22,30 +22,61 @@ def plain(spec: ModelSpec) -> bool:
                              mixers=spec.mixers, ffn=spec.ffn)  # fmt: skip
 
 
-def _dense(spec: ModelSpec, config_class: Any, norm: Norm) -> Any:
+def plain_attention(mixer: Any, **more: Any) -> bool:
+    """Attention without an option beside `more` and those of Llama."""
+    return mixer.kind in ("attention", "window") and mixer == type(mixer)(**{
+        "heads": mixer.heads, "kv_heads": mixer.kv_heads, "head_width": mixer.head_width,
+        "rope_theta": mixer.rope_theta, "yarn": mixer.yarn, "yarn_context": mixer.yarn_context, **more,
+    })  # fmt: skip
+
+
+def sizes(mixer: Any, width: int) -> dict[str, int]:
+    return {"num_attention_heads": mixer.heads, "num_key_value_heads": mixer.kv_heads or mixer.heads,
+            "head_dim": mixer.head_width or width // mixer.heads}  # fmt: skip
+
+
+def rope_out(mixer: Any) -> dict[str, Any]:
+    """A mixer's rotary settings as transformers' `rope_parameters`."""
+    if mixer.yarn == 1:
+        return {"rope_type": "default", "rope_theta": mixer.rope_theta}
+    return {"rope_type": "yarn", "rope_theta": mixer.rope_theta, "factor": mixer.yarn,
+            "original_max_position_embeddings": mixer.yarn_context}  # fmt: skip
+
+
+def rope_back(rope: dict[str, Any]) -> dict[str, Any] | None:
+    """transformers' `rope_parameters` as the settings of a mixer, None where they are of another kind."""
+    given = {key for key, value in rope.items() if value is not None}
+    if rope["rope_type"] == "default" and rope.get("partial_rotary_factor", 1.0) == 1:
+        return {"rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] != "yarn" or given - YARN or rope["factor"] is None or rope["factor"] <= 1:
+        return None
+    return {"rope_theta": rope["rope_theta"], "yarn": rope["factor"],
+            "yarn_context": rope["original_max_position_embeddings"]}  # fmt: skip
+
+
+def _dense(spec: ModelSpec, config_class: Any, norm: str) -> Any:
     mixers = {spec.mixer(number) for number in range(spec.layers)}
     mixer = next(iter(mixers))
-    wanted = len(mixers) == 1 and mixer.kind == "attention" and mixer.qk_norm == norm
+    wanted = len(mixers) == 1 and mixer.kind == "attention" and plain_attention(mixer, qk_norm=norm)
     if not wanted or spec.ffn != MlpSpec(hidden=getattr(spec.ffn, "hidden", None)) or not plain(spec):
         return None
     return config_class(
         vocab_size=spec.vocabulary, hidden_size=spec.width, num_hidden_layers=spec.layers,
-        intermediate_size=spec.ffn.hidden or 3 * spec.width, num_attention_heads=mixer.heads,
-        num_key_value_heads=mixer.kv_heads or mixer.heads, head_dim=mixer.head_width or spec.width // mixer.heads,
+        intermediate_size=spec.ffn.hidden or 3 * spec.width, **sizes(mixer, spec.width),
         max_position_embeddings=spec.context, rms_norm_eps=spec.eps, tie_word_embeddings=spec.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": mixer.rope_theta},
+        rope_parameters=rope_out(mixer),
     )  # fmt: skip
 
 
-def _dense_spec(config: Any, norm: Norm) -> ModelSpec | None:
+def _dense_spec(config: Any, norm: Any) -> ModelSpec | None:
     layers = getattr(config, "layer_types", None) or []
-    rope = config.rope_parameters
+    rope = rope_back(config.rope_parameters)
     odd = (config.attention_bias, getattr(config, "mlp_bias", False), config.hidden_act != "silu",
-           rope["rope_type"] != "default", set(layers) - {"full_attention"})  # fmt: skip
-    if any(odd):
+           set(layers) - {"full_attention"})  # fmt: skip
+    if rope is None or any(odd):
         return None
     mixer = AttentionSpec(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-                          head_width=config.head_dim, qk_norm=norm, rope_theta=rope["rope_theta"])  # fmt: skip
+                          head_width=config.head_dim, qk_norm=norm, **rope)  # fmt: skip
     return ModelSpec(layers=config.num_hidden_layers, width=config.hidden_size, vocabulary=config.vocab_size,
                      context=config.max_position_embeddings, tied=config.tie_word_embeddings, eps=config.rms_norm_eps,
                      mixers={"A": mixer}, ffn=MlpSpec(hidden=config.intermediate_size))  # fmt: skip
