@@ -13,7 +13,7 @@ from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec
 from shrew.blocks.moe import MoeSpec
 from shrew.blocks.stock.adapter import Adapter, Weights, shortest
-from shrew.blocks.stock.dense import plain
+from shrew.blocks.stock.dense import plain, plain_attention, sizes
 
 TYPES = {"delta": "linear_attention", "attention": "full_attention"}
 COMMON = {"mixer_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn": "mlp",
@@ -31,12 +31,10 @@ def _config(spec: ModelSpec) -> Any:
     if by_kind.keys() != TYPES.keys() or any(mixer != by_kind[mixer.kind] for mixer in mixers):
         return None
     delta, attention, ffn = by_kind["delta"], by_kind["attention"], spec.ffn
-    wanted = AttentionSpec(heads=attention.heads, kv_heads=attention.kv_heads, head_width=attention.head_width,
-                           rope_theta=attention.rope_theta, rotary_share=attention.rotary_share, gate=True,
-                           qk_norm="head")  # fmt: skip
+    options = {"qk_norm": "head", "gate": True, "rotary_share": attention.rotary_share}
     settings = _ffn(ffn, spec)
-    said = (attention == wanted and attention.rotated(spec.width) and delta.conv > 1 and delta.gate and delta.decay,
-            plain(spec), settings)  # fmt: skip
+    said = (plain(spec), settings, plain_attention(attention, **options), attention.yarn == 1,
+            attention.rotated(spec.width), delta.conv > 1, delta.gate, delta.decay)  # fmt: skip
     if not all(said):
         return None
     keys, share, key, value = _heads(delta, spec.width)
@@ -44,8 +42,7 @@ def _config(spec: ModelSpec) -> Any:
         vocab_size=spec.vocabulary, hidden_size=spec.width, num_hidden_layers=spec.layers,
         max_position_embeddings=spec.context, rms_norm_eps=spec.eps, tie_word_embeddings=spec.tied,
         layer_types=[TYPES[mixer.kind] for mixer in mixers],
-        num_attention_heads=attention.heads, num_key_value_heads=attention.kv_heads or attention.heads,
-        head_dim=attention.head_width or spec.width // attention.heads,
+        **sizes(attention, spec.width),
         rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta,
                          "partial_rotary_factor": attention.rotary_share},
         linear_conv_kernel_dim=delta.conv, linear_key_head_dim=key, linear_value_head_dim=value,
