@@ -16,14 +16,18 @@ from transformers import AutoModelForCausalLM
 from shrew import errors, folder, spec
 from shrew.blocks.attention import Attention, AttentionSpec, naive_attention
 from shrew.blocks.conv import ConvSpec
+from shrew.blocks.delta import DeltaSpec
 from shrew.blocks.layers import Place, Shape, State, rotate
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
+from shrew.blocks.moe import MoeSpec
 from shrew.blocks.stock import adopt, stock
 from shrew.blocks.window import WindowSpec
 from shrew.train import flops_per_token
 
 PLAIN = AttentionSpec(heads=4, kv_heads=2)
 NORMED = AttentionSpec(heads=2, head_width=24, qk_norm="head", rope_theta=500.0)
+DELTA = DeltaSpec(heads=4, key_heads=2, key_width=8, value_width=6, chunk=4)
+DELTANET = DeltaSpec(heads=2, key_width=8, conv=0, gate=False, decay=False, chunk=8)
 LOCAL = WindowSpec(heads=4, kv_heads=2, window=5)
 OPTIONS: dict[str, Any] = {
     "qk_norm": "all",
@@ -42,12 +46,16 @@ NEAR = WindowSpec(heads=4, kv_heads=1, window=5, **OPTIONS)
 SHAPES = {
     "grouped": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN}),
     "normed": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False, mixers={"A": NORMED}),
+    "experts": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN},
+                         ffn=MoeSpec(experts=4, every=2, shared=16, shared_gate=True, balance="bias")),
     "conv": ModelSpec(
         pattern="CA", layers=3, width=32, vocabulary=97, context=64, mixers={"A": PLAIN, "C": ConvSpec(bias=True)}
     ),
     "window": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": LOCAL}),
     "options": ModelSpec(pattern="AB", layers=2, width=32, vocabulary=97, context=64, mixers={"A": CAPPED, "B": NEAR}),
     "mixed": ModelSpec(pattern="AB", layers=3, width=32, vocabulary=97, context=64, mixers={"A": PLAIN, "B": NORMED}),
+    "delta": ModelSpec(pattern="DDA", layers=3, width=32, vocabulary=97, context=64, mixers={"D": DELTA, "A": PLAIN}),
+    "deltanet": ModelSpec(pattern="D", layers=2, width=32, vocabulary=97, context=64, mixers={"D": DELTANET}),
 }
 
 

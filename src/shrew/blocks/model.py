@@ -16,8 +16,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shrew.blocks.attention import Attention, AttentionSpec
 from shrew.blocks.conv import Conv, ConvSpec
+from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
 from shrew.blocks.mlp import Mlp, MlpSpec
+from shrew.blocks.moe import MoeSpec, moe_or_mlp
 from shrew.blocks.window import Window, WindowSpec
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.spec import Kinds, Meta, doc, dump, parse
@@ -26,10 +28,12 @@ from shrew.spec import Kinds, Meta, doc, dump, parse
 MIXERS: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionSpec, Attention),
     "conv": (ConvSpec, Conv),
+    "delta": (DeltaSpec, Delta),
     "window": (WindowSpec, Window),
 }
 FFNS: dict[str, tuple[Any, Any]] = {
     "mlp": (MlpSpec, Mlp),
+    "moe": (MoeSpec, moe_or_mlp),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import dense, gemma3, lfm2
+from shrew.blocks.stock import dense, gemma3, lfm2, olmoe, qwen3_next
 from shrew.blocks.stock.adapter import Adapter, Weights
 from shrew.errors import UnsupportedError
 
@@ -20,6 +20,10 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ADAPTERS: dict[str, Adapter] = {
     "llama": dense.LLAMA,
     "qwen3": dense.QWEN3,
+    "olmoe": olmoe.OLMOE,
+    "qwen3_moe": olmoe.QWEN3_MOE,
+    "mixtral": olmoe.MIXTRAL,
+    "qwen3_next": qwen3_next.QWEN3_NEXT,
     "gemma3_text": gemma3.GEMMA3,
     "lfm2": lfm2.LFM2,
 }
