@@ -160,9 +160,13 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(self.spec.width, self.spec.vocabulary or 0, bias=False)
         self.post_init()
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers would pass over modules that hold no parameter of their own, and so over every Layer
+        super()._initialize_weights(module)
+
     def _init_weights(self, module: nn.Module) -> None:
         # Normal(0, 0.02), residual outputs scaled by depth (Radford et al. 2019) or zero; a block that wants its own
-        # start says so in `start`.
+        # start says so in `start`. Loaded weights are marked and stay.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, RMSNorm):
@@ -170,9 +174,8 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, Layer):
             deep = 0.0 if self.spec.zero_init else 0.02 / (2 * self.spec.layers) ** 0.5
             for block in (module.mixer, module.ffn):
-                block.start(0.02, deep)
-                for part in block.modules():
-                    part._is_hf_initialized = True
+                if not all(hasattr(p, "_is_hf_initialized") for p in block.parameters()):
+                    block.start(0.02, deep)
 
     def hidden(self, tokens: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """tokens [B, T] -> last hidden states [B, T, d] and the sum of the layers' penalties; `owner` [B, T] keeps

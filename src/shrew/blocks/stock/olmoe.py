@@ -46,7 +46,7 @@ def _config(spec: ModelSpec, kind: str) -> Any:
         num_attention_heads=mixer.heads, num_key_value_heads=mixer.kv_heads or mixer.heads,
         num_experts_per_tok=ffn.top_k, router_aux_loss_coef=ffn.balance_weight,
         max_position_embeddings=spec.context, rms_norm_eps=spec.eps, tie_word_embeddings=spec.tied,
-        rope_parameters={"rope_type": "default", "rope_theta": mixer.rope_theta}, **settings,
+        rope_parameters={"rope_type": "default", "rope_theta": mixer.rope_theta}, eos_token_id=None, **settings,
     )  # fmt: skip
 
 
