@@ -1,4 +1,7 @@
-"""`mlp`: the feed-forward layer, down(act(gate(x)) * up(x)) (Shazeer 2020), or ungated down(act(up(x)))."""
+"""`mlp`: the feed-forward layer, down(act(gate(x)) * up(x)) (Shazeer 2020), or ungated down(act(up(x))).
+
+`none`: no feed-forward layer, as in Mamba.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,6 +68,31 @@ class Mlp(nn.Module):
     def flops(self) -> int:
         """Multiply-adds times two, per token."""
         return 2 * sum(weight.numel() for weight in self.parameters())
+
+    def idle(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NothingSpec:
+    kind: str = "none"
+
+    def problem(self, width: int) -> str:
+        return ""
+
+
+class Nothing(nn.Module):
+    """Layers of a mixer alone, as Mamba's: the layer leaves this block and its norm out."""
+
+    def __init__(self, spec: NothingSpec, shape: Shape) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def start(self, std: float, deep: float) -> None:
+        pass
+
+    def flops(self) -> int:
+        return 0
 
     def idle(self) -> int:
         return 0

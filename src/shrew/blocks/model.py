@@ -18,7 +18,8 @@ from shrew.blocks.attention import Attention, AttentionSpec
 from shrew.blocks.conv import Conv, ConvSpec
 from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
-from shrew.blocks.mlp import Mlp, MlpSpec
+from shrew.blocks.linear import Linear, LinearSpec
+from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
 from shrew.blocks.moe import MoeSpec, moe_or_mlp
 from shrew.blocks.window import Window, WindowSpec
 from shrew.errors import SpecError, UsageError, nearest
@@ -29,11 +30,13 @@ MIXERS: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionSpec, Attention),
     "conv": (ConvSpec, Conv),
     "delta": (DeltaSpec, Delta),
+    "linear": (LinearSpec, Linear),
     "window": (WindowSpec, Window),
 }
 FFNS: dict[str, tuple[Any, Any]] = {
     "mlp": (MlpSpec, Mlp),
     "moe": (MoeSpec, moe_or_mlp),
+    "none": (NothingSpec, Nothing),
 }
 
 
@@ -103,15 +106,18 @@ class Layer(nn.Module):
         self.scale = spec.residual_scale
         self.mixer_norm = RMSNorm(spec.width, spec.eps)
         self.mixer = MIXERS[mixer.kind][1](mixer, shape)
-        self.ffn_norm = RMSNorm(spec.width, spec.eps)
+        some = spec.ffn.kind != "none"
+        self.ffn_norm = RMSNorm(spec.width, spec.eps) if some else None
         self.ffn = FFNS[spec.ffn.kind][1](spec.ffn, shape)
         self.mixer_after = RMSNorm(spec.width, spec.eps) if spec.norms == "sandwich" else None
-        self.ffn_after = RMSNorm(spec.width, spec.eps) if spec.norms == "sandwich" else None
+        self.ffn_after = RMSNorm(spec.width, spec.eps) if some and spec.norms == "sandwich" else None
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Tensor | None]:
         """x [B, T, d] -> [B, T, d], and the penalty of the ffn, if it has one."""
         y = self.mixer(self.mixer_norm(x), place, state)
         x = x + self.scale * (y if self.mixer_after is None else self.mixer_after(y))
+        if self.ffn_norm is None:
+            return x, None
         y, penalty = self.ffn(self.ffn_norm(x))
         return x + self.scale * (y if self.ffn_after is None else self.ffn_after(y)), penalty
 

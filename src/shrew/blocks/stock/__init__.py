@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import dense, gemma3, lfm2, olmoe, qwen3_next
+from shrew.blocks.stock import dense, gemma3, granite, lfm2, mamba2, olmoe, qwen3_next
 from shrew.blocks.stock.adapter import Adapter, Weights
 from shrew.errors import UnsupportedError
 
@@ -26,6 +26,8 @@ ADAPTERS: dict[str, Adapter] = {
     "qwen3_next": qwen3_next.QWEN3_NEXT,
     "gemma3_text": gemma3.GEMMA3,
     "lfm2": lfm2.LFM2,
+    "mamba2": mamba2.MAMBA2,
+    "granitemoehybrid": granite.GRANITE,
 }
 
 
