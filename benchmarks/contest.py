@@ -12,7 +12,7 @@ Everything else is the same for all: tokenizer, data and their order, batch, len
 3. Every end of a branch is scored in bits per byte on other excerpts of the held-out books, as it was saved (bf16).
 4. The same scores are read again at equal CPU time: between an arm's budgets, on log-log axes, never beyond them.
 
-It can be killed at any time; the same command goes on. `--plan` says what there is to do and does nothing.
+It can be killed at any time; the same command goes on. `--plan` says what there is to do, and does nothing.
 """
 
 import argparse
@@ -169,6 +169,8 @@ class Contest:
         self.table |= {"batch_tokens": args.batch_tokens, "tokenizer": str(self.runs / "tokenizer")}
         self.table["data"] = [str((args.text if args.valid else args.text / "train").resolve())]
         self.arms = [read_arm(words, args.length, args.vocabulary) for words in args.arm or ARMS]
+        if len({arm.name for arm in self.arms}) < len(self.arms):
+            raise SystemExit("two arms have the same name")
         for arm in self.arms:
             if level_of(steps_of(self.budgets[0], arm.flops, args.batch_tokens)) < args.warmup:
                 raise SystemExit(f"{arm.name}: {self.budgets[0]:g} FLOPs end before the warm-up does.")
@@ -224,9 +226,9 @@ class Contest:
             rows.append(f"| {arm.name} | {arm.parameters:,} | {arm.active:,} | {arm.flops:,} | {steps} | {work:.3g} | "
                         f"{hours:.2f} |")  # fmt: skip
         return "\n".join(rows) + (
-            f"\n{total:.1f} CPU-hours in all, {total / self.args.jobs:.1f} hours with {self.args.jobs} jobs; "
-            f"{self.remaining():.3g} FLOPs of it are still to do. A rate more for all arms: "
-            f"{len(self.arms) * work_of(self.budgets[:1]):.3g} FLOPs."
+            f"\n{total:.1f} CPU-hours in all, {total / self.args.jobs:.1f} hours with {self.args.jobs} jobs, "
+            f"without scoring (about a minute a branch); {self.remaining():.3g} FLOPs of it are still to do. A rate "
+            f"more for all arms: {len(self.arms) * work_of(self.budgets[:1]):.3g} FLOPs."
         )
 
     # --- doing -------------------------------------------------------------------------------------------------------
@@ -539,6 +541,10 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the runs; what is there already is used")
@@ -570,7 +576,7 @@ def main() -> None:
     say(contest.plan())
     if args.plan:
         return
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, stop)
     contest.prepare()
     best = contest.tune()
     contest.run(contest.lines(best))
