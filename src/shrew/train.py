@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from shrew import data, files, folder, machine, objectives, spec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
@@ -523,17 +524,17 @@ def describe(line: dict[str, Any], steps: int, left: float) -> str:
 
 
 def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan 2024) for the matrices inside layers, stacked experts too, and AdamW for the rest, or AdamW for
-    all. What a block does after each step (`after_step`) hangs on the last one."""
+    """Muon (Jordan 2024) for the linear maps inside layers, stacked experts too, and AdamW for the rest (embeddings,
+    head, routers, taps of convolutions), or AdamW for all. What a block does after each step (`after_step`) hangs on
+    the last one."""
     hidden: list[nn.Parameter] = []
     stacked: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    tables = [layer for layer in model.modules() if isinstance(layer, nn.Embedding)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    outer = {id(p) for layer in [*tables, head] if layer is not None for p in layer.parameters()}
+    maps = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear | Conv1D) and part is not head}
     for name, p in model.named_parameters():
-        if p.ndim == 2 and id(p) not in outer:
+        if id(p) in maps:
             hidden.append(p)
         elif p.ndim == 3 and ".experts." in name:
             stacked.append(p)

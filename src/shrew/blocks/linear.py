@@ -369,7 +369,8 @@ class Linear(nn.Module):
         linear = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         pairs = min(self.spec.chunk, context) * (self.keys + self.inner)
         states = self.spec.state * self.inner * (1 if context <= self.spec.chunk else 2)
-        return 2 * (linear + pairs + states)
+        taps = self.parts[1] * self.spec.conv
+        return 2 * (linear + taps + pairs + states)
 
     def state_bytes(self, context: int, element: int = 2) -> int:
         """The matrices are float32 at least."""
