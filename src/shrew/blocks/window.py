@@ -36,20 +36,19 @@ def naive_window(q: Tensor, k: Tensor, v: Tensor, owner: Tensor, window: int, **
 
 
 class _Windows(torch.autograd.Function):
-    """x [B, N + 2, Q, K, D] -> [B, N, 3 Q, K, D]: every block behind its two predecessors. A copy; its gradient adds
-    the three up in place, which autograd's own for overlapping views does at half the speed."""
+    """x [2 + N, Q, K, D] -> [N, 3 Q, K, D]: every block behind its two predecessors, a view. Its gradient adds the
+    three up in place, in less than half the time of autograd's own for overlapping views."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.unfold(1, BEFORE + 1, 1).movedim(-1, 2).flatten(2, 3)
+        return x.unfold(0, BEFORE + 1, 1).movedim(-1, 1).flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        parts = grads[0].unflatten(2, (BEFORE + 1, -1))
-        count = parts.shape[1]
-        total = parts.new_zeros(parts.shape[0], count + BEFORE, *parts.shape[3:])
-        for back in range(BEFORE + 1):
-            total[:, back : back + count] += parts[:, :, back]
+        parts = grads[0].unflatten(1, (BEFORE + 1, -1))
+        total = nn.functional.pad(parts[:, BEFORE], (0, 0) * 3 + (BEFORE, 0))
+        for place in range(BEFORE):
+            total[place : place + len(parts)] += parts[:, place]
         return total
 
 
@@ -80,18 +79,27 @@ class Window(Attention):
         """Attention of q [B, H, T, D] to k, v [B, K, past + T, D] in blocks."""
         rows, heads, length, width = q.shape
         count = -(-length // self.block)
-        spare, front = count * self.block - length, BEFORE * self.block - past
+        spare = count * self.block - length
 
-        def blocks(x: Tensor, front: int) -> Tensor:
-            x = nn.functional.pad(x.transpose(1, 2), (0, 0, 0, 0, front, spare))
+        def blocks(x: Tensor, lead: int) -> Tensor:
+            x = x.transpose(1, 2)
+            if lead or spare:
+                x = nn.functional.pad(x, (0, 0, 0, 0, lead, spare))
             return x.unflatten(1, (-1, self.block))
 
-        q = blocks(q, 0).flatten(0, 1).transpose(1, 2)
-        k, v = (_Windows.apply(blocks(x, front)).flatten(0, 1).transpose(1, 2) for x in (k, v))
+        def near(x: Tensor) -> Tensor:  # rows stand one behind the other, so that no key is copied; the mask parts them
+            x = blocks(x, -past % self.block)
+            own = x.shape[1]
+            x = _Windows.apply(nn.functional.pad(x.flatten(0, 1), (0, 0) * 3 + (BEFORE, 0)))
+            return x.unflatten(0, (rows, own))[:, own - count :].flatten(0, 1).transpose(1, 2)
+
+        q, k, v = blocks(q, 0).flatten(0, 1).transpose(1, 2), near(k), near(v)
         allowed = place.once(("window", self.window), lambda: self._allowed(place, past, count))
-        step = max(1, PAIRS // (heads * self.block * k.shape[2])) if self.capped else len(q)
-        parts = [self.core(*part) for part in zip(*(x.split(step) for x in (q, k, v, allowed)), strict=True)]
-        y = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self.capped:
+            step = max(1, PAIRS // (heads * self.block * k.shape[2]))
+            y = torch.cat([self.core(*part) for part in zip(*(x.split(step) for x in (q, k, v, allowed)), strict=True)])
+        else:
+            y = self.core(q, k, v, allowed)
         return y.transpose(1, 2).reshape(rows, -1, heads, width)[:, :length].transpose(1, 2)
 
     def _allowed(self, place: Place, past: int, count: int) -> Tensor:
