@@ -163,7 +163,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, st
     if state is not None:
         state.held[name] = whole[:, whole.shape[1] - (taps - 1) :]
     y = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
-    same = place.once(("taps", taps), lambda: _same_document(place, taps))
+    same = place.once(("taps", taps), lambda: same_document(place, taps))
     for back in range(1, taps):
         shifted = whole[:, taps - 1 - back : taps - 1 - back + length]
         if same is not None:
@@ -172,7 +172,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, place: Place, st
     return y
 
 
-def _same_document(place: Place, taps: int) -> list[Tensor] | None:
+def same_document(place: Place, taps: int) -> list[Tensor] | None:
     """For each step back, [B, T, 1]: is that position of the same document?"""
     if place.owner is None:
         return None
