@@ -143,7 +143,7 @@ def test_layer_skip_is_seeded_and_for_training_alone() -> None:
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        found.append(float(model.train().losses(tokens, tokens)[0]))
+        found.append(model.train().losses(tokens, tokens)[0].item())
     assert found[0] == found[1] != found[2]
     model.train()
     torch.manual_seed(0)
@@ -261,7 +261,7 @@ def test_routing_is_its_definition(share: float, length: int) -> None:
     torch.testing.assert_close(found, wanted)
     passed = float((router.score(x) > 0).double().mean())
     assert penalty is not None
-    assert float(penalty) == pytest.approx(2.0 * (passed - share) ** 2, rel=1e-4)
+    assert penalty.item() == pytest.approx(2.0 * (passed - share) ** 2, rel=1e-4)
     if wanted.requires_grad:
         places, weight = [x, *router.parameters(), *feed.parameters()], torch.randn_like(found)
         mine = torch.autograd.grad((found * weight).sum(), places, materialize_grads=True)
@@ -281,11 +281,11 @@ def test_what_is_not_routed_costs_nothing_and_none_may_be() -> None:
     _, penalty = router(x, feeding)
     routed = int((router.score(x) > 0).sum())
     assert fed == [(1, routed, 16)]
-    assert float(penalty) == pytest.approx(3.0 + 2.0 * (routed / 100 - 0.5) ** 2)
+    assert penalty.item() == pytest.approx(3.0 + 2.0 * (routed / 100 - 0.5) ** 2)
     nn.init.constant_(router.score.bias, -1e3)
     y, penalty = router.train()(x.requires_grad_(), feeding)
     assert y.count_nonzero() == 0
-    assert float(penalty) == pytest.approx(3.0 + 2.0 * 0.25)
+    assert penalty.item() == pytest.approx(3.0 + 2.0 * 0.25)
     (y.sum() + penalty).backward()
     assert all(p.grad is not None for p in router.parameters())
     fed.clear()
@@ -363,11 +363,11 @@ def test_no_more_logits_than_a_chunk_are_held(monkeypatch: pytest.MonkeyPatch, a
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda _, x, y: sizes.append(y.numel()))
     monkeypatch.setattr(model_file.objectives, "AT_ONCE", 97 * 7)
-    found = run()
+    found, near = run(), 0.1 if autocast else 1e-4
     assert max(sizes) == 97 * 7
     torch.testing.assert_close(found[0], wanted[0])
     for name, grad in wanted[1].items():
-        torch.testing.assert_close(found[1][name], grad, rtol=0.05 if autocast else 1e-4, atol=0.05 if autocast else 1e-5)
+        torch.testing.assert_close(found[1][name], grad, rtol=near, atol=near / 10)
     # transformers' way: the loss of all positions, the logits of the last
     model.eval()
     whole = model(tokens, labels=tokens)

@@ -40,7 +40,7 @@ def test_hashes_are_their_definition(item: NgramSpec, packed: bool, length: int)
     own = owner.tolist() if packed else [[0] * length] * 3
     wanted = torch.tensor([naive_hashes(row, mine, item) for row, mine in zip(tokens.tolist(), own, strict=True)])
     assert torch.equal(found, wanted + torch.arange(len(item.sizes)) * item.rows)
-    assert 0 <= int(found.min()) and int(found.max()) < item.rows * len(item.sizes)
+    assert set(found.flatten().tolist()) <= set(range(item.rows * len(item.sizes)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -60,8 +60,7 @@ def test_hashes_spread_over_the_rows() -> None:
     pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256))  # every pair of two bytes
     found = Ngrams(NgramSpec(sizes=(2,), rows=8192), 8).hashes(_place(pairs))[:, 1, 0]
     counts = torch.bincount(found, minlength=8192)
-    assert (int(counts.min()), int(counts.max())) >= (1, 1)
-    assert counts.max() <= 3 * 8  # 8 on average
+    assert 0 < counts.min() <= counts.max() <= 3 * 8  # 8 on average
 
 
 def test_values_and_gradients_are_the_sum_of_the_rows() -> None:
@@ -97,14 +96,14 @@ def _model(**changes: Any) -> ShrewForCausalLM:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"num_beams": 3, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
 def test_beams_and_samples_carry_their_last_tokens(options: dict[str, Any]) -> None:
     model, tokens = _model(), torch.randint(3, 97, (2, 5))
     found = []
     for use_cache in (True, False):
         torch.manual_seed(1)
         found.append(model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=9,
-                                    eos_token_id=None, use_cache=use_cache, **{"do_sample": False} | options))  # fmt: skip
+                                    eos_token_id=None, use_cache=use_cache, **options))  # fmt: skip
     assert torch.equal(*found)
     cache = model(tokens, use_cache=True).past_key_values
     assert [layer.get_seq_length() for layer in cache.layers] == [5, 5, 5]

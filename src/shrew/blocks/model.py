@@ -123,6 +123,12 @@ class Layer(nn.Module):
         self.ffn_after = RMSNorm(spec.width, spec.eps) if spec.norms == "sandwich" else None
         routes = spec.mixture_of_depths
         self.router = Router(routes, spec.width) if routes and routes.routes(number) else None
+        for block in self.blocks():
+            for part in block.modules():
+                part._is_hf_initialized = True  # by `start`, not part by part
+
+    def blocks(self) -> list[Any]:
+        return [block for block in (self.mixer, self.ffn, self.router) if block is not None]
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Tensor | None]:
         """x [B, T, d] -> [B, T, d], and the penalty of the ffn and its router, if there is one."""
@@ -224,15 +230,15 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         # Normal(0, 0.02), residual outputs scaled by depth (Radford et al. 2019) or zero; a block that wants its own
-        # start says so in `start`. Layers come after their parts; loaded weights are marked and stay.
+        # start says so in `start`. Loaded weights are marked and stay.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, Layer):
             deep = 0.0 if self.spec.zero_init else 0.02 / (2 * self.spec.depth) ** 0.5
-            for block in (module.mixer, module.ffn, module.router):
-                if block is not None and not all(hasattr(p, "_is_hf_initialized") for p in block.parameters()):
+            for block in module.blocks():
+                if not all(hasattr(p, "_is_hf_initialized") for p in block.parameters()):
                     block.start(0.02, deep)
 
     def hidden(
