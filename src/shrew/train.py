@@ -430,7 +430,7 @@ class Loop:
         return objectives.next_token(logits, targets), None
 
     def take_step(self) -> tuple[float, int]:
-        """One optimizer step; (mean loss in nats, tokens that counted)."""
+        """One optimizer step; (mean loss in nats a target, tokens read)."""
         arrays = self.batches[self.step]
         machine.set_seed(self.item.seed * 1_000_003 + self.step * self.world.size + self.world.rank)
         share = schedule(self.step, self.item)
@@ -461,7 +461,8 @@ class Loop:
             keep = min(self.item.ema, (1 + self.step) / (10 + self.step))  # short runs would average their start in
             for name, p in self.model.named_parameters() if self.average else ():
                 self.average[name].lerp_(p, 1 - keep)
-        return mean, int(count.item())
+        classifies = isinstance(self.batches, Labelled)  # one target a text
+        return mean, int(arrays[2].sum()) * self.world.size if classifies else int(count.item())
 
     @torch.no_grad()
     def validate(self, limit: int = 32) -> float:

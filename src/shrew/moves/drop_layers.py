@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -110,23 +110,19 @@ def _kl_scores(loaded: Loaded, context: Context, without: frozenset[int]) -> lis
 def _influence_scores(loaded: Loaded, context: Context, without: frozenset[int]) -> list[float]:
     layers = find_layers(loaded.model)[1]
     total, tokens = [0.0] * len(layers), 0
-    handles = []
-    for index, layer in enumerate(layers):
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
 
-        def note(_: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
-            before, after = _hidden(args, kwargs), output[0] if isinstance(output, tuple) else output
-            total[index] += float((1 - F.cosine_similarity(before, after, dim=-1)).sum())
+            def note(_: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
+                before, after = _hidden(args, kwargs), output[0] if isinstance(output, tuple) else output
+                total[index] += float((1 - F.cosine_similarity(before, after, dim=-1)).sum())
 
-        if index not in without:
-            handles.append(layer.register_forward_hook(note, with_kwargs=True))
-    try:
-        with bypassed(layers, without):
-            for ids in batches(loaded, context.calibration, 2048, SCORE_TOKENS):
-                logits(loaded, ids)
-                tokens += ids.numel()
-    finally:
-        for handle in handles:
-            handle.remove()
+            if index not in without:
+                hooks.enter_context(layer.register_forward_hook(note, with_kwargs=True))
+        hooks.enter_context(bypassed(layers, without))
+        for ids in batches(loaded, context.calibration, 2048, SCORE_TOKENS):
+            logits(loaded, ids)
+            tokens += ids.numel()
     return [value / tokens for value in total]
 
 
@@ -143,12 +139,10 @@ def bypassed(layers: nn.ModuleList, which: frozenset[int]) -> Iterator[None]:
         hidden = _hidden(args, kwargs)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-    handles = [layers[index].register_forward_hook(skip, with_kwargs=True) for index in sorted(which)]
-    try:
+    with ExitStack() as hooks:
+        for index in which:
+            hooks.enter_context(layers[index].register_forward_hook(skip, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def droppable(model: Any, dropped: set[int]) -> list[int]:

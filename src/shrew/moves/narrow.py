@@ -3,6 +3,7 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -160,26 +161,23 @@ def channel_scores(loaded: Loaded, context: Context) -> dict[str, torch.Tensor]:
         return load_file(cached)
     anatomy = read_anatomy(loaded.model)
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-    handles = []
-    for mlp in anatomy.mlps:
-        if mlp.experts:
-            module = loaded.model.get_submodule(mlp.module)
-            handles.append(module.register_forward_pre_hook(_note_experts(sums, mlp.out), with_kwargs=True))
-        else:
-            module = loaded.model.get_submodule(mlp.out.removesuffix(".weight"))
-            handles.append(module.register_forward_pre_hook(_note_channels(sums, mlp.out)))
-    for attention in anatomy.attentions:
-        module = loaded.model.get_submodule(attention.out.removesuffix(".weight"))
-        handles.append(module.register_forward_pre_hook(_note_groups(sums, attention)))
     tokens = 0
-    try:
-        with torch.inference_mode():
-            for ids in batches(loaded, context.calibration, 2048, SCORE_TOKENS):
-                logits(loaded, ids)
-                tokens += ids.numel()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for mlp in anatomy.mlps:
+            if mlp.experts:
+                module = loaded.model.get_submodule(mlp.module)
+                hooks.enter_context(
+                    module.register_forward_pre_hook(_note_experts(sums, mlp.out), with_kwargs=True)
+                )
+            else:
+                module = loaded.model.get_submodule(mlp.out.removesuffix(".weight"))
+                hooks.enter_context(module.register_forward_pre_hook(_note_channels(sums, mlp.out)))
+        for attention in anatomy.attentions:
+            module = loaded.model.get_submodule(attention.out.removesuffix(".weight"))
+            hooks.enter_context(module.register_forward_pre_hook(_note_groups(sums, attention)))
+        for ids in batches(loaded, context.calibration, 2048, SCORE_TOKENS):
+            logits(loaded, ids)
+            tokens += ids.numel()
     scores = {}
     for mlp in anatomy.mlps:
         columns = _as_linear(loaded.model, mlp.out).double().norm(dim=-2).cpu()

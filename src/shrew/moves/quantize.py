@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -46,14 +47,13 @@ class Quantize:
             if bits not in (0, 2, 3, 4, 5, 6, 7, 8, 16):
                 raise SpecError(f"quantize: {bits} bits for '{name}'; use 2 to 8, or 0 to leave it alone.")
 
-    def apply(self, loaded: Loaded, context: Context, statistics: dict[str, Tensor] | None = None) -> Loaded:
-        """Quantize in place. `statistics` from `hessians` saves collecting them again when many settings are tried."""
+    def apply(self, loaded: Loaded, context: Context) -> Loaded:
+        """Quantize in place."""
         targets = self._targets(loaded)
-        if self.method == "gptq" and statistics is None:
-            statistics = hessians(loaded, context.calibration)
+        statistics = hessians(loaded, context.calibration) if self.method == "gptq" else {}
         by_input: dict[tuple[int, Grid], list[str]] = {}
         for name, (target, grid) in targets.items():
-            hessian = (statistics or {}).get(name)
+            hessian = statistics.get(name)
             if self.method == "rtn" or hessian is None:
                 if self.method == "gptq" and target.kind != "embedding":
                     context.say(f"{name}: no calibration text reached it, so it is rounded to nearest")
@@ -64,7 +64,6 @@ class Quantize:
             else:
                 by_input.setdefault((id(hessian), grid), []).append(name)
         for (_, grid), names in by_input.items():
-            assert statistics is not None
             self._with_feedback(loaded, context, [targets[name][0] for name in names], grid, statistics[names[0]])
         return loaded
 
@@ -239,19 +238,14 @@ def hessians(loaded: Loaded, calibration: Sequence[np.ndarray]) -> dict[str, Ten
     """
     model, aliases = loaded.model, _aliases(loaded.model)
     sums = _Sums()
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            handles.append(module.register_forward_pre_hook(sums.linear(name + ".weight")))
-        elif _readable_experts(module):
-            handles.append(module.register_forward_pre_hook(sums.experts(name)))
-    try:
-        with torch.no_grad():
-            for sequence in calibration:
-                model(input_ids=torch.from_numpy(np.asarray(sequence, np.int64))[None])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                hooks.enter_context(module.register_forward_pre_hook(sums.linear(name + ".weight")))
+            elif _readable_experts(module):
+                hooks.enter_context(module.register_forward_pre_hook(sums.experts(name)))
+        for sequence in calibration:
+            model(input_ids=torch.from_numpy(np.asarray(sequence, np.int64))[None])
     return {aliases[name]: sums.sums[leader] for name, leader in sums.leader.items() if sums.sums[leader].any()}
 
 
