@@ -245,6 +245,11 @@ def test_a_model_that_no_stock_type_can_say_survives_its_folder(tiny_tokenizer: 
         assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+def test_a_block_may_be_the_first_import() -> None:
+    done = subprocess.run([sys.executable, "-c", "import shrew.blocks.attention"], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 # --- specs -----------------------------------------------------------------------------------------------------------
 
 

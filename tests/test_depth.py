@@ -389,6 +389,7 @@ def test_with_zero_init_a_new_model_is_its_embedding() -> None:
     assert not torch.allclose(build(SHAPE)(tokens).logits, model(tokens).logits)
 
 
+@torch.no_grad()
 def test_a_soft_cap_bounds_the_logits() -> None:
     model, tokens = _model(), _tokens(2, 9)
     capped = _model(softcap=2.0)

@@ -96,7 +96,9 @@ def _model(**changes: Any) -> ShrewForCausalLM:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"num_beams": 3, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "do_sample": False}, {"do_sample": True, "num_return_sequences": 2}], ids=str
+)
 def test_beams_and_samples_carry_their_last_tokens(options: dict[str, Any]) -> None:
     model, tokens = _model(), torch.randint(3, 97, (2, 5))
     found = []
@@ -115,7 +117,7 @@ def test_its_start_its_bytes_and_its_optimizer() -> None:
     plain = build(replace(SHAPE, ngrams=None))
     assert model.model.ngrams is not None
     table = model.model.ngrams.table.weight
-    assert float(table.std()) == pytest.approx(0.02, rel=0.1)
+    assert table.std().item() == pytest.approx(0.02, rel=0.1)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters()) + table.numel()
     assert model.model.ngrams.idle() == table.numel() - 2 * 32
     assert model.flops(32) == plain.flops(32)

@@ -7,3 +7,5 @@
 
 `start` initialises, `flops` counts multiply-adds times two of a token, `idle` the parameters that a token does not use.
 """
+
+import transformers  # noqa: F401 - its first import loads `blocks.model`, which must find no block half imported
