@@ -1,14 +1,38 @@
 """Losses as functions of logits. N positions, V vocabulary entries, K stored teacher entries."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a target that counts for nothing
+AT_ONCE = 2**25  # logits held at once by a loss in chunks, unless told otherwise: 128 MiB of float32
 
 
 def next_token(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum over positions of -log p(target) in nats; logits [..., V], targets [...] with IGNORE where none."""
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def chunked_next_token(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int) -> Tensor:
+    """`next_token(head(hidden), targets)` without ever holding the logits of more than `chunk` positions.
+
+    hidden [..., d], targets [...]; `head` gives the logits of some positions. The logits of a chunk are computed again
+    in the backward pass, so a head costs four thirds, and memory does not grow with the number of positions.
+    """
+    if targets.numel() <= chunk:
+        return next_token(head(hidden), targets)
+
+    def part(some: Tensor, wanted: Tensor) -> Tensor:
+        return next_token(head(some), wanted)
+
+    found = [
+        checkpoint(part, some, wanted, use_reentrant=False, preserve_rng_state=False)
+        for some, wanted in zip(hidden.flatten(0, -2).split(chunk), targets.flatten().split(chunk), strict=True)
+    ]
+    return torch.stack(found).sum()
 
 
 def classify(logits: Tensor, labels: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ class TrainSpec:
     weight_decay: Annotated[float, Meta(ge=0)] = doc("decoupled weight decay of matrices", 0.1)
     clip: Annotated[float, Meta(ge=0)] = doc("largest gradient norm; 0: off", 1.0)
     ema: Annotated[float, Meta(ge=0, lt=1)] = doc("decay of the averaged weights that are saved; 0: off", 0.0)
+    fim: Annotated[float, Meta(ge=0, le=1)] = doc("share of documents rearranged for fill-in-the-middle", 0.0)
     document_mask: bool = doc("keep packed documents apart", True)
     precision: Literal["auto", "fp32", "bf16"] = doc("auto: the faster of both here", "auto")
     compile: bool = doc("torch.compile the model (needs a C++ compiler; worth it for long runs)", False)
@@ -129,12 +130,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
         world.barrier()  # the first process makes the tokenizer and the token stream, which the others then read
     machine.set_seed(item.seed)
     loaded, documents = prepare(recipe, run, say)
+    middle = data.fill_in_the_middle(loaded.tokenizer, item.fim) if item.fim else None
     kept, held, hashes = _split(documents, item, loaded)
     if not world.rank:
         world.barrier()
     model = loaded.model.to(world.device).train()
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters; {_size(kept)}; checkpoints in {run}.")
-    loop = Loop(item, world, model, kept, held, run, precision.name == "bf16", say)
+    loop = Loop(item, world, model, kept, held, run, precision.name == "bf16", say, middle)
     facts = {"threads": threads.count, "precision": precision.name, "data": hashes,
              "steps": item.steps, "decay": item.decay}  # fmt: skip
     loop.resume(state, facts)
@@ -187,7 +189,8 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
         if not (place / "tokenizer.json").exists():
             say(f"Training a BPE tokenizer of {size} tokens.")
             with files.new_folder(place, "tokenizer.json") as temporary:
-                train_tokenizer(documents, int(size), item.seed).save_pretrained(temporary)
+                marks = data.MARKS[0] if item.fim else ()
+                train_tokenizer(documents, int(size), item.seed, marks=marks).save_pretrained(temporary)
         tokenizer = _tokenizer(place)
     elif Path(item.tokenizer).is_dir():
         tokenizer = _tokenizer(Path(item.tokenizer))
@@ -217,9 +220,10 @@ def _tokenizer(place: Path) -> Any:
         raise SpecError(f"tokenizer '{place}': this folder holds none that can be read ({reason}).") from None
 
 
-def train_tokenizer(documents: list[data.Document], size: int, seed: int, sample: int = 40_000_000) -> Any:
-    """A byte-level BPE tokenizer of exactly `size` entries (256 bytes, one token that begins and ends documents, and
-    merges), trained on up to `sample` characters drawn by document."""
+def train_tokenizer(documents: list[data.Document], size: int, seed: int, sample: int = 40_000_000,
+                    marks: tuple[str, ...] = ()) -> Any:  # fmt: skip
+    """A byte-level BPE tokenizer of exactly `size` entries (256 bytes, one token that begins and ends documents, the
+    `marks`, and merges), trained on up to `sample` characters drawn by document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -233,12 +237,13 @@ def train_tokenizer(documents: list[data.Document], size: int, seed: int, sample
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=size, special_tokens=["<|endoftext|>", *marks], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     core.train_from_iterator(chosen, trainer)
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, pad_token=end)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, pad_token=end,
+                                   extra_special_tokens=list(marks))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -330,14 +335,14 @@ class Loop:
     """The training loop's state: model, optimizers, averaged weights, log."""
 
     def __init__(self, item: TrainSpec, world: World, model: Any, source: Any, held: Any, run: Path, bf16: bool,
-                 say: Any) -> None:  # fmt: skip
+                 say: Any, middle: data.Middle | None = None) -> None:  # fmt: skip
         self.item, self.world, self.model, self.run, self.bf16, self.say = item, world, model, run, bf16, say
         self.rows = max(item.batch_tokens // item.length // world.size, 1)
         self.micro = item.micro_rows or max(min(self.rows, 2048 // item.length), 1)
         if isinstance(source, Labelled):
             self.batches: Any = replace(source, rows=self.rows, rank=world.rank, world=world.size)
         else:
-            self.batches = data.Batches(source, item.length, self.rows, item.seed, world.rank, world.size)
+            self.batches = data.Batches(source, item.length, self.rows, item.seed, world.rank, world.size, middle)
         self.held = held
         self.optimizers = optimizers(model, item)
         self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if item.ema else {}
@@ -414,14 +419,13 @@ class Loop:
             (temporary / "state.json").write_text(json.dumps(state))
 
     def _losses(self, tokens: Tensor, targets: Tensor, owner: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Summed loss in nats of a micro-batch, and what the blocks add to it to be trained well (MoE balance)."""
+        """Summed loss in nats of a micro-batch, and what the model adds to it to be trained well (MoE balance,
+        losses of early exits)."""
         if isinstance(self.batches, Labelled):
             logits = self.model(input_ids=tokens, attention_mask=owner).logits
             return objectives.classify(logits, targets), None
         if isinstance(self.model, ShrewForCausalLM):
-            hidden, penalty = self.model.hidden(tokens, owner if self.item.document_mask else None)
-            loss = objectives.next_token(self.model.logits(hidden), targets)
-            return loss, None if penalty is None else penalty * (targets != objectives.IGNORE).sum()
+            return self.model.losses(tokens, targets, owner if self.item.document_mask else None)
         # Stock models read document borders from positions that start again at zero.
         positions = _positions(owner) if self.item.document_mask else None
         logits = self.model(tokens, position_ids=positions, use_cache=False).logits
@@ -566,7 +570,7 @@ def flops_per_token(model: Any, length: int) -> int:
     per weight that multiplies (the head does, the embedding table does not, nor do experts that are not chosen) and 12
     per layer, width and mean context for attention (Kaplan et al. 2020)."""
     if isinstance(model, ShrewForCausalLM):
-        return 3 * model.flops(length // 2)
+        return 3 * model.flops(length // 2, training=True)
     config: Any = model.config
     weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     if not getattr(config, "tie_word_embeddings", False):

@@ -4,6 +4,7 @@ Where a stock type can express a spec, `shrew.blocks.stock` gives that model wit
 gets saved: everything else can read it without Shrew.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -14,9 +15,12 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from shrew import objectives
 from shrew.blocks.attention import Attention, AttentionSpec
 from shrew.blocks.conv import Conv, ConvSpec
 from shrew.blocks.delta import Delta, DeltaSpec
+from shrew.blocks.depth import EarlyExit, ExitSpec, MixtureOfDepthsSpec, Router, drop_rates, skip_rows
+from shrew.blocks.embeddings import Ngrams, NgramSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
 from shrew.blocks.linear import Linear, LinearSpec
 from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
@@ -61,6 +65,10 @@ class ModelSpec:
         default_factory=lambda: {"A": AttentionSpec()}
     )
     ffn: Annotated[Any, Kinds({kind: spec for kind, (spec, _) in FFNS.items()})] = field(default_factory=MlpSpec)
+    loops: Annotated[int, Meta(ge=1)] = doc("times that the layers are run, one after the other, same weights", 1)
+    ngrams: NgramSpec | None = doc("hash n-gram embeddings", None)
+    exits: ExitSpec | None = doc("early exits", None)
+    mixture_of_depths: MixtureOfDepthsSpec | None = doc("tokens that choose their feed-forward layers", None)
 
     def __post_init__(self) -> None:
         if not self.pattern:
@@ -72,6 +80,19 @@ class ModelSpec:
         for name, block in {**mixers, "ffn": self.ffn}.items():
             if problem := block.problem(self.width):
                 raise SpecError(f"{name}: {problem}.")
+        extras = {
+            "ngrams": self.ngrams and self.ngrams.problem(),
+            "exits": self.exits and self.exits.problem(self.depth),
+            "mixture_of_depths": self.mixture_of_depths and self.mixture_of_depths.problem(self.layers),
+        }
+        for name, problem in extras.items():
+            if problem:
+                raise SpecError(f"{name}: {problem}.")
+
+    @property
+    def depth(self) -> int:
+        """Layers that a token goes through."""
+        return self.layers * self.loops
 
     def mixer(self, layer: int) -> Any:
         return self.mixers[self.pattern[layer % len(self.pattern)]]
@@ -84,6 +105,7 @@ class ShrewConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    exit_threshold: float | None = None  # see ShrewForCausalLM.forward
 
     def __init__(self, spec: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.spec = spec or {}
@@ -111,15 +133,32 @@ class Layer(nn.Module):
         self.ffn = FFNS[spec.ffn.kind][1](spec.ffn, shape)
         self.mixer_after = RMSNorm(spec.width, spec.eps) if spec.norms == "sandwich" else None
         self.ffn_after = RMSNorm(spec.width, spec.eps) if some and spec.norms == "sandwich" else None
+        routes = spec.mixture_of_depths
+        self.router = Router(routes, spec.width) if some and routes and routes.routes(number) else None
+        for block in self.blocks():
+            for part in block.modules():
+                part._is_hf_initialized = True  # by `start`, not part by part
+
+    def blocks(self) -> list[Any]:
+        return [block for block in (self.mixer, self.ffn, self.router) if block is not None]
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, d] -> [B, T, d], and the penalty of the ffn, if it has one."""
+        """x [B, T, d] -> [B, T, d], and the penalty of the ffn and its router, if there is one."""
         y = self.mixer(self.mixer_norm(x), place, state)
         x = x + self.scale * (y if self.mixer_after is None else self.mixer_after(y))
         if self.ffn_norm is None:
             return x, None
-        y, penalty = self.ffn(self.ffn_norm(x))
-        return x + self.scale * (y if self.ffn_after is None else self.ffn_after(y)), penalty
+        z = self.ffn_norm(x)
+        y, penalty = self.feed(z) if self.router is None else self.router(z, self.feed)
+        return x + self.scale * y, penalty
+
+    def feed(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, penalty = self.ffn(z)
+        return y if self.ffn_after is None else self.ffn_after(y), penalty
+
+    def flops(self, context: int) -> int:
+        fed: int = self.ffn.flops()
+        return self.mixer.flops(context) + (fed if self.router is None else self.router.flops(fed))
 
 
 class Trunk(nn.Module):
@@ -129,27 +168,61 @@ class Trunk(nn.Module):
         super().__init__()
         self.spec = spec
         self.embed_tokens = nn.Embedding(spec.vocabulary or 0, spec.width)
+        self.ngrams = Ngrams(spec.ngrams, spec.width) if spec.ngrams else None
         self.layers = nn.ModuleList(Layer(spec, number) for number in range(spec.layers))
         self.norm = RMSNorm(spec.width, spec.eps)
+        self.exits = spec.exits.after(spec.depth) if spec.exits else []
+        self.exit_norms = nn.ModuleList(RMSNorm(spec.width, spec.eps) for _ in self.exits)
+        self.drop_rates = drop_rates(spec.exits.layer_skip if spec.exits else 0.0, spec.depth)
 
-    def forward(self, place: Place, cache: Cache | None = None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [B, T, d] of the tokens, and the sum of the layers' penalties (None if there is none)."""
-        x = self.embed_tokens(place.tokens)
-        if self.spec.embedding_scale != 1:
-            x = x * torch.tensor(self.spec.embedding_scale).to(x.dtype)  # rounded to the weights' dtype, as Gemma does
+    def forward(self, place: Place, cache: Cache | None = None, kept: list[Tensor] | None = None,
+                leave: EarlyExit | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Hidden states [B, T, d] of the tokens, and the sum of the layers' penalties (None if there is none).
+
+        `kept` gets the hidden states at each exit. `leave` is asked at each exit; once it says yes it holds the answer,
+        and the layers above only run their mixers on the hidden states there, for the sake of the mixers' states.
+        """
+        x = self.embed(place, cache)
         penalties = []
-        for number, layer in enumerate(self.layers):
+        for number in range(self.spec.depth):
+            layer: Any = self.layers[number % self.spec.layers]
             state = None if cache is None else cache.layers[number]
-            x, penalty = layer(x, place, state)
-            if isinstance(state, State):
-                state.seen += place.positions.shape[1]
-            if penalty is not None:
-                penalties.append(penalty)
+            if leave is not None and leave.layers:
+                layer.mixer(layer.mixer_norm(x), place, state)
+            else:
+                y, penalty = layer(x, place, state)
+                x = skip_rows(y, x, self.drop_rates[number]) if self.training and self.drop_rates[number] else y
+                if penalty is not None:
+                    penalties.append(penalty)
+                if number + 1 in self.exits and (kept is not None or leave is not None):
+                    early = self.exit_norms[self.exits.index(number + 1)](x)
+                    if kept is not None:
+                        kept.append(early)
+                    if leave is not None:
+                        leave(number + 1, early)
+            _count(state, place)
         return self.norm(x), torch.stack(penalties).sum() if penalties else None
 
+    def embed(self, place: Place, cache: Cache | None = None) -> Tensor:
+        x = self.embed_tokens(place.tokens)
+        if self.ngrams is not None:
+            state = None if cache is None else cache.layers[-1]
+            x = x + self.ngrams(place, state)
+            _count(state, place)
+        if self.spec.embedding_scale != 1:
+            x = x * torch.tensor(self.spec.embedding_scale).to(x.dtype)  # rounded to the weights' dtype, as Gemma does
+        return x
+
     def new_cache(self) -> Cache:
-        layers: list[Any] = list(self.layers)
-        return Cache(layers=[layer.mixer.init_state() for layer in layers])
+        """A state for each layer and loop, and that of the n-grams at the end."""
+        layers: list[Any] = list(self.layers) * self.spec.loops
+        last = [] if self.ngrams is None else [self.ngrams.init_state()]
+        return Cache(layers=[layer.mixer.init_state() for layer in layers] + last)
+
+
+def _count(state: Any, place: Place) -> None:
+    if isinstance(state, State):
+        state.seen += place.positions.shape[1]
 
 
 class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
@@ -164,6 +237,7 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         self.spec = config.parsed()
         self.model = Trunk(self.spec)
         self.lm_head = nn.Linear(self.spec.width, self.spec.vocabulary or 0, bias=False)
+        self.exit_counts: Counter[int] = Counter()  # layers run: tokens decoded so, since `generate` was last called
         self.post_init()
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -178,16 +252,18 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, Layer):
-            deep = 0.0 if self.spec.zero_init else 0.02 / (2 * self.spec.layers) ** 0.5
-            for block in (module.mixer, module.ffn):
+            deep = 0.0 if self.spec.zero_init else 0.02 / (2 * self.spec.depth) ** 0.5
+            for block in module.blocks():
                 if not all(hasattr(p, "_is_hf_initialized") for p in block.parameters()):
                     block.start(0.02, deep)
 
-    def hidden(self, tokens: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def hidden(
+        self, tokens: Tensor, owner: Tensor | None = None, kept: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """tokens [B, T] -> last hidden states [B, T, d] and the sum of the layers' penalties; `owner` [B, T] keeps
-        packed documents apart (rotary positions are relative, so each is as if alone). The training path."""
+        packed documents apart (rotary positions are relative, so each is as if alone); `kept` gets the exits'."""
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self.model(Place(tokens, positions, owner))
+        return self.model(Place(tokens, positions, owner), None, kept)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last hidden states [..., d] -> logits [..., V]."""
@@ -197,16 +273,38 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         cap = self.spec.softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
-    def flops(self, context: int) -> int:
-        """Multiply-adds times two of one token's forward pass that sees `context` positions on average."""
+    def losses(self, tokens: Tensor, targets: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The training path: summed loss in nats of tokens [B, T], and what is added to it so that the model is trained
+        well (penalties of the blocks; the losses of the exits, in training). No more than `objectives.AT_ONCE`
+        logits are ever held."""
+        kept: list[Tensor] | None = [] if self.training and self.spec.exits else None
+        x, penalty = self.hidden(tokens, owner, kept)
+        return self._loss(x, targets), self._added(kept, penalty, targets)
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        chunk = max(objectives.AT_ONCE // (self.spec.vocabulary or 1), 1)
+        return objectives.chunked_next_token(hidden, self.logits, targets, chunk)
+
+    def _added(self, kept: list[Tensor] | None, penalty: Tensor | None, targets: Tensor) -> Tensor | None:
+        added = [] if penalty is None else [penalty * (targets != objectives.IGNORE).sum()]
+        if kept and self.spec.exits:
+            early = torch.stack([self._loss(x, targets) for x in kept])
+            added.append(self.spec.exits.weight * early.mean())
+        return torch.stack(added).sum() if added else None
+
+    def flops(self, context: int, training: bool = False) -> int:
+        """Multiply-adds times two of one token's forward pass that sees `context` positions on average; in training
+        with the heads of the exits."""
         layers: list[Any] = list(self.model.layers)
-        each = sum(layer.mixer.flops(context) + layer.ffn.flops() for layer in layers)
-        return each + 2 * self.spec.width * (self.spec.vocabulary or 0)
+        each = self.spec.loops * sum(layer.flops(context) for layer in layers)
+        heads = 1 + len(self.model.exits) * training
+        return each + heads * 2 * self.spec.width * (self.spec.vocabulary or 0)
 
     def state_bytes(self, context: int, element: int = 2) -> int:
         """What a cache of one row holds after `context` positions."""
         layers: list[Any] = list(self.model.layers)
-        return sum(layer.mixer.state_bytes(context, element) for layer in layers)
+        each = self.spec.loops * sum(layer.mixer.state_bytes(context, element) for layer in layers)
+        return each + (0 if self.model.ngrams is None else self.model.ngrams.state_bytes())
 
     def forward(
         self,
@@ -217,10 +315,20 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        exit_threshold: float | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids [B, T] -> logits [B, T, V]; `attention_mask` [B, S] is 0 at padding; `labels` are shifted inside,
-        as transformers does."""
+        """input_ids [B, T] -> logits [B, T, V]; `attention_mask` [B, S] is 0 at padding.
+
+        `labels` [B, T] are shifted inside, as transformers does, and count at all positions; with `logits_to_keep` only
+        the logits asked for are held as a whole, the loss is summed up in chunks. Penalties are added in training.
+
+        `exit_threshold` (also an argument of `generate` and a key of the config): in decoding, token by token with a
+        cache, the model answers from the first exit where every row is at least that confident; None or 1: never.
+        What the layers above keep of such a token is computed from the exit's hidden state, not from their own input
+        (state propagation, Schuster et al. 2022), so later tokens are an approximation of the full model's. The mixers
+        run for that: saved are the feed-forward layers above, and each exit that says no costs a pass of the head.
+        """
         if attention_mask is not None and attention_mask.ndim != 2:
             raise UsageError("attention_mask: give it as [rows, positions], 1 for text and 0 for padding.")
         if use_cache and past_key_values is None:
@@ -229,16 +337,35 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
         place = Place(input_ids, position_ids.expand_as(input_ids), attention_mask, seen)
-        x, penalty = self.model(place, past_key_values)
+        kept: list[Tensor] | None = [] if self.training and self.spec.exits and labels is not None else None
+        decoding = past_key_values is not None and input_ids.shape[1] == 1 and not self.training
+        leave = self._exit(exit_threshold) if decoding else None
+        x, penalty = self.model(place, past_key_values, kept, leave)
+        if leave is not None:
+            self.exit_counts[leave.layers or self.spec.depth] += len(input_ids)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.logits(x[:, keep])
-        loss = self.loss_function(logits, labels, self.spec.vocabulary, **kwargs) if labels is not None else None
-        if loss is not None and penalty is not None:
-            loss = loss + penalty
+        logits = self.logits(x[:, keep]) if leave is None or leave.logits is None else leave.logits
+        loss = None
+        if labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=objectives.IGNORE)
+            whole = isinstance(logits_to_keep, int) and not logits_to_keep
+            loss = objectives.next_token(logits, targets) if whole else self._loss(x, targets)
+            added = self._added(kept, penalty, targets) if self.training else None
+            count = kwargs.get("num_items_in_batch") or (targets != objectives.IGNORE).sum()
+            loss = (loss if added is None else loss + added) / count
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _exit(self, threshold: float | None) -> EarlyExit | None:
+        threshold = self.config.exit_threshold if threshold is None else threshold
+        if threshold is None or threshold >= 1:
+            return None
+        if not self.spec.exits:
+            raise UsageError("exit_threshold: this model has no early exits; train one with [model.exits].")
+        return EarlyExit(threshold, self.logits)
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """transformers' `generate` would make a cache of keys and values alone."""
+        self.exit_counts.clear()
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.model.new_cache()
 

@@ -17,7 +17,11 @@ import numpy as np
 
 from shrew import files
 from shrew.data import python
+from shrew.data.middle import MARKS, Middle, fill_in_the_middle, rearranged
 from shrew.errors import DataError
+
+__all__ = ["MARKS", "Batches", "Document", "Middle", "Stream", "documents", "encode", "fill_in_the_middle",
+           "read_jsonl", "split_documents", "tokenize"]  # fmt: skip
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text"}
 
@@ -241,6 +245,7 @@ class Batches:
     seed: int
     rank: int = 0
     world: int = 1
+    middle: Middle | None = None  # fill-in-the-middle, drawn anew each time that a window comes up
 
     def __post_init__(self) -> None:
         if self.stream.windows(self.length) < 1:
@@ -248,10 +253,8 @@ class Batches:
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Inputs [rows, length], targets [rows, length] (-100 across documents) and document numbers."""
-        count = self.stream.windows(self.length)
         first = (number * self.world + self.rank) * self.rows
-        picked = [_order(count, self.seed, place // count)[place % count] for place in range(first, first + self.rows)]
-        spans, owners = zip(*(self.stream.window(int(index), self.length) for index in picked), strict=True)
+        spans, owners = zip(*(self._window(place) for place in range(first, first + self.rows)), strict=True)
         tokens, owner = np.stack(spans), np.stack(owners)
         targets = tokens[:, 1:].copy()
         ends = owner[:, 1:] != owner[:, :-1]
@@ -259,6 +262,14 @@ class Batches:
         if not self._one_token_ends():
             targets[ends] = -100
         return tokens[:, :-1], targets, owner[:, :-1]
+
+    def _window(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        count = self.stream.windows(self.length)
+        index = int(_order(count, self.seed, place // count)[place % count])
+        tokens, owner = self.stream.window(index, self.length)
+        if self.middle is None:
+            return tokens, owner
+        return rearranged(tokens, owner, self.middle, np.random.default_rng([self.seed, place, 2]))
 
     def _one_token_ends(self) -> bool:
         starts = self.stream.starts
