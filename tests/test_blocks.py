@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from shrew import errors, folder, spec
 from shrew.blocks.attention import Attention, AttentionSpec, naive_attention
 from shrew.blocks.layers import Place, Shape, State, rotate
+from shrew.blocks.memory import MemorySpec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.stock import adopt, stock
 from shrew.train import flops_per_token
@@ -26,6 +27,14 @@ SHAPES = {
     "grouped": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN}),
     "normed": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False, mixers={"A": NORMED}),
     "mixed": ModelSpec(pattern="AB", layers=3, width=32, vocabulary=97, context=64, mixers={"A": PLAIN, "B": NORMED}),
+    "memory": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": MemorySpec(kv_heads=2, segment=4)}),
+    "memories": ModelSpec(
+        pattern="ABM", layers=3, width=32, vocabulary=97, context=64,
+        mixers={
+            "A": PLAIN, "B": MemorySpec(segment=3, gate="head", qk_norm=True),
+            "M": MemorySpec(heads=2, segment=5, accumulate=True),
+        },
+    ),
 }
 
 

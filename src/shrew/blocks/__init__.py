@@ -7,3 +7,5 @@
 
 `start` initialises, `flops` counts multiply-adds times two of a token, `idle` the parameters that a token does not use.
 """
+
+import transformers  # noqa: F401 - first, as it imports `model` when done, which a half-imported block could not serve

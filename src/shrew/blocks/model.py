@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shrew.blocks.attention import Attention, AttentionSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
+from shrew.blocks.memory import Memory, MemorySpec
 from shrew.blocks.mlp import Mlp, MlpSpec
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.spec import Kinds, Meta, doc, dump, parse
@@ -23,6 +24,7 @@ from shrew.spec import Kinds, Meta, doc, dump, parse
 # kind: (spec, block). A block's spec says what is wrong with it at a model's width (`problem`).
 MIXERS: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionSpec, Attention),
+    "memory": (MemorySpec, Memory),
 }
 FFNS: dict[str, tuple[Any, Any]] = {
     "mlp": (MlpSpec, Mlp),
