@@ -27,7 +27,7 @@ SHAPES = {
     "grouped": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN}),
     "normed": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False, mixers={"A": NORMED}),
     "mixed": ModelSpec(pattern="AB", layers=3, width=32, vocabulary=97, context=64, mixers={"A": PLAIN, "B": NORMED}),
-    "memory": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": MemorySpec(kv_heads=2, segment=4)}),
+    "memory": ModelSpec(layers=3, width=32, vocabulary=97, context=64, mixers={"A": MemorySpec(kv_heads=2, segment=4)}),
     "memories": ModelSpec(
         pattern="ABM", layers=3, width=32, vocabulary=97, context=64,
         mixers={

@@ -1,11 +1,13 @@
 """The segment attention with a linear memory: its definition, its cuts, its cache, what it holds in memory."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from shrew import spec
 from shrew.blocks import memory
@@ -193,9 +195,14 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         spec.parse(ModelSpec, {"mixers": {"A": {"kind": "memory", "segment": 1}}}, "r.toml")
 
 
-def test_gates_open_by_layer_or_by_head() -> None:
+def test_gates_open_by_layer_or_by_head(tmp_path: Path) -> None:
     values: dict[str, Any] = {"layers": 2, "width": 24, "vocabulary": 50}
     for gate, count in (("layer", 1), ("head", 4)):
         model = build(spec.parse(ModelSpec, {**values, "mixers": {"A": {"kind": "memory", "gate": gate}}}, "r.toml"))
         betas = [value for name, value in model.named_parameters() if name.endswith("beta")]
         assert [beta.tolist() for beta in betas] == [[0.0] * count] * 2
+        for beta in betas:
+            torch.nn.init.normal_(beta)
+        model.save_pretrained(tmp_path / gate)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / gate, dtype=torch.float32)
+        assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())

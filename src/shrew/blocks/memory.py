@@ -54,11 +54,13 @@ class MemorySpec:
 
 
 class Carry(NamedTuple):
-    """What one stretch of positions leaves to the next."""
+    """What one stretch of positions leaves to the next. A memory [B, G, D, D + 1] is M and, as its last column, z;
+    None while it is empty."""
 
-    k: Tensor | None = None  # [B, G, up to C - 1, D]: the last keys, not rotated
-    v: Tensor | None = None  # [B, G, up to C - 1, D]
-    memory: Tensor | None = None  # [B, G, D, D + 1]: M and, as its last column, z; None while it is empty
+    k: Tensor | None = None  # [B, G, up to C - 1, D]: the last keys, rotated
+    v: Tensor | None = None  # [B, G, up to C - 1, D]: the last values
+    memory: Tensor | None = None  # of the document's segments that have ended
+    pending: Tensor | None = None  # of the segment that has not
 
 
 class Runs(NamedTuple):
@@ -117,10 +119,10 @@ class Memory(nn.Module):
         self.beta = nn.Parameter(torch.zeros(self.heads if spec.gate == "head" else 1))
 
     def forward(self, x: Tensor, place: Place, state: State | None = None) -> Tensor:
-        """x [B, T, d] -> [B, T, d]. `state` holds the last keys and values and the memory of whole segments."""
+        """x [B, T, d] -> [B, T, d]. `state` holds the fields of a `Carry`."""
         carry, total = Carry(), x.shape[1]
         if state is not None and state.held:
-            carry = Carry(state.held["k"], state.held["v"], state.held["memory"])
+            carry = Carry(**state.held)
             if place.seen < self.spec.segment:
                 carry = carry._replace(memory=None)
         kept: list[tuple[Tensor, Tensor | None]] = []
@@ -136,18 +138,14 @@ class Memory(nn.Module):
             far = torch.cat([torch.zeros_like(part) if read is None else read for part, read in kept], 1)
             done = [self._gated(torch.cat([part for part, _ in kept], 1), far)]
         if state is not None:
-            memory = carry.memory
-            if memory is None:
-                empty = x.shape[0], self.kv_heads, self.head_width, self.head_width + 1
-                memory = x.new_zeros(empty, dtype=torch.promote_types(x.dtype, torch.float32))
-            assert carry.k is not None and carry.v is not None  # a stretch leaves both
-            # Copies: views would keep the whole stretch alive.
-            state.held = {"k": carry.k.clone(), "v": carry.v.clone(), "memory": memory}
+            shape = x.shape[0], self.kv_heads, self.head_width, self.head_width + 1
+            empty = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+            state.held = {name: empty if part is None else part for name, part in carry._asdict().items()}
         return done[0] if len(done) == 1 else torch.cat(done, 1)
 
     def _stretches(self, place: Place, total: int) -> list[tuple[int, int]]:
         """The new positions in parts: whole segments, at most STRETCH positions of them unless they accumulate, and
-        less than a segment before and after. Where there are several documents, segments are cut in the part."""
+        less than a segment before and after. Where a row has several documents its segments lie anywhere in these."""
         segment = self.spec.segment
         head = min(-place.seen % segment, total) if place.owner is None else 0
         whole = (total - head) // segment * segment
@@ -167,97 +165,120 @@ class Memory(nn.Module):
         v = self.v_proj(x).view(rows, length, self.kv_heads, self.head_width).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        at, keep = place.seen + start, self.spec.segment - 1
+        cos, sin = self._tables(place, at, length)
+        turned, keys, values = rotate(q, cos, sin), _behind(carry.k, rotate(k, cos, sin)), _behind(carry.v, v)
         if place.owner is None:
-            local, far, memory = self._one_document(q, k, v, place, start, carry, last)
+            phase = at % self.spec.segment
+            local = self._local(turned, keys, values, phase)
+            far, memory, pending = self._far(q, k, v, carry, phase, last)
         else:
-            local, far, memory = self._documents(q, k, v, place, start, carry)
-        keep = self.spec.segment - 1
-        carry = Carry(_last(carry.k, k, keep), _last(carry.v, v, keep), memory)
+            local = self._local_of_many(turned, keys, values, place, at)
+            far, memory, pending = self._far_of_many(q, k, v, carry, place, at, last)
+        carry = Carry(_last(keys, keep), _last(values, keep), memory, pending)
         return _joined(local, rows), None if far is None else _joined(far.to(local.dtype), rows), carry
 
-    def _one_document(
-        self, q: Tensor, k: Tensor, v: Tensor, place: Place, start: int, carry: Carry, last: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """A_local and A_mem [B, n, H, L / n, D] and the memory after, where every row is one document."""
-        segment, length = self.spec.segment, q.shape[2]
-        phase = (place.seen + start) % segment
-        count = 1 if phase else max(length // segment, 1)
-        if phase:
-            assert carry.k is not None and carry.v is not None  # a segment was begun
-            k = torch.cat([carry.k[:, :, -phase:], k], 2)
-            v = torch.cat([carry.v[:, :, -phase:], v], 2)
-        q, k, v = (part.unflatten(2, (count, -1)).transpose(1, 2) for part in (q, k, v))  # [B, n, heads, C, D]
-        size = q.shape[3]
-        cos, sin = self._tables(place, segment)
+    def _local(self, q: Tensor, k: Tensor, v: Tensor, phase: int) -> Tensor:
+        """A_local [B, n, H, L / n, D] where every row is one document, of q [B, H, L, D] and k and v that reach at
+        least `phase` further back, as many as belong to the first segment."""
+        length = q.shape[2]
+        count = 1 if phase else max(length // self.spec.segment, 1)
+        k, v = k[:, :, -(phase + length) :], v[:, :, -(phase + length) :]
+        q, k, v = (part.unflatten(2, (count, -1)).transpose(1, 2) for part in (q, k, v))
         mask = None
-        if phase and size > 1:
-            mask = torch.ones(size, phase + size, dtype=torch.bool, device=q.device).tril(phase)
-        local = self._attend(
-            rotate(q, cos[phase : phase + size], sin[phase : phase + size]),
-            rotate(k, cos[: phase + size], sin[: phase + size]), v, mask, causal=mask is None and size > 1,
-        )  # fmt: skip
-        written = (count if phase + size == segment else 0) - int(last)  # segments that a later position reads
-        memories = [carry.memory]
-        if written > 0:
-            for new in self._write(k[:, :written], v[:, :written]).unbind(1):
-                memories.append(new if memories[-1] is None else memories[-1] + new)
+        if phase and length > 1:
+            mask = torch.ones(length, phase + length, dtype=torch.bool, device=q.device).tril(phase)
+        return self._attend(q, k, v, mask, causal=not phase and length > 1)
+
+    def _far(
+        self, q: Tensor, k: Tensor, v: Tensor, carry: Carry, phase: int, last: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """A_mem [B, n, H, L / n, D], and the memory after and the pending one, where every row is one document."""
+        segment, length = self.spec.segment, q.shape[2]
+        count = 1 if phase else max(length // segment, 1)
+        q, k, v = (part.unflatten(2, (count, -1)).transpose(1, 2) for part in (q, k, v))
+        memories, pending = [carry.memory], None
+        wanted = count - int(last)  # segments that a later position reads
+        if wanted:
+            new = list(self._write(k[:, :wanted], v[:, :wanted]).unbind(1))
+            if phase and carry.pending is not None:
+                new[0] = new[0] + carry.pending
+            if (phase + length) % segment:
+                pending = new.pop()
+            for part in new:
+                memories.append(part if memories[-1] is None else memories[-1] + part)
         read = [memory for memory in memories[:count] if memory is not None]
         if not read:
-            return local, None, memories[-1]
+            return None, memories[-1], pending
         empty = count - len(read)  # the first segment of a document has nothing to read
         far = _ratio(self._read(phi(q[:, empty:]), torch.stack(read, 1)))
-        return local, nn.functional.pad(far, (0, 0) * 3 + (empty, 0)), memories[-1]
+        if empty:
+            far = nn.functional.pad(far, (0, 0) * 3 + (empty, 0))
+        return far, memories[-1], pending
 
-    def _documents(
-        self, q: Tensor, k: Tensor, v: Tensor, place: Place, start: int, carry: Carry
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with several documents in a row, in blocks of C positions of the row.
-
-        A segment lies in a block and the one before it, at most. Of the documents in a block only the one that owns
-        its first position can have a memory, and only one segment of it, the one that this position is in, can end
-        in the block: a query reads the memory from before that segment, or that and the segment, or nothing."""
-        segment, (rows, _, length, _) = self.spec.segment, q.shape
-        count = max(length // segment, 1)
-        size, at = length // count, place.seen + start
-        if carry.k is not None and carry.v is not None:
-            k, v = torch.cat([carry.k, k], 2), torch.cat([carry.v, v], 2)
-        lead = k.shape[2] - length
+    def _local_of_many(self, q: Tensor, k: Tensor, v: Tensor, place: Place, at: int) -> Tensor:
+        """A_local where rows hold several documents, in blocks of C positions of the row: a segment lies in a block and
+        the one before it, at most. k and v reach back to the start of the first segment, or further."""
+        segment, length = self.spec.segment, q.shape[2]
+        count, lead = max(length // segment, 1), k.shape[2] - length
+        size = length // count
         if count > 1:
             k, v = (nn.functional.pad(part, (0, 0, segment - lead, 0)) for part in (k, v))
             lead = segment
-        cos, sin = self._tables(place, k.shape[2])  # only differences of positions matter
-        q = q.unflatten(2, (count, size)).transpose(1, 2)
-        turned, k, v = (_pairs(part, count, size) for part in (rotate(k, cos, sin), k, v))
-        runs: Runs = place.once(("memory runs", segment), lambda: _runs(place, segment))
-        document = runs.document[:, at : at + length].view(rows, count, size)
-        own = runs.segment[:, at : at + length].view(rows, count, size)
-        keys = nn.functional.pad(runs.segment[:, : at + length], (segment, 0), value=-1)
-        keys = keys[:, segment + at - lead :].unfold(1, lead + size, size)  # [B, n, lead + C]
+        begun = nn.functional.pad(self._runs(place).segment[:, : at + length], (segment, 0), value=-1)
+        keys = begun[:, segment + at - lead :].unfold(1, lead + size, size)  # [B, n, lead + C]
         causal = torch.ones(size, lead + size, dtype=torch.bool, device=q.device).tril(lead)
-        mask = ((own[..., None] == keys[:, :, None]) & causal)[:, :, None]
-        turns = cos[lead : lead + length].view(count, 1, size, -1), sin[lead : lead + length].view(count, 1, size, -1)
-        local = self._attend(rotate(q, *turns), turned, v, mask)
+        mask = (keys[:, :, -size:, None] == keys[:, :, None]) & causal
+        q = q.unflatten(2, (count, size)).transpose(1, 2)
+        return self._attend(q, _pairs(k, count, size), _pairs(v, count, size), mask.flatten(0, 1)[:, None])
 
-        first, begun = document[..., :1], own[..., :1]  # [B, n, 1]: of a block's first position
-        new = self._write(k, v, (keys == begun)[:, :, None, :, None])
-        after = torch.cat([first[:, 1:], document[:, -1:, -1:]], 1) == first
-        whole = begun + segment <= at + size * torch.arange(1, count + 1, device=q.device)[:, None]
-        memory = torch.zeros_like(new[:, 0]) if carry.memory is None else carry.memory
-        memory = memory * (first[:, 0] < at)[..., None, None]
-        memories = []
+    def _far_of_many(
+        self, q: Tensor, k: Tensor, v: Tensor, carry: Carry, place: Place, at: int, last: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """A_mem, the memory after and the pending one where rows hold several documents, in the same blocks.
+
+        Of the documents in a block only the one that owns its first position can have a memory, and only one segment
+        of it, the one that this position is in, can end in the block: a query reads the memory from before that
+        segment, or that and the segment, or nothing."""
+        length = q.shape[2]
+        count = max(length // self.spec.segment, 1)
+        size, stop = length // count, at + length
+        runs = self._runs(place)
+        reads = place.once(
+            ("memory reads", self.spec.segment, at),
+            lambda: bool((runs.segment > runs.document)[:, at:stop].any()),
+        )
+        if last and not reads:
+            return None, None, None
+        q, k, v = (part.unflatten(2, (count, size)).transpose(1, 2) for part in (q, k, v))
+        document, segment = (part[:, at:stop].unflatten(1, (count, size)) for part in runs)
+        first, begun = document[..., 0], segment[..., 0]  # [B, n]: of a block's first position, and of what follows it
+        then, next_begun = (torch.cat([part[:, 1:, 0], part[:, -1:, -1]], 1) for part in (document, segment))
+        ends = begun + self.spec.segment <= torch.arange(at + size, stop + 1, size, device=q.device)
+        where = torch.stack([segment == begun[..., None], segment == next_begun[..., None]], -1)[:, :, None]
+        heads, tails = self._write(k, v, where).chunk(2, -1)  # for the segments of its first position and what follows
+
+        memory = torch.zeros_like(heads[:, 0]) if carry.memory is None else carry.memory * _each(first[:, 0] < at)
+        pending = torch.zeros_like(memory) if carry.pending is None else carry.pending * _each(begun[:, 0] < at)
+        before, segments = [], []
         for number in range(count):
-            memories.append(memory)
-            added = new[:, number] * whole[:, number, :, None, None]
-            memory = (memory + added) * after[:, number, :, None, None]
-        queries = phi(q)
-        old = self._read(queries, torch.stack(memories, 1)) * (document == first)[:, :, None, :, None]
-        ended = self._read(queries, new) * ((document == first) & (own != begun))[:, :, None, :, None]
-        return local, _ratio(old + ended), memory
+            before.append(memory)
+            segments.append(pending + heads[:, number])
+            memory = (memory + segments[-1] * _each(ends[:, number])) * _each((then == first)[:, number])
+            pending = tails[:, number]
+        pending = torch.where(_each((next_begun == begun)[:, -1]), segments[-1], pending)
+        pending = pending * _each(next_begun[:, -1] + self.spec.segment > stop)
+        if not reads:
+            return None, memory, pending
+
+        queries, inside = phi(q), document == first[..., None]
+        old = self._read(queries, torch.stack(before, 1)) * inside[:, :, None, :, None]
+        inside = inside & (segment != begun[..., None])
+        ended = self._read(queries, torch.stack(segments, 1)) * inside[:, :, None, :, None]
+        return _ratio(old + ended), memory, pending
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
         """Softmax attention of q [B, n, H, L, D] to k and v [B, n, G, S, D]."""
-        if mask is not None and mask.ndim > 2:
-            mask = mask.flatten(0, 1)
         y = nn.functional.scaled_dot_product_attention(
             q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1),
             attn_mask=mask, is_causal=causal, enable_gqa=self.heads != self.kv_heads,
@@ -265,11 +286,14 @@ class Memory(nn.Module):
         return y.unflatten(0, q.shape[:2])
 
     def _write(self, k: Tensor, v: Tensor, where: Tensor | None = None) -> Tensor:
-        """What k and v [B, n, G, L, D] add to the memory: [B, n, G, D, D + 1]."""
+        """What k and v [B, n, G, L, D] add to the memory: [B, n, G, D, D + 1]; side by side for each of the masks
+        `where` [B, n, 1, L, masks]."""
         with torch.autocast(k.device.type, enabled=False):
             keys = phi(k)
             values = nn.functional.pad(v.to(keys.dtype), (0, 1), value=1.0)
-            return keys.transpose(-1, -2) @ (values if where is None else values * where)
+            if where is not None:
+                values = (where[..., None] * values[..., None, :]).flatten(-2)
+            return keys.transpose(-1, -2) @ values
 
     def _read(self, queries: Tensor, memory: Tensor) -> Tensor:
         """phi(Q) [B, n, H, L, D] on memory [B, n, G, D, D + 1]: numerators and, as last column, denominators."""
@@ -285,14 +309,20 @@ class Memory(nn.Module):
         y = (1 - gate) * local
         return self.o_proj(y if far is None else torch.addcmul(y, gate, far))
 
-    def _tables(self, place: Place, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [length, D] of the positions from 0."""
-        width, theta, device = self.head_width, self.spec.rope_theta, place.positions.device
-        tables = place.once(
-            ("memory rotary", length, width, theta),
-            lambda: rotary_tables(torch.arange(length, device=device)[None], width, theta),
-        )
-        return tables[0][0, 0], tables[1][0, 0]
+    def _tables(self, place: Place, at: int, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [B or 1, 1, L, D] of the places inside their segments of `length` positions from `at` on."""
+        segment, width, theta = self.spec.segment, self.head_width, self.spec.rope_theta
+        first = at if place.owner is not None else at % segment
+
+        def make() -> tuple[Tensor, Tensor]:
+            row = torch.arange(first, first + length, device=place.positions.device)
+            begun = row // segment * segment if place.owner is None else self._runs(place).segment[:, at : at + length]
+            return rotary_tables((row - begun).view(-1, length), width, theta)
+
+        return place.once(("memory rotary", first, length, segment, width, theta), make)
+
+    def _runs(self, place: Place) -> Runs:
+        return place.once(("memory runs", self.spec.segment), lambda: _runs(place, self.spec.segment))
 
     def start(self, std: float, deep: float) -> None:
         """Initialise: normal with `std`, with `deep` what adds to the residual stream; the gate half open."""
@@ -316,9 +346,9 @@ class Memory(nn.Module):
         return 2 * linear + local + matrix * past // max(context, 1)
 
     def state_bytes(self, context: int, element: int = 2) -> int:
-        """Keys and values of a segment, and the memory, which is float32 at least."""
+        """Keys and values of a segment, and two memories, which are float32 at least."""
         window = 2 * self.kv_heads * self.head_width * min(context, self.spec.segment - 1) * element
-        return window + self.kv_heads * self.head_width * (self.head_width + 1) * max(element, 4)
+        return window + 2 * self.kv_heads * self.head_width * (self.head_width + 1) * max(element, 4)
 
 
 def _ratio(sums: Tensor) -> Tensor:
@@ -331,10 +361,19 @@ def _joined(y: Tensor, rows: int) -> Tensor:
     return y.transpose(2, 3).reshape(rows, -1, y.shape[2] * y.shape[4])
 
 
-def _last(old: Tensor | None, new: Tensor, count: int) -> Tensor:
-    """The last `count` of the positions (axis 2) of both, or all where there are fewer."""
-    both = new if old is None or new.shape[2] >= count else torch.cat([old, new], 2)
-    return both[:, :, max(both.shape[2] - count, 0) :]
+def _each(x: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1], to go with a memory."""
+    return x[:, None, None, None]
+
+
+def _behind(old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else torch.cat([old, new], 2)
+
+
+def _last(x: Tensor, count: int) -> Tensor:
+    """The last `count` positions (axis 2) of x, or all where there are fewer."""
+    kept = x[:, :, max(x.shape[2] - count, 0) :]
+    return kept.clone() if x.shape[2] > 2 * count else kept  # a view would keep the whole stretch
 
 
 def _pairs(x: Tensor, count: int, size: int) -> Tensor:
