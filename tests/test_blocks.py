@@ -16,16 +16,28 @@ from transformers import AutoModelForCausalLM
 from shrew import errors, folder, spec
 from shrew.blocks.attention import Attention, AttentionSpec, naive_attention
 from shrew.blocks.layers import Place, Shape, State, rotate
+from shrew.blocks.linear import LinearSpec
 from shrew.blocks.memory import MemorySpec
+from shrew.blocks.mlp import NothingSpec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.stock import adopt, stock
 from shrew.train import flops_per_token
 
 PLAIN = AttentionSpec(heads=4, kv_heads=2)
 NORMED = AttentionSpec(heads=2, head_width=24, qk_norm=True, rope_theta=500.0)
+SSM = LinearSpec(heads=4, state=6, head_width=16, groups=1, decay="dt", conv=4, conv_bias=True, gate="before",
+                 norm_groups=1, skip=True, bias=True)  # fmt: skip
 SHAPES = {
     "grouped": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN}),
     "normed": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False, mixers={"A": NORMED}),
+    "unrotated": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False,
+                           mixers={"A": AttentionSpec(rotary_share=0, scale=0.5)}),
+    "gla": ModelSpec(layers=2, width=32, vocabulary=97, context=64,
+                     mixers={"A": LinearSpec(heads=4, state=6, groups=2, chunk=8)}),
+    "retnet": ModelSpec(layers=2, width=32, vocabulary=97, context=64,
+                        mixers={"A": LinearSpec(heads=2, state=6, decay="constant", chunk=5)}),
+    "mamba2": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False, mixers={"A": SSM},
+                        ffn=NothingSpec()),
     "mixed": ModelSpec(pattern="AB", layers=3, width=32, vocabulary=97, context=64, mixers={"A": PLAIN, "B": NORMED}),
     "memory": ModelSpec(layers=3, width=32, vocabulary=97, context=64, mixers={"A": MemorySpec(kv_heads=2, segment=4)}),
     "memories": ModelSpec(
@@ -39,8 +51,8 @@ SHAPES = {
 
 
 def _model(name: str) -> ShrewForCausalLM:
-    torch.manual_seed(0)
     model = build(SHAPES[name], bos_token_id=1, eos_token_id=2, pad_token_id=0).eval()
+    torch.manual_seed(0)
     for p in model.parameters():  # as initialised, logits hardly depend on the text
         nn.init.normal_(p, std=0.3) if p.ndim > 1 else nn.init.uniform_(p, 0.5, 1.5)
     return model.double()  # so that only wrong arithmetic differs, not rounding

@@ -21,6 +21,8 @@ class AttentionSpec:
     head_width: Annotated[int, Meta(ge=2)] | None = doc("width of a head; default: model width / heads", None)
     qk_norm: bool = doc("RMS norm on queries and keys (Henry et al. 2020)", False)
     rope_theta: Annotated[float, Meta(gt=0)] = doc("base of the rotary frequencies", 10000.0)
+    rotary_share: Annotated[float, Meta(ge=0, le=1)] = doc("share of a head's channels that rotate; 0: NoPE", 1.0)
+    scale: Annotated[float, Meta(gt=0)] | None = doc("factor of the scores; default: 1 / sqrt(head width)", None)
 
     def problem(self, width: int) -> str:
         """What is wrong with these settings at a model's width; empty when nothing is."""
@@ -28,6 +30,8 @@ class AttentionSpec:
             return f"{self.heads} heads are no multiple of {self.kv_heads} kv_heads"
         if self.head_width is None and width % self.heads:
             return f"width {width} is no multiple of {self.heads} heads"
+        if self.rotary_share not in (0, 1):
+            return "rotary_share is 0 or 1"
         if (self.head_width or width // self.heads) % 2:
             return "heads of an odd width cannot be rotated; set an even head_width"
         return ""
@@ -57,19 +61,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> Tensor:
         """x [B, T, d] -> [B, T, d]. `state` is a `DynamicLayer` of earlier keys and values, extended in place."""
-        mask, rotary = place.mask(), place.rotary(self.head_width, self.spec.rope_theta)
+        mask = place.mask()
         rows, length, _ = x.shape
         q = self.q_proj(x).view(rows, length, self.heads, self.head_width).transpose(1, 2)
         k = self.k_proj(x).view(rows, length, self.kv_heads, self.head_width).transpose(1, 2)
         v = self.v_proj(x).view(rows, length, self.kv_heads, self.head_width).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if self.spec.rotary_share:
+            rotary = place.rotary(self.head_width, self.spec.rope_theta)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         if state is not None:
             k, v = state.update(k, v)
         y = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=self.heads != self.kv_heads
-        )
+            q, k, v, attn_mask=mask, is_causal=mask is None and length > 1, scale=self.spec.scale,
+            enable_gqa=self.heads != self.kv_heads,
+        )  # fmt: skip
         return self.o_proj(y.transpose(1, 2).reshape(rows, length, -1))
 
     def start(self, std: float, deep: float) -> None:

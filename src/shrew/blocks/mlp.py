@@ -1,4 +1,4 @@
-"""`mlp`: the gated feed-forward layer, down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+"""`mlp`: the gated feed-forward layer, down(silu(gate(x)) * up(x)) (Shazeer 2020). `none`: no feed-forward layer."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -38,6 +38,30 @@ class Mlp(nn.Module):
     def flops(self) -> int:
         """Multiply-adds times two, per token."""
         return 6 * self.gate_proj.weight.numel()
+
+    def idle(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NothingSpec:
+    kind: str = "none"
+
+    def problem(self, width: int) -> str:
+        return ""
+
+
+class Nothing(nn.Module):
+    """Layers of a mixer alone, as Mamba's: the layer leaves this block and its norm out."""
+
+    def __init__(self, spec: NothingSpec, shape: Shape) -> None:
+        super().__init__()
+
+    def start(self, std: float, deep: float) -> None:
+        pass
+
+    def flops(self) -> int:
+        return 0
 
     def idle(self) -> int:
         return 0

@@ -16,8 +16,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shrew.blocks.attention import Attention, AttentionSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
+from shrew.blocks.linear import Linear, LinearSpec
 from shrew.blocks.memory import Memory, MemorySpec
-from shrew.blocks.mlp import Mlp, MlpSpec
+from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.spec import Kinds, Meta, doc, dump, parse
 
@@ -25,9 +26,11 @@ from shrew.spec import Kinds, Meta, doc, dump, parse
 MIXERS: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionSpec, Attention),
     "memory": (MemorySpec, Memory),
+    "linear": (LinearSpec, Linear),
 }
 FFNS: dict[str, tuple[Any, Any]] = {
     "mlp": (MlpSpec, Mlp),
+    "none": (NothingSpec, Nothing),
 }
 
 
@@ -97,15 +100,18 @@ class Layer(nn.Module):
         self.scale = spec.residual_scale
         self.mixer_norm = RMSNorm(spec.width, spec.eps)
         self.mixer = MIXERS[mixer.kind][1](mixer, shape)
-        self.ffn_norm = RMSNorm(spec.width, spec.eps)
+        some = spec.ffn.kind != "none"
+        self.ffn_norm = RMSNorm(spec.width, spec.eps) if some else None
         self.ffn = FFNS[spec.ffn.kind][1](spec.ffn, shape)
         self.mixer_after = RMSNorm(spec.width, spec.eps) if spec.norms == "sandwich" else None
-        self.ffn_after = RMSNorm(spec.width, spec.eps) if spec.norms == "sandwich" else None
+        self.ffn_after = RMSNorm(spec.width, spec.eps) if some and spec.norms == "sandwich" else None
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Tensor | None]:
         """x [B, T, d] -> [B, T, d], and the penalty of the ffn, if it has one."""
         y = self.mixer(self.mixer_norm(x), place, state)
         x = x + self.scale * (y if self.mixer_after is None else self.mixer_after(y))
+        if self.ffn_norm is None:
+            return x, None
         y, penalty = self.ffn(self.ffn_norm(x))
         return x + self.scale * (y if self.ffn_after is None else self.ffn_after(y)), penalty
 
@@ -154,9 +160,13 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(self.spec.width, self.spec.vocabulary or 0, bias=False)
         self.post_init()
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers would pass over modules that hold no parameter of their own, and so over every Layer
+        super()._initialize_weights(module)
+
     def _init_weights(self, module: nn.Module) -> None:
         # Normal(0, 0.02), residual outputs scaled by depth (Radford et al. 2019) or zero; a block that wants its own
-        # start says so in `start`.
+        # start says so in `start`. Loaded weights are marked and stay.
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, RMSNorm):
@@ -164,9 +174,8 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, Layer):
             deep = 0.0 if self.spec.zero_init else 0.02 / (2 * self.spec.layers) ** 0.5
             for block in (module.mixer, module.ffn):
-                block.start(0.02, deep)
-                for part in block.modules():
-                    part._is_hf_initialized = True
+                if not all(hasattr(p, "_is_hf_initialized") for p in block.parameters()):
+                    block.start(0.02, deep)
 
     def hidden(self, tokens: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """tokens [B, T] -> last hidden states [B, T, d] and the sum of the layers' penalties; `owner` [B, T] keeps

@@ -8,7 +8,7 @@ like are undone in `out` and `back`.
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import dense
+from shrew.blocks.stock import dense, granite, mamba2
 from shrew.blocks.stock.adapter import Adapter, Weights
 from shrew.errors import UnsupportedError
 
@@ -18,6 +18,8 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ADAPTERS: dict[str, Adapter] = {
     "llama": dense.LLAMA,
     "qwen3": dense.QWEN3,
+    "mamba2": mamba2.MAMBA2,
+    "granitemoehybrid": granite.GRANITE,
 }
 
 

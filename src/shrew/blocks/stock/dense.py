@@ -24,6 +24,7 @@ def _dense(spec: ModelSpec, config_class: Any, normed: bool) -> Any:
     mixers = {spec.mixer(number) for number in range(spec.layers)}
     mixer = next(iter(mixers))
     wanted = len(mixers) == 1 and mixer.kind == "attention" and mixer.qk_norm is normed
+    wanted = wanted and mixer.rotary_share == 1 and mixer.scale is None
     if not wanted or spec.ffn.kind != "mlp" or not plain(spec):
         return None
     return config_class(
