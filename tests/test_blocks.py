@@ -20,11 +20,12 @@ from shrew.blocks.linear import LinearSpec
 from shrew.blocks.memory import MemorySpec
 from shrew.blocks.mlp import NothingSpec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
+from shrew.blocks.moe import MoeSpec
 from shrew.blocks.stock import adopt, stock
 from shrew.train import flops_per_token
 
 PLAIN = AttentionSpec(heads=4, kv_heads=2)
-NORMED = AttentionSpec(heads=2, head_width=24, qk_norm=True, rope_theta=500.0)
+NORMED = AttentionSpec(heads=2, head_width=24, qk_norm="head", rope_theta=500.0)
 SSM = LinearSpec(heads=4, state=6, head_width=16, groups=1, decay="dt", conv=4, conv_bias=True, gate="before",
                  norm_groups=1, skip=True, bias=True)  # fmt: skip
 SHAPES = {
@@ -38,6 +39,8 @@ SHAPES = {
                         mixers={"A": LinearSpec(heads=2, state=6, decay="constant", chunk=5)}),
     "mamba2": ModelSpec(layers=2, width=32, vocabulary=97, context=64, tied=False, mixers={"A": SSM},
                         ffn=NothingSpec()),
+    "experts": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixers={"A": PLAIN},
+                         ffn=MoeSpec(experts=4, every=2, shared=16, shared_gate=True, balance="bias")),
     "mixed": ModelSpec(pattern="AB", layers=3, width=32, vocabulary=97, context=64, mixers={"A": PLAIN, "B": NORMED}),
     "memory": ModelSpec(layers=3, width=32, vocabulary=97, context=64, mixers={"A": MemorySpec(kv_heads=2, segment=4)}),
     "memories": ModelSpec(
@@ -86,7 +89,7 @@ def test_attention_is_its_definition(mixer: AttentionSpec, masked: bool, length:
 
     def heads(name: str, count: int) -> Tensor:
         y = getattr(block, f"{name}_proj")(x).view(3, length, count, -1).transpose(1, 2)
-        if mixer.qk_norm and name != "v":
+        if mixer.qk_norm == "head" and name != "v":
             y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * getattr(block, f"{name}_norm").weight
         return y if name == "v" else rotate(y, *rotary)
 

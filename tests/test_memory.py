@@ -14,6 +14,7 @@ from shrew.blocks import memory
 from shrew.blocks.layers import Place, Shape, State
 from shrew.blocks.memory import Memory, MemorySpec, naive_memory
 from shrew.blocks.model import ModelSpec, build
+from shrew.train import TrainSpec
 
 GROUPED = MemorySpec(heads=4, kv_heads=2, segment=4)
 GATES = MemorySpec(heads=2, segment=5, gate="head", qk_norm=True, rope_theta=50.0)
@@ -206,3 +207,24 @@ def test_gates_open_by_layer_or_by_head(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / gate)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / gate, dtype=torch.float32)
         assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "far"),
+    [("white-basilisk", 193.1, 94.0, [2, 10]), ("white-basilisk-small", 8.0, 4.4, [2])],
+)
+def test_the_presets_have_the_papers_rule_and_the_parameters_they_say(
+    name: str, total: float, active: float, far: list[int]
+) -> None:
+    path = Path(__file__).parents[1] / "recipes" / f"{name}.toml"
+    values = spec.read_toml(path)
+    spec.parse(TrainSpec, values["train"], "train")
+    shape = spec.parse(ModelSpec, values["model"], "model")
+    assert [i for i in range(shape.layers) if shape.mixer(i).kind == "memory"] == far
+    with torch.device("meta"):
+        model = build(shape)
+    ffns = [layer.ffn for layer in list[Any](model.model.layers)]
+    assert [bool(ffn.idle()) for ffn in ffns] == [bool(i % 2) for i in range(shape.layers)]
+    counted = sum(p.numel() for p in model.parameters())
+    assert (round(counted / 1e6, 1), round((counted - sum(ffn.idle() for ffn in ffns)) / 1e6, 1)) == (total, active)
+    assert f"{total} M parameters, {active} M of them active" in path.read_text("utf-8")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "shrew"
 SHELVES = [
     "spec errors files machine",
-    "record folder data objectives blocks runtime",
+    "record folder data objectives muon blocks runtime",
     "tasks train report",
     "measure moves adapt packers",
     "search",

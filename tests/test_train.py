@@ -110,7 +110,7 @@ def test_from_a_text_to_a_model_that_has_learned(home: Path, optimizer: str) -> 
 
 
 def test_a_model_that_no_stock_type_can_say_is_trained_and_loaded(home: Path) -> None:
-    mixers = {"A": {"heads": 4}, "B": {"heads": 2, "qk_norm": True}}
+    mixers = {"A": {"heads": 4}, "B": {"heads": 2, "qk_norm": "head"}}
     _train(SMALL | {"pattern": "AB", "mixers": mixers}, steps=30)
     assert _losses()[-1] < 0.95 * _losses()[0]
     assert folder.load("out").model.config.model_type == "shrew"

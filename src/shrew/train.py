@@ -25,6 +25,7 @@ from shrew import data, files, folder, machine, objectives, spec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.stock import stock
 from shrew.errors import DataError, FolderError, ShrewError, SpecError, UsageError, nearest
+from shrew.muon import StackedMuon
 from shrew.spec import Meta, doc
 
 
@@ -521,16 +522,20 @@ def describe(line: dict[str, Any], steps: int, left: float) -> str:
 
 
 def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan 2024) for the matrices inside layers and AdamW for the rest, or AdamW for all."""
+    """Muon (Jordan 2024) for the matrices inside layers, stacked experts too, and AdamW for the rest, or AdamW for
+    all. What a block does after each step (`after_step`) hangs on the last one."""
     hidden: list[nn.Parameter] = []
+    stacked: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     tables = [layer for layer in model.modules() if isinstance(layer, nn.Embedding)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     outer = {id(p) for layer in [*tables, head] if layer is not None for p in layer.parameters()}
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.ndim == 2 and id(p) not in outer:
             hidden.append(p)
+        elif p.ndim == 3 and ".experts." in name:
+            stacked.append(p)
         else:
             (matrices if p.ndim > 1 else vectors).append(p)
     adam = [{"params": matrices, "weight_decay": item.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -540,11 +545,17 @@ def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
                                       adjust_lr_fn="match_rms_adamw"))  # fmt: skip
     else:
         adam.append({"params": hidden, "weight_decay": item.weight_decay})
+    if item.optimizer == "muon" and stacked:
+        found.append(StackedMuon(stacked, lr=item.lr, weight_decay=item.weight_decay))
+    else:
+        adam.append({"params": stacked, "weight_decay": item.weight_decay})
     adam = [group for group in adam if group["params"]]
     found.append(torch.optim.AdamW(adam, lr=item.lr, betas=(0.9, 0.95), eps=1e-10, fused=True))
     for optimizer in found:
         for group in optimizer.param_groups:
             group["peak"] = item.lr
+    for block in [part for part in model.modules() if hasattr(part, "after_step")]:
+        found[-1].register_step_post_hook(lambda *_, block=block: block.after_step())
     return found
 
 

@@ -4,7 +4,7 @@ B rows, T new positions, S positions seen, H query heads, K key-value heads, D h
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
@@ -19,7 +19,9 @@ class AttentionSpec:
     heads: Annotated[int, Meta(ge=1)] = doc("query heads", 4)
     kv_heads: Annotated[int, Meta(ge=1)] | None = doc("key-value heads (grouped queries); default: heads", None)
     head_width: Annotated[int, Meta(ge=2)] | None = doc("width of a head; default: model width / heads", None)
-    qk_norm: bool = doc("RMS norm on queries and keys (Henry et al. 2020)", False)
+    qk_norm: Literal["none", "head", "all"] = doc(
+        "RMS norm on queries and keys (Henry et al. 2020): of each head, or over all heads at once (OLMoE)", "none"
+    )
     rope_theta: Annotated[float, Meta(gt=0)] = doc("base of the rotary frequencies", 10000.0)
     rotary_share: Annotated[float, Meta(ge=0, le=1)] = doc("share of a head's channels that rotate; 0: NoPE", 1.0)
     scale: Annotated[float, Meta(gt=0)] | None = doc("factor of the scores; default: 1 / sqrt(head width)", None)
@@ -56,17 +58,23 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_width, bias=False)
         self.v_proj = nn.Linear(width, self.kv_heads * self.head_width, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_width, width, bias=False)
-        self.q_norm = RMSNorm(self.head_width, eps) if spec.qk_norm else None
-        self.k_norm = RMSNorm(self.head_width, eps) if spec.qk_norm else None
+        self.q_norm = self.k_norm = None
+        if spec.qk_norm != "none":
+            whole = spec.qk_norm == "all"
+            self.q_norm = RMSNorm(self.head_width * (self.heads if whole else 1), eps)
+            self.k_norm = RMSNorm(self.head_width * (self.kv_heads if whole else 1), eps)
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> Tensor:
         """x [B, T, d] -> [B, T, d]. `state` is a `DynamicLayer` of earlier keys and values, extended in place."""
         mask = place.mask()
         rows, length, _ = x.shape
-        q = self.q_proj(x).view(rows, length, self.heads, self.head_width).transpose(1, 2)
-        k = self.k_proj(x).view(rows, length, self.kv_heads, self.head_width).transpose(1, 2)
+        q, k = self.q_proj(x), self.k_proj(x)
+        if self.spec.qk_norm == "all" and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.view(rows, length, self.heads, self.head_width).transpose(1, 2)
+        k = k.view(rows, length, self.kv_heads, self.head_width).transpose(1, 2)
         v = self.v_proj(x).view(rows, length, self.kv_heads, self.head_width).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.spec.qk_norm == "head" and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rotary_share:
             rotary = place.rotary(self.head_width, self.spec.rope_theta)

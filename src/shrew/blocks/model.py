@@ -19,6 +19,7 @@ from shrew.blocks.layers import Place, RMSNorm, Shape, State
 from shrew.blocks.linear import Linear, LinearSpec
 from shrew.blocks.memory import Memory, MemorySpec
 from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
+from shrew.blocks.moe import MoeSpec, moe_or_mlp
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.spec import Kinds, Meta, doc, dump, parse
 
@@ -31,6 +32,7 @@ MIXERS: dict[str, tuple[Any, Any]] = {
 FFNS: dict[str, tuple[Any, Any]] = {
     "mlp": (MlpSpec, Mlp),
     "none": (NothingSpec, Nothing),
+    "moe": (MoeSpec, moe_or_mlp),
 }
 
 

@@ -19,9 +19,11 @@ from shrew.folder import Loaded
 from shrew.moves.context import Context
 from shrew.moves.distil import Distil
 from shrew.moves.drop_layers import DropLayers
+from shrew.moves.experts import PruneExperts
 from shrew.moves.narrow import Narrow
 from shrew.moves.quantize import Quantize
 from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task
+from shrew.moves.upcycle import Upcycle
 
 __all__ = ["MOVES", "Context", "Move", "Recipe", "Source", "apply_moves", "main", "parse_moves", "table"]
 
@@ -33,7 +35,7 @@ class Move(Protocol):
     def apply(self, loaded: Loaded, context: Context) -> Loaded: ...
 
 
-MOVES: dict[str, Any] = {move.name: move for move in (Quantize, DropLayers, Narrow, Distil)}
+MOVES: dict[str, Any] = {move.name: move for move in (Quantize, DropLayers, Narrow, PruneExperts, Upcycle, Distil)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ like are undone in `out` and `back`.
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import dense, granite, mamba2
+from shrew.blocks.stock import dense, granite, mamba2, olmoe
 from shrew.blocks.stock.adapter import Adapter, Weights
 from shrew.errors import UnsupportedError
 
@@ -20,6 +20,9 @@ ADAPTERS: dict[str, Adapter] = {
     "qwen3": dense.QWEN3,
     "mamba2": mamba2.MAMBA2,
     "granitemoehybrid": granite.GRANITE,
+    "olmoe": olmoe.OLMOE,
+    "qwen3_moe": olmoe.QWEN3_MOE,
+    "mixtral": olmoe.MIXTRAL,
 }
 
 

@@ -1,6 +1,6 @@
 """llama and qwen3: the same attention and gated MLP in every layer, qwen3 with QK-norm."""
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import LlamaConfig, Qwen3Config
 
@@ -8,6 +8,8 @@ from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec
 from shrew.blocks.stock.adapter import Adapter
+
+Norm = Literal["none", "head"]
 
 LLAMA_NAMES = {"mixer_norm": "input_layernorm", "mixer": "self_attn",
                "ffn_norm": "post_attention_layernorm", "ffn": "mlp"}  # fmt: skip
@@ -20,12 +22,12 @@ def plain(spec: ModelSpec) -> bool:
                              mixers=spec.mixers, ffn=spec.ffn)  # fmt: skip
 
 
-def _dense(spec: ModelSpec, config_class: Any, normed: bool) -> Any:
+def _dense(spec: ModelSpec, config_class: Any, norm: Norm) -> Any:
     mixers = {spec.mixer(number) for number in range(spec.layers)}
     mixer = next(iter(mixers))
-    wanted = len(mixers) == 1 and mixer.kind == "attention" and mixer.qk_norm is normed
+    wanted = len(mixers) == 1 and mixer.kind == "attention" and mixer.qk_norm == norm
     wanted = wanted and mixer.rotary_share == 1 and mixer.scale is None
-    if not wanted or spec.ffn.kind != "mlp" or not plain(spec):
+    if not wanted or spec.ffn != MlpSpec(hidden=getattr(spec.ffn, "hidden", None)) or not plain(spec):
         return None
     return config_class(
         vocab_size=spec.vocabulary, hidden_size=spec.width, num_hidden_layers=spec.layers,
@@ -36,7 +38,7 @@ def _dense(spec: ModelSpec, config_class: Any, normed: bool) -> Any:
     )  # fmt: skip
 
 
-def _dense_spec(config: Any, normed: bool) -> ModelSpec | None:
+def _dense_spec(config: Any, norm: Norm) -> ModelSpec | None:
     layers = getattr(config, "layer_types", None) or []
     rope = config.rope_parameters
     odd = (config.attention_bias, getattr(config, "mlp_bias", False), config.hidden_act != "silu",
@@ -44,7 +46,7 @@ def _dense_spec(config: Any, normed: bool) -> ModelSpec | None:
     if any(odd):
         return None
     mixer = AttentionSpec(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-                          head_width=config.head_dim, qk_norm=normed, rope_theta=rope["rope_theta"])  # fmt: skip
+                          head_width=config.head_dim, qk_norm=norm, rope_theta=rope["rope_theta"])  # fmt: skip
     return ModelSpec(layers=config.num_hidden_layers, width=config.hidden_size, vocabulary=config.vocab_size,
                      context=config.max_position_embeddings, tied=config.tie_word_embeddings, eps=config.rms_norm_eps,
                      mixers={"A": mixer}, ffn=MlpSpec(hidden=config.intermediate_size))  # fmt: skip
@@ -54,5 +56,5 @@ def names(spec: ModelSpec, layer: int) -> dict[str, str]:
     return LLAMA_NAMES
 
 
-LLAMA = Adapter(lambda spec: _dense(spec, LlamaConfig, False), lambda config: _dense_spec(config, False), names)
-QWEN3 = Adapter(lambda spec: _dense(spec, Qwen3Config, True), lambda config: _dense_spec(config, True), names)
+LLAMA = Adapter(lambda spec: _dense(spec, LlamaConfig, "none"), lambda config: _dense_spec(config, "none"), names)
+QWEN3 = Adapter(lambda spec: _dense(spec, Qwen3Config, "head"), lambda config: _dense_spec(config, "head"), names)
