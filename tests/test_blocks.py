@@ -21,6 +21,7 @@ from shrew.blocks.depth import ExitSpec, MixtureOfDepthsSpec
 from shrew.blocks.embeddings import NgramSpec
 from shrew.blocks.layers import Place, Shape, State, rotate
 from shrew.blocks.linear import LinearSpec
+from shrew.blocks.memory import MemorySpec
 from shrew.blocks.mlp import NothingSpec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.moe import MoeSpec
@@ -73,6 +74,14 @@ SHAPES = {
     "ngrams": ModelSpec(layers=2, width=32, vocabulary=97, context=64, ngrams=NgramSpec(sizes=(2, 4), rows=50)),
     "looped": ModelSpec(layers=2, width=32, vocabulary=97, context=64, loops=2, exits=ExitSpec(every=1)),
     "routed": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixture_of_depths=MixtureOfDepthsSpec(every=1)),
+    "memory": ModelSpec(layers=3, width=32, vocabulary=97, context=64, mixers={"A": MemorySpec(kv_heads=2, segment=4)}),
+    "memories": ModelSpec(
+        pattern="ABM", layers=3, width=32, vocabulary=97, context=64,
+        mixers={
+            "A": PLAIN, "B": MemorySpec(segment=3, gate="head", qk_norm=True),
+            "M": MemorySpec(heads=2, segment=5, accumulate=True),
+        },
+    ),
 }
 
 

@@ -23,6 +23,7 @@ from shrew.blocks.depth import EarlyExit, ExitSpec, MixtureOfDepthsSpec, Router,
 from shrew.blocks.embeddings import Ngrams, NgramSpec
 from shrew.blocks.layers import Place, RMSNorm, Shape, State
 from shrew.blocks.linear import Linear, LinearSpec
+from shrew.blocks.memory import Memory, MemorySpec
 from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
 from shrew.blocks.moe import MoeSpec, moe_or_mlp
 from shrew.blocks.window import Window, WindowSpec
@@ -34,6 +35,7 @@ MIXERS: dict[str, tuple[Any, Any]] = {
     "attention": (AttentionSpec, Attention),
     "conv": (ConvSpec, Conv),
     "delta": (DeltaSpec, Delta),
+    "memory": (MemorySpec, Memory),
     "linear": (LinearSpec, Linear),
     "window": (WindowSpec, Window),
 }
