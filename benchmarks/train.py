@@ -127,7 +127,7 @@ def same_function(part: Part, model: Any) -> None:
     loop = ours(model, part, False, Path())
     tokens, targets, owner = (torch.from_numpy(array[:1]) for array in loop.batches[0])
     with torch.no_grad():
-        mine = loop._losses(tokens, targets, owner).item() / int((targets != -100).sum())
+        mine = loop._losses(tokens, targets, owner)[0].item() / int((targets != -100).sum())
         theirs = stock(model)(**{key: value[None] for key, value in part.rows[0].items()}).loss.item()
     if abs(mine - theirs) > 0.02 * theirs:
         raise errors.ShrewError(f"{part.name}: losses {mine:.4f} and {theirs:.4f}; this would compare two things.")
