@@ -91,8 +91,25 @@ def ssd(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
     beside inputs and output, only one state per SPAN is kept for the gradients.
     """
     exact = torch.promote_types(v.dtype, torch.float32)
-    y, last = _Ssd.apply(q.to(v.dtype), k.to(v.dtype), v, log_decay.to(exact), state, owner, before, chunk)
+    q, k, log_decay = q.to(v.dtype), k.to(v.dtype), log_decay.to(exact)
+    if v.shape[1] == 1:
+        return _step(q, k, v, log_decay, state, owner, before)
+    y, last = _Ssd.apply(q, k, v, log_decay, state, owner, before, chunk)
     return y, last
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, owner: Tensor | None,
+          before: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ssd` of one position, as in decoding: the recurrence itself, with none of the work of chunks."""
+    share, exact = v.shape[2] // q.shape[2], log_decay.dtype
+    q, k = (x[:, 0].repeat_interleave(share, 1) if share > 1 else x[:, 0] for x in (q, k))
+    held = k[..., None].to(exact) * v[:, 0, :, None].to(exact)
+    if state is not None:
+        kept = log_decay[:, 0].exp()
+        if owner is not None and before is not None:
+            kept = kept * (owner[:, 0] == before)[:, None]
+        held = torch.addcmul(held, state.to(exact), kept[..., None, None])
+    return (q[:, :, None] @ held.to(v.dtype)).transpose(1, 2), held
 
 
 class _Decays(NamedTuple):
