@@ -48,9 +48,10 @@ from shrew.record import Record
 from shrew.tasks import Scores
 from shrew.train import flops_per_token, train_tokenizer
 
-ARMS = (["dense", "recipes/dense-1m.toml"], ["moe", "recipes/moe-1m.toml"], ["hybrid", "recipes/hybrid-1m.toml"],
-        ["conv-hybrid", "recipes/conv-hybrid-1m.toml"],
-        ["dense+ngrams", "recipes/dense-1m.toml", "ngrams.rows=8192"])  # fmt: skip
+ARMS = (["dense", "recipes/contest/dense-1m.toml"], ["moe", "recipes/contest/moe-1m.toml"],
+        ["hybrid", "recipes/contest/hybrid-1m.toml"],
+        ["conv-hybrid", "recipes/contest/conv-hybrid-1m.toml"],
+        ["dense+ngrams", "recipes/contest/dense-1m.toml", "ngrams.rows=8192"])  # fmt: skip
 SHARED: dict[str, Any] = {"weight_decay": 0.1, "validation": 0.0, "precision": "fp32", "threads": 1,
                           "checkpoint_every": 100}  # fmt: skip
 PARTS = 5  # the last of so many parts of a budget is its decay
