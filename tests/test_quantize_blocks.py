@@ -1,6 +1,5 @@
 """Every block quantized, packed, saved and loaded: our own type and the stock types of the hybrids."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from shrew.blocks.conv import ConvSpec
 from shrew.blocks.delta import DeltaSpec
 from shrew.blocks.depth import ExitSpec, MixtureOfDepthsSpec
 from shrew.blocks.embeddings import NgramSpec
-from shrew.blocks.linear import MAMBA2, LinearSpec
+from shrew.blocks.linear import LinearSpec
 from shrew.blocks.memory import MemorySpec
 from shrew.blocks.mlp import NothingSpec
 from shrew.blocks.model import ModelSpec, build
