@@ -29,6 +29,7 @@ from shrew.moves.context import Context
 from shrew.moves.drop_layers import DropLayers, bypassed, droppable, layer_scores
 from shrew.moves.experts import PruneExperts
 from shrew.moves.narrow import Narrow, head_choices
+from shrew.moves.upcycle import Upcycle
 
 A, W, C, D = AttentionSpec(heads=2), WindowSpec(heads=2, window=5), ConvSpec(), DeltaSpec(heads=2, key_width=8)
 L, M = LinearSpec(heads=2, state=8), MemorySpec(heads=2, segment=8)
@@ -197,3 +198,11 @@ def test_experts_go_beside_any_mixer(context: Context, tmp_path: Path) -> None:
     assert smaller.model.spec.ffn.experts == 2
     assert smaller.model.spec.mixers == loaded.model.spec.mixers
     check_folder(smaller, tmp_path / "model")
+
+
+def test_mlps_become_experts_beside_any_mixer(context: Context, tmp_path: Path) -> None:
+    loaded = make("mixed")
+    made = Upcycle(experts=3, top_k=2).apply(loaded, context)
+    assert (made.model.spec.ffn.kind, made.model.spec.mixers) == ("moe", loaded.model.spec.mixers)
+    torch.testing.assert_close(answers(made.model), answers(loaded.model), rtol=1e-4, atol=1e-4)
+    check_folder(made, tmp_path / "model")
