@@ -14,6 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from shrew import folder, measure, record
+from shrew.blocks.attention import AttentionSpec
+from shrew.blocks.conv import ConvSpec
+from shrew.blocks.embeddings import NgramSpec
+from shrew.blocks.model import ModelSpec, build
+from shrew.blocks.moe import MoeSpec
 from shrew.errors import DataError, ShrewError, UsageError
 from shrew.measure import cost, statistics
 from shrew.tasks import Scores
@@ -207,6 +212,15 @@ def test_parameters_count_ties_once_and_experts_by_their_share() -> None:
                          num_key_value_heads=2, num_experts=4, num_experts_per_tok=1, pad_token_id=0)  # fmt: skip
     total, active = cost.parameters(OlmoeForCausalLM(config))
     assert total - active == 2 * 3 * (3 * 8 * 4)  # layers x idle experts x (gate, up, down)
+
+
+def test_our_own_models_say_what_a_token_uses() -> None:
+    ffn = MoeSpec(experts=4, top_k=1, hidden=4, every=2)
+    model = build(ModelSpec(pattern="AC", layers=4, width=8, vocabulary=50, ngrams=NgramSpec(sizes=(2,), rows=30),
+                            mixers={"A": AttentionSpec(heads=2), "C": ConvSpec()}, ffn=ffn))  # fmt: skip
+    total, active = cost.parameters(model)
+    assert total == sum(item.numel() for item in model.parameters())
+    assert total - active == 2 * 3 * (3 * 8 * 4) + 30 * 8  # idle experts; the table of n-grams, of which a row is read
 
 
 @pytest.fixture(scope="module")

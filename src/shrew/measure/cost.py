@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from shrew.blocks import describe
+from shrew.blocks.model import ShrewForCausalLM
 from shrew.errors import ShrewError
 from shrew.folder import Loaded
 from shrew.measure.statistics import Interval, student_quantile
@@ -40,7 +42,11 @@ def disk_size(folder: Path) -> Size:
 
 
 def parameters(model: Any) -> tuple[int, int]:
-    """(total, active) weights of a model; a tied weight counts once. Of experts, the top-k share is active."""
+    """(total, active) weights of a model; a tied weight counts once. Of experts, the top-k share is active; a model of
+    our own blocks says itself what a token uses, as `shrew describe` does."""
+    if isinstance(model, ShrewForCausalLM):
+        count = describe.parameters(model)
+        return count.total, count.active
     config = model.config.get_text_config()
     total = sum(item.numel() for item in model.parameters())
     experts = next((int(getattr(config, name)) for name in EXPERTS if getattr(config, name, None)), 0)

@@ -20,6 +20,7 @@ from shrew.moves.context import Context
 from shrew.moves.distil import Distil
 from shrew.moves.drop_layers import DropLayers
 from shrew.moves.experts import PruneExperts
+from shrew.moves.linearize import Linearize
 from shrew.moves.narrow import Narrow
 from shrew.moves.quantize import Quantize
 from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task
@@ -35,7 +36,9 @@ class Move(Protocol):
     def apply(self, loaded: Loaded, context: Context) -> Loaded: ...
 
 
-MOVES: dict[str, Any] = {move.name: move for move in (Quantize, DropLayers, Narrow, PruneExperts, Upcycle, Distil)}
+MOVES: dict[str, Any] = {
+    move.name: move for move in (Quantize, DropLayers, Narrow, PruneExperts, Upcycle, Linearize, Distil)
+}
 
 
 @dataclass(frozen=True, kw_only=True)

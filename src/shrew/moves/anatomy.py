@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from shrew.errors import DataError, UnsupportedError
+from shrew.blocks.model import ModelSpec, ShrewConfig
+from shrew.blocks.stock.adapter import shortest
+from shrew.errors import DataError, SpecError, UnsupportedError
+from shrew.spec import dump
 
 # In-projections and out-projection of an MLP, relative to one parent module; one in-projection twice as high as the
 # out-projection is wide holds gate and up, stacked.
@@ -59,6 +62,8 @@ INTERLEAVED = {"query_key_value"}  # query, key and value of a head lie together
 PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "attention_layers")
 NUMBER_KEYS = ("mlp_only_layers",)
 STALE_KEYS = ("global_attn_every_n_layers", "sliding_window_pattern")
+# Kinds of layers that hold no keys and values; a hybrid without any other cannot be decoded by its own class.
+RECURRENT = {"linear_attention", "conv", "mamba"}
 INDEX_NAMES = {"layer_idx", "layer_index", "layer_id", "layer_number", "training"}
 
 
@@ -183,7 +188,11 @@ def _find_experts(model: Any, layer: nn.Module, index: int, prefix: str) -> list
 
 
 def _width_key(config: Any, width: int, experts: bool, shared: bool) -> str:
-    """The config key that holds this MLP's width (None means four times the hidden size); empty when none does."""
+    """The config key that holds this MLP's width (None means four times the hidden size), of our own type the key of
+    its ffn; empty when none does."""
+    if isinstance(config, ShrewConfig):
+        mixture = config.parsed().ffn.kind == "moe"
+        return "shared" if shared else "dense_hidden" if mixture and not experts else "hidden"
     for key in MLP_KEYS:
         if (key.startswith("moe") and not experts) or (key.startswith("shared") and not shared):
             continue
@@ -239,8 +248,9 @@ def with_settings(config: Any, **settings: Any) -> Any:
     try:
         for key, value in settings.items():
             setattr(changed, key, value)
-        reread = type(config).from_dict(json.loads(changed.to_json_string(use_diff=True)))
-    except (StrictDataclassError, ValueError, TypeError) as error:
+        content = json.loads(changed.to_json_string(use_diff=True))
+        reread = type(config).from_dict(type(config)._decode_special_floats(content))
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         said = ", ".join(f"{key} {value}" for key, value in settings.items())
         raise UnsupportedError(
             f"{config.model_type} takes no {said}: {_reason(error)}; choose another size of cut."
@@ -250,15 +260,35 @@ def with_settings(config: Any, **settings: Any) -> Any:
     return reread
 
 
+def with_widths(config: Any, **settings: int) -> Any:
+    """A copy of a config with these widths; of our own type they are those of its ffn."""
+    if not isinstance(config, ShrewConfig):
+        return with_settings(config, **settings)
+    item = config.parsed()
+    ffn = item.ffn
+    if ffn.kind == "moe":  # a width that follows from those of the experts stays what it is
+        ffn = replace(ffn, dense_hidden=ffn.dense(item.width).hidden)
+    return _with_spec(config, replace(item, ffn=replace(ffn, **settings)))
+
+
+def _with_spec(config: ShrewConfig, item: ModelSpec) -> Any:
+    return with_settings(config, spec=dump(item))
+
+
 def without_layers(model: Any, dropped: set[int]) -> Any:
     """The config without some layers; lists with one entry a layer, or of layer numbers, follow."""
+    if isinstance(model.config, ShrewConfig):
+        return _without_own_layers(model.config, dropped)
     config = copy.deepcopy(model.config)
     count = config.num_hidden_layers
     settings: dict[str, Any] = {}
     for key in PER_LAYER_KEYS:
-        value = getattr(config, key, None)
-        if isinstance(value, list) and len(value) == count:
+        value, derived = getattr(config, key, None), isinstance(getattr(type(config), key, None), property)
+        if isinstance(value, list) and len(value) == count and not derived:
             settings[key] = [entry for index, entry in enumerate(value) if index not in dropped]
+            if not set(value) <= RECURRENT and set(settings[key]) <= RECURRENT:
+                raise UnsupportedError(f"{config.model_type}: no attention layer would be left, and its class cannot "
+                                       "decode without one; leave more of its layers.")  # fmt: skip
     places = {old: new for new, old in enumerate(index for index in range(count) if index not in dropped)}
     for key in NUMBER_KEYS:
         if numbers := getattr(config, key, None):
@@ -268,6 +298,20 @@ def without_layers(model: Any, dropped: set[int]) -> Any:
             if key in vars(config):
                 delattr(config, key)
     return with_settings(config, num_hidden_layers=count - len(dropped), **settings)
+
+
+def _without_own_layers(config: ShrewConfig, dropped: set[int]) -> Any:
+    """Our own type: the pattern names the mixers of the layers left, one by one."""
+    item = config.parsed()
+    if item.exits:
+        raise UnsupportedError("shrew: early exits stand after a number of layers, so those after a cut would read "
+                               "other layers than they were trained on; leave the layers whole.")  # fmt: skip
+    letters = "".join(item.pattern[place % len(item.pattern)] for place in range(item.layers) if place not in dropped)
+    mixers = {letter: mixer for letter, mixer in item.mixers.items() if letter in letters}
+    try:
+        return _with_spec(config, replace(item, pattern=shortest(letters), layers=len(letters), mixers=mixers))
+    except SpecError as error:
+        raise UnsupportedError(f"shrew: {str(error).rstrip('.')}; leave more of its layers.") from None
 
 
 def skeleton(model: Any, config: Any) -> dict[str, torch.Size]:

@@ -65,6 +65,8 @@ class DropLayers:
     def _least(self, loaded: Loaded, context: Context, dropped: set[int]) -> int:
         candidates = droppable(loaded.model, dropped)
         if not candidates:
+            left = set(range(len(find_layers(loaded.model)[1]))) - dropped
+            without_layers(loaded.model, dropped | {min(left)})  # says why, where it is the config that forbids it
             raise UnsupportedError(
                 f"{loaded.model.config.model_type}: no further layer can go, because the layers left differ in kind by "
                 f"their place; ask for at most {len(dropped)}."
@@ -164,7 +166,10 @@ def _signature(layer: nn.Module) -> dict[str, torch.Size]:
 def _fits(model: Any, path: str, signatures: list[dict[str, torch.Size]], dropped: set[int]) -> bool:
     kept = [index for index in range(len(signatures)) if index not in dropped]
     mine = {f"{path}.{at}.{name}": shape for at, old in enumerate(kept) for name, shape in signatures[old].items()}
-    wanted = skeleton(model, without_layers(model, dropped))
+    try:
+        wanted = skeleton(model, without_layers(model, dropped))
+    except UnsupportedError:
+        return False
     return mine == {name: shape for name, shape in wanted.items() if name.startswith(f"{path}.")}
 
 

@@ -27,6 +27,7 @@ from shrew.moves.anatomy import (
     rebuild,
     skeleton,
     with_settings,
+    with_widths,
 )
 from shrew.moves.context import Context
 from shrew.spec import Meta, doc
@@ -57,7 +58,7 @@ class Narrow:
             if self.mlp < 1 or self.heads < 1:
                 context.say(f"narrow: rounds to the present widths (multiples of {self.multiple}); nothing is cut")
             return loaded
-        config = with_settings(loaded.model.config, **settings)
+        config = with_widths(loaded.model.config, **settings)
         _check(loaded, config, mlps, attentions)
         scores = channel_scores(loaded, context)
         state = dict(loaded.model.state_dict())

@@ -172,9 +172,11 @@ def _obstacle(model: Any, owner_name: str, owner: nn.Module, own: str, weight: n
     kind, last = type(owner).__name__, owner_name.rpartition(".")[2]
     experts = weight.ndim == 3 and "expert" in kind.lower()
     if weight.ndim < 2:
-        return "one-dimensional (a norm, a bias or a gain)"
-    if "router" in kind.lower() or last in ("gate", "router", "shared_expert_gate"):
+        return "one-dimensional (a norm, a bias, a gain or a decay)"
+    if "router" in f"{kind} {owner_name}".lower() or last in ("gate", "shared_gate", "shared_expert_gate"):
         return "a router, which decides where tokens go; small and sensitive"
+    if isinstance(owner, nn.Conv1d) or "conv" in own:
+        return "taps of a convolution; few, and each for one channel alone"
     if not experts and (own != "weight" or not isinstance(owner, (nn.Linear, nn.Embedding, Conv1D))):
         return f"a parameter of {kind}, which is neither a linear layer, an embedding nor experts"
     labels = getattr(model.config, "num_labels", 0)
