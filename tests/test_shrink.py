@@ -86,8 +86,10 @@ class Whole:
 
 
 def start(work: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Where the tests themselves run in the background of a shell, Ctrl-C is ignored, and so it would be here."""
     command = [sys.executable, "-m", "shrew", "shrink", *arguments]
-    return subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
 
 
 def stop_after(work: Path, words: str, how: signal.Signals, *arguments: str) -> tuple[int, str]:
