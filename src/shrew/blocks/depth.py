@@ -121,8 +121,10 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, feed: Feed) -> tuple[Tensor, Tensor | None]:
         """x [B, T, d] -> ([B, T, d], penalty): gate * feed(x) where gate = sigmoid(score) > 1/2, else zero."""
-        gate = self.score(x).sigmoid()
-        routed = gate > 0.5
+        with torch.autocast(x.device.type, enabled=False):  # a rounded score is another choice
+            exact = torch.promote_types(x.dtype, torch.float32)
+            score = nn.functional.linear(x.to(exact), self.score.weight.to(exact), self.score.bias.to(exact))
+        gate, routed = score.sigmoid(), score > 0
         picked = routed.flatten().nonzero()[:, 0]
         if not len(picked):
             if not self.training:
@@ -132,7 +134,7 @@ class Router(nn.Module):
         y = y[0] * (gate * routed).flatten(0, 1)[picked].to(y.dtype)
         y = torch.zeros_like(x, dtype=y.dtype).flatten(0, 1).index_copy(0, picked, y).view_as(x)
         # The share itself in value, that of the gates in gradient (straight through).
-        soft, hard = gate.float().mean(), routed.float().mean()
+        soft, hard = gate.mean(), routed.float().mean()
         own = self.spec.weight * (hard - soft.detach() + soft - self.spec.share) ** 2
         return y, own if penalty is None else own + penalty
 

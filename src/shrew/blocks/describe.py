@@ -51,7 +51,8 @@ def _dense(name: str, layers: int, width: int, parameters: float) -> Known:
     return Known(name, {"attention": layers}, {"mlp": layers}, width, parameters)
 
 
-# From the models' own config.json; parameters counted by transformers on the meta device.
+# From the models' own config.json, parameters counted by transformers on the meta device; the stories of llama2.c and
+# White-Basilisk, whose weights are not public, as they are said to be, the latter's Mamba-1 taken for `linear`.
 KNOWN = (
     _dense("stories260K", 5, 64, 260e3),
     _dense("stories15M", 6, 288, 15.2e6),
@@ -186,8 +187,9 @@ def quantized_bytes(model: nn.Module, bits: int = BITS, group: int = GROUP) -> i
     """Bytes of the weights as `quantize --bits 4 --group 128 --embeddings` stores them.
 
     A row of n weights takes ceil(n bits / 8) bytes and 2 for the bf16 scale of each group of it; what the move leaves
-    alone (vectors, routers, convolutions, narrow matrices) takes 2 bytes a weight."""
-    total, counted = 0, set()
+    alone (vectors, routers, convolutions, narrow matrices, saved buffers) takes 2 bytes a weight."""
+    names = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    total, counted = 2 * sum(model.get_buffer(name).numel() for name in names), set()
     for name, module in model.named_modules():
         for own, weight in module.named_parameters(recurse=False):
             if weight in counted:
@@ -291,7 +293,7 @@ def show(name: str, item: ModelSpec, found: dict[str, Any], console: Console) ->
     console.print(table)
     say()
     table = Table("after", box=None, pad_edge=False)
-    for title in ("one more token", "decoding state"):
+    for title in ("a token of a text", "decoding state"):
         table.add_column(title, justify="right")
     for line in found["sequence"]:
         after = f"{line['tokens']:,} tokens" + (" *" if line["tokens"] > item.context else "")
