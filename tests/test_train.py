@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Mamba2Config,
+    MambaConfig,
+)
 
 from shrew import data, errors, folder, spec
 from shrew.blocks.stock import adopt
@@ -332,11 +340,33 @@ def test_going_on_from_a_strangers_model(home: Path, gpt2: Path) -> None:
     assert parent == {"name": "gpt2", "sha256": folder.identity(gpt2)}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def _strange(kind: str, tokenizer: Any) -> str:
+    """A folder with a model whose documents see each other in transformers, whatever the positions."""
+    config = STRANGE[kind](vocab_size=len(tokenizer), **SIZES[kind], initializer_range=0.2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.max_length = 77
+    model.save_pretrained(kind)
+    tokenizer.save_pretrained(kind)
+    return kind
+
+
+STRANGE = {"lfm2": Lfm2Config, "mamba2": Mamba2Config, "mamba": MambaConfig}
+SIZES: dict[str, dict[str, Any]] = {
+    "lfm2": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "block_auto_adjust_ff_dim": False,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "full_attn_idxs": [1]},
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 8,
+               "n_groups": 1, "chunk_size": 16},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "lfm2", "mamba2"])
 def test_packed_documents_are_as_if_alone_in_a_strangers_model(
-    home: Path, gpt2: Path, tiny_llama_folder: Path, kind: str
+    home: Path, gpt2: Path, tiny_llama_folder: Path, tiny_tokenizer: Any, kind: str
 ) -> None:
-    init = gpt2 if kind == "gpt2" else tiny_llama_folder
+    known = {"gpt2": gpt2, "llama": tiny_llama_folder}
+    init = known[kind] if kind in known else Path(_strange(kind, tiny_tokenizer))
     lines = [f"def f{i}(x):\n    return x + {i}\n" for i in range(7)]
     Path("my.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     loaded = folder.load(init)
@@ -359,6 +389,16 @@ def test_packed_documents_are_as_if_alone_in_a_strangers_model(
         (gpt2 / "config.json").write_text(json.dumps(config))
     _train(init=str(init), data=["my.jsonl"], length=60, batch_tokens=60, steps=1)
     assert _losses()[0] == pytest.approx(total / int((targets != -100).sum()), rel=1e-4)
+    out = folder.load("out").model
+    assert out.config.model_type == kind
+    assert out.generation_config.max_length == loaded.model.generation_config.max_length
+
+
+def test_documents_that_would_see_each_other_are_refused(home: Path, tiny_tokenizer: Any) -> None:
+    init = _strange("mamba", tiny_tokenizer)
+    with pytest.raises(errors.UsageError, match="mamba cannot keep them apart; train with document_mask = false"):
+        _train(init=init, steps=1)
+    _train(init=init, steps=1, document_mask=False)
 
 
 def _labelled(path: Path, labels: dict[str, str]) -> None:
