@@ -23,11 +23,12 @@ from transformers import (
     Lfm2Config,
     Mamba2Config,
     MambaConfig,
+    Qwen3NextConfig,
 )
 
 from shrew import data, errors, folder, spec
 from shrew.blocks.stock import adopt
-from shrew.train import Loop, Recipe, TrainSpec, main, schedule, train
+from shrew.train import Loop, Recipe, TrainSpec, flops_per_token, main, schedule, train
 
 SMALL = {"layers": 2, "width": 32, "context": 64, "mixers": {"A": {"heads": 4, "kv_heads": 2}}, "ffn": {"hidden": 64}}
 
@@ -357,6 +358,9 @@ SIZES: dict[str, dict[str, Any]] = {
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "full_attn_idxs": [1]},
     "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 8,
                "n_groups": 1, "chunk_size": 16},
+    "qwen3_next": {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+                   "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
 }  # fmt: skip
 
@@ -399,6 +403,15 @@ def test_documents_that_would_see_each_other_are_refused(home: Path, tiny_tokeni
     with pytest.raises(errors.UsageError, match="mamba cannot keep them apart; train with document_mask = false"):
         _train(init=init, steps=1)
     _train(init=init, steps=1, document_mask=False)
+
+
+def test_flops_of_types_with_few_attention_layers_and_without_experts() -> None:
+    grown = []
+    for config in (Lfm2Config(vocab_size=50, **SIZES["lfm2"]), Mamba2Config(vocab_size=50, **SIZES["mamba2"]),
+                   Qwen3NextConfig(vocab_size=50, num_experts=0, **SIZES["qwen3_next"])):  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+        grown.append(flops_per_token(model, 64) - flops_per_token(model, 32))
+    assert grown == [12 * 32 * 16 * layers for layers in (1, 0, 1)]
 
 
 def _labelled(path: Path, labels: dict[str, str]) -> None:

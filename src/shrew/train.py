@@ -565,7 +565,7 @@ def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
 def flops_per_token(model: Any, length: int) -> int:
     """Training FLOPs of one token: of our own models three times the forward pass as the blocks count it; of others 6
     per weight that multiplies (the head does, the embedding table does not, nor do experts that are not chosen) and 12
-    per layer, width and mean context for attention (Kaplan et al. 2020)."""
+    per layer with attention, width and mean context (Kaplan et al. 2020)."""
     if isinstance(model, ShrewForCausalLM):
         return 3 * model.flops(length // 2, training=True)
     config: Any = model.config
@@ -573,9 +573,10 @@ def flops_per_token(model: Any, length: int) -> int:
     if not getattr(config, "tie_word_embeddings", False):
         weights -= model.get_input_embeddings().weight.numel()
     experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
-    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
-    layers, width = config.num_hidden_layers, config.hidden_size
-    return int(6 * (weights - experts * (1 - chosen)) + 12 * layers * width * length / 2)
+    chosen = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", 1) or 1)  # 0: a dense one
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
+    return int(6 * (weights - experts * (1 - chosen)) + 12 * layers * config.hidden_size * length / 2)
 
 
 def _positions(owner: Tensor) -> Tensor:
