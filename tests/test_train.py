@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from shrew import data, errors, folder, spec
+from shrew.blocks.model import ModelSpec, build
 from shrew.blocks.stock import adopt
-from shrew.train import Loop, Recipe, TrainSpec, flops_per_token, main, schedule, train
+from shrew.train import Loop, Recipe, TrainSpec, flops_per_token, main, optimizers, schedule, train
 
 SMALL = {"layers": 2, "width": 32, "context": 64, "mixers": {"A": {"heads": 4, "kv_heads": 2}}, "ffn": {"hidden": 64}}
 
@@ -412,6 +413,23 @@ def test_flops_of_types_with_few_attention_layers_and_without_experts() -> None:
         model = AutoModelForCausalLM.from_config(config)
         grown.append(flops_per_token(model, 64) - flops_per_token(model, 32))
     assert grown == [12 * 32 * 16 * layers for layers in (1, 0, 1)]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_muon_takes_no_router_and_no_gate_of_one_number(ours: bool) -> None:
+    table = {"layers": 2, "width": 32, "vocabulary": 50, "mixers": {"A": {"heads": 4}},
+             "ffn": {"kind": "moe", "experts": 4, "hidden": 8, "shared": 8, "shared_gate": True},
+             "mixture_of_depths": {"every": 2}}  # fmt: skip
+    config = Qwen3NextConfig(vocab_size=50, num_experts=4, moe_intermediate_size=8, num_experts_per_tok=2,
+                             shared_expert_intermediate_size=8, **SIZES["qwen3_next"])  # fmt: skip
+    model = build(spec.parse(ModelSpec, table, "r.toml")) if ours else AutoModelForCausalLM.from_config(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon = optimizers(model, TrainSpec(data=[], out=""))[0]
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    small = ("ffn.gate.weight", "mlp.gate.weight", "shared_gate.weight", "shared_expert_gate.weight", "score.weight")
+    assert sum(name.endswith(small) for name in names.values()) == (5 if ours else 8)
+    assert not [name for name in taken if name.endswith(small)]
+    assert any(name.endswith("q_proj.weight") for name in taken)
 
 
 def _labelled(path: Path, labels: dict[str, str]) -> None:

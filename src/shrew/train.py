@@ -526,14 +526,17 @@ def describe(line: dict[str, Any], steps: int, left: float) -> str:
 
 def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the linear maps inside layers, stacked experts too, and AdamW for the rest (embeddings,
-    head, routers, taps of convolutions), or AdamW for all. What a block does after each step (`after_step`) hangs on
-    the last one."""
+    head, routers, gates of one number, taps of convolutions), or AdamW for all. What a block does after each step
+    (`after_step`) hangs on the last one."""
     hidden: list[nn.Parameter] = []
     stacked: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    maps = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear | Conv1D) and part is not head}
+    routers = [part.gate for part in model.modules() if hasattr(part, "experts") and hasattr(part, "gate")]
+    others = {id(part) for part in (head, *routers)}
+    maps = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear | Conv1D)
+            and id(part) not in others and min(part.weight.shape) > 1}  # fmt: skip
     for name, p in model.named_parameters():
         if id(p) in maps:
             hidden.append(p)
