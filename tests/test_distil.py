@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from test_folder import WORDS, ZOO, make_model, make_tokenizer
 from torch.nn import functional as F
 
-from shrew import folder, objectives
+from shrew import folder, objectives, spec
+from shrew.blocks.model import ModelSpec, build
 from shrew.errors import ShrewError, UnsupportedError
 from shrew.folder import Loaded
 from shrew.moves.context import Context
@@ -102,6 +103,40 @@ def test_without_a_teacher_it_is_plain_training(tmp_path: Path) -> None:
         optimizer.zero_grad()
     for (name, p), q in zip(mine.model.named_parameters(), model.parameters(), strict=True):
         assert torch.allclose(p, q, atol=2e-5), name
+
+
+def of_our_blocks() -> Loaded:
+    """With everything that training adds to the loss or does between steps."""
+    table = {"layers": 4, "width": 32, "vocabulary": WORDS, "mixers": {"A": {"heads": 4}}, "exits": {"every": 2},
+             "ffn": {"kind": "moe", "experts": 4, "hidden": 16, "balance": "bias"},
+             "mixture_of_depths": {"every": 2}}  # fmt: skip
+    torch.manual_seed(0)
+    return Loaded(build(spec.parse(ModelSpec, table, "r.toml")).eval(), make_tokenizer())
+
+
+def test_a_model_of_our_blocks_is_healed_as_it_is_trained(tmp_path: Path) -> None:
+    context = replace(context_for(tmp_path), healing=[np.random.default_rng(1).integers(4, WORDS, 16)] * 2)
+    mine = Distil(steps=1, lr=1e-3, rows=2, teacher=0.0).apply(of_our_blocks(), context).model
+    model = of_our_blocks().model.train()
+    ids = torch.from_numpy(np.stack(context.healing))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    loss, added = model.losses(ids, F.pad(ids[:, 1:], (0, 1), value=objectives.IGNORE))
+    ((loss + added) / ids[:, 1:].numel()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    for (name, p), q in zip(mine.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=2e-5), name
+    start = dict(of_our_blocks().model.named_parameters())
+    assert all(not torch.equal(p, start[name]) for name, p in mine.named_parameters() if "exit_norms" in name)
+    assert all(buffer.any() for name, buffer in mine.named_buffers() if name.endswith("balance_bias"))
+    assert not mine.training
+
+
+def test_hidden_states_of_our_blocks(tmp_path: Path) -> None:
+    context = context_for(tmp_path, of_our_blocks())
+    mine = Distil(steps=1, hidden=1.0).apply(of_our_blocks(), context)
+    without = Distil(steps=1).apply(of_our_blocks(), context)
+    assert not torch.equal(mine.model.lm_head.weight, without.model.lm_head.weight)
 
 
 def test_a_classifier_with_and_without_labels(tmp_path: Path) -> None:

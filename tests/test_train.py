@@ -15,11 +15,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+    Mamba2Config,
+    MambaConfig,
+    Qwen3NextConfig,
+)
 
 from shrew import data, errors, folder, spec
+from shrew.blocks.model import ModelSpec, build
 from shrew.blocks.stock import adopt
-from shrew.train import Loop, Recipe, TrainSpec, main, schedule, train
+from shrew.train import Loop, Recipe, TrainSpec, flops_per_token, main, optimizers, schedule, train
 
 SMALL = {"layers": 2, "width": 32, "context": 64, "mixers": {"A": {"heads": 4, "kv_heads": 2}}, "ffn": {"hidden": 64}}
 
@@ -332,11 +342,36 @@ def test_going_on_from_a_strangers_model(home: Path, gpt2: Path) -> None:
     assert parent == {"name": "gpt2", "sha256": folder.identity(gpt2)}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def _strange(kind: str, tokenizer: Any) -> str:
+    """A folder with a model whose documents see each other in transformers, whatever the positions."""
+    config = STRANGE[kind](vocab_size=len(tokenizer), **SIZES[kind], initializer_range=0.2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.max_length = 77
+    model.save_pretrained(kind)
+    tokenizer.save_pretrained(kind)
+    return kind
+
+
+STRANGE = {"lfm2": Lfm2Config, "mamba2": Mamba2Config, "mamba": MambaConfig}
+SIZES: dict[str, dict[str, Any]] = {
+    "lfm2": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "block_auto_adjust_ff_dim": False,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "full_attn_idxs": [1]},
+    "mamba2": {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 8,
+               "n_groups": 1, "chunk_size": 16},
+    "qwen3_next": {"hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 64, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+                   "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "lfm2", "mamba2"])
 def test_packed_documents_are_as_if_alone_in_a_strangers_model(
-    home: Path, gpt2: Path, tiny_llama_folder: Path, kind: str
+    home: Path, gpt2: Path, tiny_llama_folder: Path, tiny_tokenizer: Any, kind: str
 ) -> None:
-    init = gpt2 if kind == "gpt2" else tiny_llama_folder
+    known = {"gpt2": gpt2, "llama": tiny_llama_folder}
+    init = known[kind] if kind in known else Path(_strange(kind, tiny_tokenizer))
     lines = [f"def f{i}(x):\n    return x + {i}\n" for i in range(7)]
     Path("my.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     loaded = folder.load(init)
@@ -359,6 +394,42 @@ def test_packed_documents_are_as_if_alone_in_a_strangers_model(
         (gpt2 / "config.json").write_text(json.dumps(config))
     _train(init=str(init), data=["my.jsonl"], length=60, batch_tokens=60, steps=1)
     assert _losses()[0] == pytest.approx(total / int((targets != -100).sum()), rel=1e-4)
+    out = folder.load("out").model
+    assert out.config.model_type == kind
+    assert out.generation_config.max_length == loaded.model.generation_config.max_length
+
+
+def test_documents_that_would_see_each_other_are_refused(home: Path, tiny_tokenizer: Any) -> None:
+    init = _strange("mamba", tiny_tokenizer)
+    with pytest.raises(errors.UsageError, match="mamba cannot keep them apart; train with document_mask = false"):
+        _train(init=init, steps=1)
+    _train(init=init, steps=1, document_mask=False)
+
+
+def test_flops_of_types_with_few_attention_layers_and_without_experts() -> None:
+    grown = []
+    for config in (Lfm2Config(vocab_size=50, **SIZES["lfm2"]), Mamba2Config(vocab_size=50, **SIZES["mamba2"]),
+                   Qwen3NextConfig(vocab_size=50, num_experts=0, **SIZES["qwen3_next"])):  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+        grown.append(flops_per_token(model, 64) - flops_per_token(model, 32))
+    assert grown == [12 * 32 * 16 * layers for layers in (1, 0, 1)]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_muon_takes_no_router_and_no_gate_of_one_number(ours: bool) -> None:
+    table = {"layers": 2, "width": 32, "vocabulary": 50, "mixers": {"A": {"heads": 4}},
+             "ffn": {"kind": "moe", "experts": 4, "hidden": 8, "shared": 8, "shared_gate": True},
+             "mixture_of_depths": {"every": 2}}  # fmt: skip
+    config = Qwen3NextConfig(vocab_size=50, num_experts=4, moe_intermediate_size=8, num_experts_per_tok=2,
+                             shared_expert_intermediate_size=8, **SIZES["qwen3_next"])  # fmt: skip
+    model = build(spec.parse(ModelSpec, table, "r.toml")) if ours else AutoModelForCausalLM.from_config(config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muon = optimizers(model, TrainSpec(data=[], out=""))[0]
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    small = ("ffn.gate.weight", "mlp.gate.weight", "shared_gate.weight", "shared_expert_gate.weight", "score.weight")
+    assert sum(name.endswith(small) for name in names.values()) == (5 if ours else 8)
+    assert not [name for name in taken if name.endswith(small)]
+    assert any(name.endswith("q_proj.weight") for name in taken)
 
 
 def _labelled(path: Path, labels: dict[str, str]) -> None:

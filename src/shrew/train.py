@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from shrew import data, files, folder, machine, objectives, spec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import stock
-from shrew.errors import DataError, FolderError, ShrewError, SpecError, UsageError, nearest
+from shrew.blocks.stock import adopt, stock
+from shrew.errors import DataError, FolderError, ShrewError, SpecError, UnsupportedError, UsageError, nearest
 from shrew.muon import StackedMuon
 from shrew.spec import Meta, doc
 
@@ -147,7 +147,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
         lineage: dict[str, Any] = {"parent": parent, "seed": item.seed, "threads": threads.count,
                                    "recipe": spec.dump(recipe), "data": hashes, "moves": []}  # fmt: skip
         final = model.cpu().eval()
-        final = stock(final) if isinstance(final, ShrewForCausalLM) else final
+        if isinstance(final, ShrewForCausalLM):
+            final = stock(final)
+            final.generation_config = model.generation_config  # no spec says it
         folder.save(replace(loaded, model=final, lineage=lineage), out)
         say(f"Wrote {out}.")
     world.barrier()
@@ -180,7 +182,7 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
         if loaded.packed:
             raise UsageError(f"{item.init} is quantized and cannot be trained further; start from its original.")
         _check_length(item.length, getattr(loaded.model.config, "max_position_embeddings", None))
-        return loaded, [] if loaded.is_classifier else data.documents(item.data)
+        return (loaded, []) if loaded.is_classifier else (_in_our_blocks(loaded, item), data.documents(item.data))
     _check_length(item.length, recipe.model.context)
     documents = data.documents(item.data)
     kind, _, size = item.tokenizer.partition(":")
@@ -202,6 +204,32 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
     model = build(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     return folder.Loaded(model, tokenizer), documents
+
+
+def _in_our_blocks(loaded: folder.Loaded, item: TrainSpec) -> folder.Loaded:
+    """The model to go on from in our blocks, which keep packed documents apart in every mixer, where they can say it.
+
+    Raises UsageError for another one in which they would see each other."""
+    try:
+        ours = adopt(loaded.model)
+    except UnsupportedError:
+        if item.document_mask and not isinstance(loaded.model, ShrewForCausalLM) and _leaks(loaded.model):
+            kind = loaded.model.config.model_type
+            raise UsageError(f"{item.init}: documents packed in one row would see each other, since a {kind} cannot "
+                             "keep them apart; train with document_mask = false.") from None  # fmt: skip
+        return loaded
+    ours.generation_config = loaded.model.generation_config
+    return replace(loaded, model=ours)
+
+
+@torch.no_grad()
+def _leaks(model: Any) -> bool:
+    """Whether a document sees the one before it although its positions start again. That is enough for attention, but
+    not for the states and convolutions of stock types."""
+    row = torch.arange(16)
+    rows = torch.stack([row, torch.cat([row[:8].flip(0), row[8:]])])  # the second documents are equal
+    one, other = model(rows, position_ids=_positions(torch.stack([row // 8] * 2)), use_cache=False).logits[:, 8:]
+    return not torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.abs().max()))
 
 
 def _check_length(length: int, context: int | None) -> None:
@@ -246,38 +274,7 @@ def train_tokenizer(documents: list[data.Document], size: int, seed: int, sample
                                    extra_special_tokens=list(marks))  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Labelled texts as batches for a sequence classifier, in the shape of `data.Batches`."""
-
-    texts: list[list[int]]
-    labels: list[int]
-    pad: int
-    rows: int
-    seed: int
-    rank: int = 0
-    world: int = 1
-
-    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens [rows, T], labels [rows], mask [rows, T]."""
-        first = (number * self.world + self.rank) * self.rows
-        orders: dict[int, np.ndarray] = {}
-        picked = []
-        for place in range(first, first + self.rows):
-            epoch = place // len(self.texts)
-            if epoch not in orders:
-                orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.texts))
-            picked.append(int(orders[epoch][place % len(self.texts)]))
-        width = max(len(self.texts[index]) for index in picked)
-        tokens = np.full((self.rows, width), self.pad)
-        mask = np.zeros((self.rows, width), dtype=np.int64)
-        for row, index in enumerate(picked):
-            tokens[row, : len(self.texts[index])] = self.texts[index]
-            mask[row, : len(self.texts[index])] = 1
-        return tokens, np.array([self.labels[index] for index in picked]), mask
-
-
-def read_labelled(item: TrainSpec, loaded: folder.Loaded) -> Labelled:
+def read_labelled(item: TrainSpec, loaded: folder.Loaded) -> data.Labelled:
     """The {"text", "label"} rows of the recipe's JSONL files, checked against the model's labels."""
     texts, labels = [], []
     known = {str(name): int(number) for name, number in loaded.model.config.label2id.items()}
@@ -294,7 +291,7 @@ def read_labelled(item: TrainSpec, loaded: folder.Loaded) -> Labelled:
         raise DataError(f"{', '.join(item.data)}: no labelled text in it.")
     rows = loaded.tokenizer(texts, truncation=True, max_length=item.length)["input_ids"]
     pad = loaded.tokenizer.pad_token_id
-    return Labelled(rows, labels, 0 if pad is None else pad, 1, item.seed)
+    return data.Labelled(rows, labels, 0 if pad is None else pad, 1, item.seed)
 
 
 def _split(documents: list[data.Document], item: TrainSpec, loaded: folder.Loaded) -> tuple[Any, Any, dict[str, str]]:
@@ -339,7 +336,7 @@ class Loop:
         self.item, self.world, self.model, self.run, self.bf16, self.say = item, world, model, run, bf16, say
         self.rows = max(item.batch_tokens // item.length // world.size, 1)
         self.micro = item.micro_rows or max(min(self.rows, 2048 // item.length), 1)
-        if isinstance(source, Labelled):
+        if isinstance(source, data.Labelled):
             self.batches: Any = replace(source, rows=self.rows, rank=world.rank, world=world.size)
         else:
             self.batches = data.Batches(source, item.length, self.rows, item.seed, world.rank, world.size, middle)
@@ -421,7 +418,7 @@ class Loop:
     def _losses(self, tokens: Tensor, targets: Tensor, owner: Tensor) -> tuple[Tensor, Tensor | None]:
         """Summed loss in nats of a micro-batch, and what the model adds to it to be trained well (MoE balance,
         losses of early exits)."""
-        if isinstance(self.batches, Labelled):
+        if isinstance(self.batches, data.Labelled):
             logits = self.model(input_ids=tokens, attention_mask=owner).logits
             return objectives.classify(logits, targets), None
         if isinstance(self.model, ShrewForCausalLM):
@@ -463,7 +460,7 @@ class Loop:
             keep = min(self.item.ema, (1 + self.step) / (10 + self.step))  # short runs would average their start in
             for name, p in self.model.named_parameters() if self.average else ():
                 self.average[name].lerp_(p, 1 - keep)
-        classifies = isinstance(self.batches, Labelled)  # one target a text
+        classifies = isinstance(self.batches, data.Labelled)  # one target a text
         return mean, int(arrays[2].sum()) * self.world.size if classifies else int(count.item())
 
     @torch.no_grad()
@@ -529,14 +526,17 @@ def describe(line: dict[str, Any], steps: int, left: float) -> str:
 
 def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the linear maps inside layers, stacked experts too, and AdamW for the rest (embeddings,
-    head, routers, taps of convolutions), or AdamW for all. What a block does after each step (`after_step`) hangs on
-    the last one."""
+    head, routers, gates of one number, taps of convolutions), or AdamW for all. What a block does after each step
+    (`after_step`) hangs on the last one."""
     hidden: list[nn.Parameter] = []
     stacked: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    maps = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear | Conv1D) and part is not head}
+    routers = [part.gate for part in model.modules() if hasattr(part, "experts") and hasattr(part, "gate")]
+    others = {id(part) for part in (head, *routers)}
+    maps = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear | Conv1D)
+            and id(part) not in others and min(part.weight.shape) > 1}  # fmt: skip
     for name, p in model.named_parameters():
         if id(p) in maps:
             hidden.append(p)
@@ -568,7 +568,7 @@ def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
 def flops_per_token(model: Any, length: int) -> int:
     """Training FLOPs of one token: of our own models three times the forward pass as the blocks count it; of others 6
     per weight that multiplies (the head does, the embedding table does not, nor do experts that are not chosen) and 12
-    per layer, width and mean context for attention (Kaplan et al. 2020)."""
+    per layer with attention, width and mean context (Kaplan et al. 2020)."""
     if isinstance(model, ShrewForCausalLM):
         return 3 * model.flops(length // 2, training=True)
     config: Any = model.config
@@ -576,9 +576,10 @@ def flops_per_token(model: Any, length: int) -> int:
     if not getattr(config, "tie_word_embeddings", False):
         weights -= model.get_input_embeddings().weight.numel()
     experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
-    chosen = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
-    layers, width = config.num_hidden_layers, config.hidden_size
-    return int(6 * (weights - experts * (1 - chosen)) + 12 * layers * width * length / 2)
+    chosen = getattr(config, "num_experts_per_tok", 1) / (getattr(config, "num_experts", 1) or 1)  # 0: a dense one
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = sum("attention" in kind and "linear" not in kind for kind in kinds)
+    return int(6 * (weights - experts * (1 - chosen)) + 12 * layers * config.hidden_size * length / 2)
 
 
 def _positions(owner: Tensor) -> Tensor:

@@ -283,6 +283,15 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         x, penalty = self.hidden(tokens, owner, kept)
         return self._loss(x, targets), self._added(kept, penalty, targets)
 
+    def healing(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """For distillation: logits [B, T, V] and last hidden states [B, T, d] of right-padded tokens [B, T], and what
+        `losses` adds to their loss."""
+        kept: list[Tensor] | None = [] if self.training and self.spec.exits else None
+        x, penalty = self.hidden(tokens, mask, kept)
+        labels = tokens.where(mask.bool(), objectives.IGNORE)
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=objectives.IGNORE)
+        return self.logits(x), x, self._added(kept, penalty, targets)
+
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         chunk = max(objectives.AT_ONCE // (self.spec.vocabulary or 1), 1)
         return objectives.chunked_next_token(hidden, self.logits, targets, chunk)

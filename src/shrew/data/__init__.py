@@ -20,8 +20,8 @@ from shrew.data import python
 from shrew.data.middle import MARKS, Middle, fill_in_the_middle, rearranged
 from shrew.errors import DataError
 
-__all__ = ["MARKS", "Batches", "Document", "Middle", "Stream", "documents", "encode", "fill_in_the_middle",
-           "read_jsonl", "split_documents", "tokenize"]  # fmt: skip
+__all__ = ["MARKS", "Batches", "Document", "Labelled", "Middle", "Stream", "documents", "encode",
+           "fill_in_the_middle", "read_jsonl", "split_documents", "tokenize"]  # fmt: skip
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text"}
 
@@ -274,6 +274,37 @@ class Batches:
     def _one_token_ends(self) -> bool:
         starts = self.stream.starts
         return bool(np.unique(self.stream.tokens[starts[: min(len(starts), 64)]]).size == 1)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled texts as batches for a sequence classifier, in the shape of `Batches`."""
+
+    texts: list[list[int]]
+    labels: list[int]
+    pad: int
+    rows: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [rows, T], labels [rows], mask [rows, T]."""
+        first = (number * self.world + self.rank) * self.rows
+        orders: dict[int, np.ndarray] = {}
+        picked = []
+        for place in range(first, first + self.rows):
+            epoch = place // len(self.texts)
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.texts))
+            picked.append(int(orders[epoch][place % len(self.texts)]))
+        width = max(len(self.texts[index]) for index in picked)
+        tokens = np.full((self.rows, width), self.pad)
+        mask = np.zeros((self.rows, width), dtype=np.int64)
+        for row, index in enumerate(picked):
+            tokens[row, : len(self.texts[index])] = self.texts[index]
+            mask[row, : len(self.texts[index])] = 1
+        return tokens, np.array([self.labels[index] for index in picked]), mask
 
 
 @lru_cache(maxsize=2)  # long, and a batch seldom touches a third epoch

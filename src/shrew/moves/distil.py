@@ -7,7 +7,7 @@ whatever those numbers round to. Nothing leaves the grid, so packed stays packed
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from shrew import files, machine, objectives
+from shrew.blocks.model import ShrewForCausalLM
 from shrew.errors import ShrewError, UnsupportedError
 from shrew.folder import Loaded
 from shrew.folder.packed import Packed, to_rows
@@ -40,8 +41,9 @@ class Distil:
     lora: Annotated[int, Meta(ge=0)] = doc("rank of a low-rank update that is merged at the end; 0: all weights", 0)
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
-        """Train `loaded` in place. Raises UnsupportedError without healing text, ShrewError on a loss that is no
-        number; teacher predictions are stored under `context.cache` and shared between calls."""
+        """Train `loaded` in place. A model of our blocks is trained as `shrew train` does: with what keeps its routers
+        in shape and the losses of its exits. Raises UnsupportedError without healing text, ShrewError on a loss that is
+        no number; teacher predictions are stored under `context.cache` and shared between calls."""
         if not context.healing:
             raise UnsupportedError("distil needs healing text; give a longer text or task.")
         if self.teacher and context.teacher is None:
@@ -53,18 +55,25 @@ class Distil:
         weights = Weights(loaded, self.lora, context.seed)
         optimizer = torch.optim.AdamW(weights.trained, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         machine.set_seed(context.seed)
-        for step in range(self.steps):
-            share = min((step + 1) / max(0.1 * self.steps, 1), (self.steps - step) / max(0.9 * self.steps, 1), 1.0)
-            optimizer.param_groups[0]["lr"] = self.lr * share
-            loss = self._loss(loaded, weights, plan, step, stored, context)
-            if not torch.isfinite(loss):
-                raise ShrewError(f"healing diverged at step {step}; lower its lr from {self.lr}.")
-            loss.backward()
-            nn.utils.clip_grad_norm_(weights.trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if (step + 1) % 50 == 0 or step + 1 == self.steps:
-                context.say(f"distil {step + 1}/{self.steps}: loss {loss.item():.3f}")
+        after = [part for part in loaded.model.modules() if hasattr(part, "after_step")]
+        loaded.model.train(isinstance(loaded.model, ShrewForCausalLM))  # no dropout for the others
+        try:
+            for step in range(self.steps):
+                share = min((step + 1) / max(0.1 * self.steps, 1), (self.steps - step) / max(0.9 * self.steps, 1), 1.0)
+                optimizer.param_groups[0]["lr"] = self.lr * share
+                loss = self._loss(loaded, weights, plan, step, stored, context)
+                if not torch.isfinite(loss):
+                    raise ShrewError(f"healing diverged at step {step}; lower its lr from {self.lr}.")
+                loss.backward()
+                nn.utils.clip_grad_norm_(weights.trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                for part in after:
+                    part.after_step()
+                if (step + 1) % 50 == 0 or step + 1 == self.steps:
+                    context.say(f"distil {step + 1}/{self.steps}: loss {loss.item():.3f}")
+        finally:
+            loaded.model.eval()
         weights.finish()
         return loaded
 
@@ -74,33 +83,51 @@ class Distil:
         """Mean loss per position (or per text for a classifier) of one step."""
         picked = plan.picked(step)
         tokens, mask = plan.batch(picked, loaded)
-        wanted = self.hidden > 0
-        more = {"output_hidden_states": True} if wanted else {}
-        if not loaded.is_classifier:
-            more["use_cache"] = False
-        found = functional_call(
-            loaded.model, weights.values(), (), {"input_ids": tokens, "attention_mask": mask, **more}
-        )
+        found, hidden, added = self._run(loaded.model, weights.values(), tokens, mask)
         if loaded.is_classifier:
-            parts = [objectives.kl(found.logits, stored.logits(picked)) * self.teacher] if stored else []
+            parts = [objectives.kl(found, stored.logits(picked)) * self.teacher] if stored else []
             if context.labels is not None and self.teacher < 1:
                 labels = torch.from_numpy(context.labels[picked])
-                parts.append(objectives.classify(found.logits, labels) * (1 - self.teacher))
+                parts.append(objectives.classify(found, labels) * (1 - self.teacher))
             if not parts:
                 raise UnsupportedError("distil of a classifier needs a teacher or labelled healing text.")
             count = len(picked)
         else:
             here = mask[:, 1:].bool()
-            logits, targets = found.logits[:, :-1][here], tokens[:, 1:][here]
+            logits, targets = found[:, :-1][here], tokens[:, 1:][here]
             count = int(here.sum())
             parts = [objectives.next_token(logits, targets) * (1 - self.teacher)] if self.teacher < 1 else []
             if stored:
                 parts.append(objectives.top_k_kl(logits, *stored.top(picked, plan)) * self.teacher)
-        if wanted and context.teacher is not None:
+            parts += [] if added is None else [added]
+        if self.hidden and context.teacher is not None:
             with torch.no_grad():
-                aim = context.teacher.model(input_ids=tokens, attention_mask=mask, **more).hidden_states[-1]
-            parts.append(objectives.hidden_cosine(found.hidden_states[-1][mask.bool()], aim[mask.bool()]) * self.hidden)
+                aim = self._run(context.teacher.model, {}, tokens, mask)[1]
+            parts.append(objectives.hidden_cosine(hidden[mask.bool()], aim[mask.bool()]) * self.hidden)
         return torch.stack(parts).sum() / count
+
+    def _run(self, model: Any, values: dict[str, Tensor], tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any, Any]:
+        """Logits of a model with these parameters, its last hidden states (where they are asked for), and what is added
+        to its loss in training (None: nothing)."""
+        if isinstance(model, ShrewForCausalLM):
+            named = {f"model.{name}": value for name, value in values.items()}
+            return functional_call(Healing(model), named, (tokens, mask))
+        more = {"output_hidden_states": True} if self.hidden else {}
+        if not type(model).__name__.endswith("ForSequenceClassification"):
+            more["use_cache"] = False
+        found = functional_call(model, values, (), {"input_ids": tokens, "attention_mask": mask, **more})
+        return found.logits, found.hidden_states[-1] if self.hidden else None, None
+
+
+class Healing(nn.Module):
+    """`ShrewForCausalLM.healing` as a module, for `functional_call`."""
+
+    def __init__(self, model: ShrewForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.model.healing(tokens, mask)
 
 
 @dataclass(frozen=True)
