@@ -317,6 +317,14 @@ def test_a_block_may_be_the_first_import() -> None:
         ({"mixers": {"A": {"heds": 4}}}, ["'heds'", "did you mean 'heads'?"]),
         ({"ffn": {"kind": "mpl"}}, ["ffn", "'mpl'", "mlp"]),
         ({"layers": 0}, ["layers", ">= 1"]),
+        ({"ffn": "moe"}, ["ffn", "table with kind", "mlp, moe", "got str"]),
+        ({"ffn": []}, ["ffn", "table with kind", "got list"]),
+        ({"mixers": {"A": "conv"}}, ["mixers.A", "table with kind", "got str"]),
+        ({"mixers": {"A": 5}}, ["mixers.A", "table with kind", "got int"]),
+        ({"mixers": 5}, ["mixers", "got int"]),
+        ({"mixers": [{"kind": "conv"}]}, ["mixers", "got array"]),
+        ({"mixers": {"A": {"kind": ["conv"]}}}, ["mixers.A", "unknown kind"]),
+        ({"ffn": {"kind": {}}}, ["ffn", "unknown kind", "mlp"]),
     ],
 )
 def test_a_wrong_model_is_refused_in_words(values: dict[str, Any], words: list[str]) -> None:
