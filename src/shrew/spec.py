@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import tomllib
 import types
@@ -90,6 +91,8 @@ def _inner(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, dict):
         for cls in _dataclasses_in(hint):
             return _resolve(cls, value, where)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"{where}: expected a finite number, got {value}.")
     return value
 
 
