@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, Qwen3NextConfig
 
 from shrew import errors, folder, spec
 from shrew.blocks.attention import Attention, AttentionSpec, naive_attention
@@ -25,7 +25,7 @@ from shrew.blocks.memory import MemorySpec
 from shrew.blocks.mlp import NothingSpec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.moe import MoeSpec
-from shrew.blocks.stock import adopt, stock
+from shrew.blocks.stock import adopt, as_spec, stock
 from shrew.blocks.window import WindowSpec
 from shrew.train import flops_per_token
 
@@ -299,6 +299,16 @@ def test_a_model_that_no_stock_type_can_say_survives_its_folder(tiny_tokenizer: 
 def test_a_block_may_be_the_first_import() -> None:
     done = subprocess.run([sys.executable, "-c", "import shrew.blocks.attention"], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("config", [
+    Qwen3NextConfig(shared_expert_intermediate_size=0),
+    Lfm2Config(hidden_size=50, num_attention_heads=4, num_key_value_heads=2),
+    LlamaConfig(rms_norm_eps=0.0),
+], ids=lambda config: config.model_type)  # fmt: skip
+def test_a_stock_config_outside_our_ranges_is_unsupported(config: Any) -> None:
+    with pytest.raises(errors.UnsupportedError, match=f"{config.model_type}: this model cannot be said"):
+        as_spec(config)
 
 
 # --- specs -----------------------------------------------------------------------------------------------------------
