@@ -200,6 +200,28 @@ def test_decoding_with_a_cache_is_the_full_forward(model: ShrewForCausalLM, firs
 
 
 @torch.no_grad()
+def test_what_is_before_a_hole_is_not_seen_after_it(model: ShrewForCausalLM) -> None:
+    tokens, mask = _tokens(1, 15), torch.tensor([[1] * 5 + [0] * 3 + [1] * 7])
+    whole = model(tokens, attention_mask=mask).logits
+    alone = model(tokens[:, 8:]).logits
+    torch.testing.assert_close(whole[:, 8:], alone, rtol=1e-4, atol=1e-5)  # rotary angles are float32
+    for cuts in ([5, 3, 7], [7, 1, 1, 2, 1, 3], [1] * 15):
+        cache, parts, place = model.model.new_cache(), [], 0
+        for cut in cuts:
+            new, seen = tokens[:, place : place + cut], mask[:, : place + cut]
+            parts.append(model(new, attention_mask=seen, past_key_values=cache).logits)
+            place += cut
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_a_mask_of_the_new_positions_alone_is_refused() -> None:
+    model, tokens = _model("delta"), _tokens(1, 4)
+    cache = model(tokens, use_cache=True).past_key_values
+    with pytest.raises(errors.UsageError, match="all positions"):
+        model(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache)
+
+
+@torch.no_grad()
 def test_generating_left_padded_rows_equals_each_alone(model: ShrewForCausalLM) -> None:
     rows = [_tokens(1, length, seed=length) for length in (3, 8, 5)]
     ids = torch.cat([nn.functional.pad(row, (8 - row.shape[1], 0)) for row in rows])

@@ -320,7 +320,8 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         exit_threshold: float | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids [B, T] -> logits [B, T, V]; `attention_mask` [B, S] is 0 at padding.
+        """input_ids [B, T] -> logits [B, T, V]; `attention_mask` [B, S] is 0 at padding. What stands before a hole of
+        zeros in a row is a document of its own and is not seen after it.
 
         `labels` [B, T] are shifted inside, as transformers does, and count at all positions; with `logits_to_keep` only
         the logits asked for are held as a whole, the loss is summed up in chunks. Penalties are added in training.
@@ -338,6 +339,8 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
+        if attention_mask is not None and attention_mask.shape[1] != seen + input_ids.shape[1]:
+            raise UsageError("attention_mask: give it for all positions, those in the cache and the new ones.")
         place = Place(input_ids, position_ids.expand_as(input_ids), attention_mask, seen)
         kept: list[Tensor] | None = [] if self.training and self.spec.exits and labels is not None else None
         decoding = past_key_values is not None and input_ids.shape[1] == 1 and not self.training
