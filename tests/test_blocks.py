@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Lfm2Config, LlamaConfig, Qwen3NextConfig
 
 from shrew import errors, folder, spec
 from shrew.blocks.attention import Attention, AttentionSpec, naive_attention
@@ -182,6 +182,16 @@ def test_a_packed_document_is_as_if_alone(model: ShrewForCausalLM) -> None:
     (grad,) = torch.autograd.grad(together[-1].square().sum(), rows)
     absent = sorted(set(tokens[0, : -lengths[-1]].tolist()) - set(tokens[0, -lengths[-1] :].tolist()))
     assert grad[absent].count_nonzero() == 0
+
+
+@torch.no_grad()
+def test_positions_that_restart_begin_a_document(model: ShrewForCausalLM) -> None:
+    rows = [{"input_ids": _tokens(1, length, seed=length)[0].tolist()} for length in (1, 6, 4)]
+    packed = DataCollatorWithFlattening(return_tensors="pt")(rows)
+    assert packed["position_ids"].tolist() == [[0, *range(6), *range(4)]]
+    together = model(packed["input_ids"], position_ids=packed["position_ids"]).logits.split((1, 6, 4), dim=1)
+    for row, found in zip(rows, together, strict=True):
+        torch.testing.assert_close(found, model(torch.tensor([row["input_ids"]])).logits, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from shrew.blocks.conv import Conv, ConvSpec
 from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.depth import EarlyExit, ExitSpec, MixtureOfDepthsSpec, Router, drop_rates, skip_rows
 from shrew.blocks.embeddings import Ngrams, NgramSpec
-from shrew.blocks.layers import Place, RMSNorm, Shape, State
+from shrew.blocks.layers import Place, RMSNorm, Shape, State, runs
 from shrew.blocks.linear import Linear, LinearSpec
 from shrew.blocks.memory import Memory, MemorySpec
 from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
@@ -321,7 +321,8 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """input_ids [B, T] -> logits [B, T, V]; `attention_mask` [B, S] is 0 at padding. What stands before a hole of
-        zeros in a row is a document of its own and is not seen after it.
+        zeros in a row is a document of its own and is not seen after it. Without a mask and a cache so is what stands
+        before `position_ids` that do not count on by one (rows packed by `DataCollatorWithFlattening`).
 
         `labels` [B, T] are shifted inside, as transformers does, and count at all positions; with `logits_to_keep` only
         the logits asked for are held as a whole, the loss is summed up in chunks. Penalties are added in training.
@@ -332,16 +333,9 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         (state propagation, Schuster et al. 2022), so later tokens are an approximation of the full model's. The mixers
         run for that: saved are the feed-forward layers above, and each exit that says no costs a pass of the head.
         """
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise UsageError("attention_mask: give it as [rows, positions], 1 for text and 0 for padding.")
         if use_cache and past_key_values is None:
             past_key_values = self.model.new_cache()
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
-        if attention_mask is not None and attention_mask.shape[1] != seen + input_ids.shape[1]:
-            raise UsageError("attention_mask: give it for all positions, those in the cache and the new ones.")
-        place = Place(input_ids, position_ids.expand_as(input_ids), attention_mask, seen)
+        place = self._place(input_ids, attention_mask, position_ids, past_key_values)
         kept: list[Tensor] | None = [] if self.training and self.spec.exits and labels is not None else None
         decoding = past_key_values is not None and input_ids.shape[1] == 1 and not self.training
         leave = self._exit(exit_threshold) if decoding else None
@@ -359,6 +353,19 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
             count = kwargs.get("num_items_in_batch") or (targets != objectives.IGNORE).sum()
             loss = (loss if added is None else loss + added) / count
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _place(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None) -> Place:
+        seen = cache.get_seq_length() if cache is not None else 0
+        total = seen + tokens.shape[1]
+        if mask is not None and mask.ndim != 2:
+            raise UsageError("attention_mask: give it as [rows, positions], 1 for text and 0 for padding.")
+        if mask is not None and mask.shape[1] != total:
+            raise UsageError("attention_mask: give it for all positions, those in the cache and the new ones.")
+        if positions is None:
+            positions = torch.arange(seen, total, device=tokens.device)[None]
+        elif mask is None and cache is None:
+            mask = runs(positions.diff() != 1).expand_as(tokens)
+        return Place(tokens, positions.expand_as(tokens), mask, seen)
 
     def _exit(self, threshold: float | None) -> EarlyExit | None:
         threshold = self.config.exit_threshold if threshold is None else threshold
