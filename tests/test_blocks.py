@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Lfm2Config, LlamaConfig, Qwen3NextConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from shrew import errors, folder, spec
 from shrew.blocks.attention import Attention, AttentionSpec, naive_attention
@@ -222,6 +223,16 @@ def test_what_is_before_a_hole_is_not_seen_after_it(model: ShrewForCausalLM) -> 
             parts.append(model(new, attention_mask=seen, past_key_values=cache).logits)
             place += cut
         torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@torch.no_grad()
+def test_an_empty_cache_is_filled_and_a_strange_one_refused(model: ShrewForCausalLM) -> None:
+    tokens, cache = _tokens(2, 7), DynamicCache()
+    parts = [model(part, past_key_values=cache).logits for part in tokens.split(4, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens).logits)
+    strange = Cache(layers=[DynamicLayer() for _ in range(9)])
+    with pytest.raises(errors.UsageError, match="not of this model"):
+        model(tokens, past_key_values=strange)
 
 
 def test_a_mask_of_the_new_positions_alone_is_refused() -> None:

@@ -333,8 +333,7 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         (state propagation, Schuster et al. 2022), so later tokens are an approximation of the full model's. The mixers
         run for that: saved are the feed-forward layers above, and each exit that says no costs a pass of the head.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = self.model.new_cache()
+        past_key_values = self._cache(past_key_values, bool(use_cache))
         place = self._place(input_ids, attention_mask, position_ids, past_key_values)
         kept: list[Tensor] | None = [] if self.training and self.spec.exits and labels is not None else None
         decoding = past_key_values is not None and input_ids.shape[1] == 1 and not self.training
@@ -353,6 +352,17 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
             count = kwargs.get("num_items_in_batch") or (targets != objectives.IGNORE).sum()
             loss = (loss if added is None else loss + added) / count
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _cache(self, given: Cache | None, wanted: bool) -> Cache | None:
+        """The cache of a call: one that holds no layers yet (transformers' `DynamicCache()`) gets those of this model."""
+        if given is None:
+            return self.model.new_cache() if wanted else None
+        own = self.model.new_cache().layers
+        if not given.layers:
+            given.layers = own
+        if [type(layer) for layer in given.layers] != [type(layer) for layer in own]:
+            raise UsageError("past_key_values: this cache is not of this model; give an empty DynamicCache() or none.")
+        return given
 
     def _place(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None) -> Place:
         seen = cache.get_seq_length() if cache is not None else 0
