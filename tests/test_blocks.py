@@ -255,6 +255,29 @@ def test_generating_left_padded_rows_equals_each_alone(model: ShrewForCausalLM) 
         assert len(set(found[8:].tolist())) > 1  # a model that only repeats itself would prove little
 
 
+@torch.no_grad()
+def test_hidden_states_are_given_and_a_tuple_where_asked(model: ShrewForCausalLM) -> None:
+    tokens = _tokens(2, 7)
+    found = model(tokens, output_hidden_states=True)
+    assert len(found.hidden_states) == model.spec.depth + 1
+    torch.testing.assert_close(found.hidden_states[0], model.model.embed(Place(tokens, tokens)))
+    torch.testing.assert_close(model.logits(found.hidden_states[-1]), found.logits)
+    assert model(tokens).hidden_states is None
+    (logits,) = model(tokens, return_dict=False)
+    assert torch.equal(logits, found.logits)
+
+
+def test_hidden_states_are_those_of_the_stock_type() -> None:
+    model, tokens = _model("normed").float(), _tokens(2, 7)
+    mine, theirs = (m(tokens, output_hidden_states=True).hidden_states for m in (model, stock(model)))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_embeddings_in_place_of_tokens_are_refused() -> None:
+    with pytest.raises(errors.UsageError, match="give input_ids"):
+        _model("grouped")(inputs_embeds=torch.zeros(1, 2, 32))
+
+
 def test_labels_are_shifted_inside(model: ShrewForCausalLM) -> None:
     tokens = _tokens(2, 9)
     done = model.float()(tokens, labels=tokens)
