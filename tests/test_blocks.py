@@ -362,6 +362,20 @@ def test_a_model_that_no_stock_type_can_say_survives_its_folder(tiny_tokenizer: 
         assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixed", "unrotated"])
+def test_a_model_of_another_vocabulary_survives_its_folder(name: str, tmp_path: Path) -> None:
+    model, tokens = _model(name).float(), _tokens(2, 7)
+    model.resize_token_embeddings(101)
+    assert (model.spec.vocabulary, model.lm_head.weight.shape[0], model.config.vocab_size) == (101, 101, 101)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert again.spec == model.spec
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    with pytest.raises(errors.UsageError, match="value_embeddings"):
+        _model("options").resize_token_embeddings(101)
+
+
 def test_a_block_may_be_the_first_import() -> None:
     done = subprocess.run([sys.executable, "-c", "import shrew.blocks.attention"], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -5,7 +5,7 @@ gets saved: everything else can read it without Shrew.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -402,6 +402,15 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         if not self.spec.exits:
             raise UsageError("exit_threshold: this model has no early exits; train one with [model.exits].")
         return EarlyExit(threshold, self.logits)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the spec follows, so that the folder of the model loads."""
+        if any(getattr(mixer, "value_embeddings", False) for mixer in self.spec.mixers.values()):
+            raise UsageError("value_embeddings: their tables cannot be resized; train a model of that vocabulary.")
+        found: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.spec = self.model.spec = replace(self.spec, vocabulary=found.num_embeddings)
+        self.config.spec = {**self.config.spec, "vocabulary": found.num_embeddings}
+        return found
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """transformers' `generate` would make a cache of keys and values alone."""
