@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Lfm2Config, LlamaConfig, Qwen3NextConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from shrew import errors, folder, spec
 from shrew.blocks.attention import Attention, AttentionSpec, naive_attention
@@ -25,7 +26,7 @@ from shrew.blocks.memory import MemorySpec
 from shrew.blocks.mlp import NothingSpec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.moe import MoeSpec
-from shrew.blocks.stock import adopt, stock
+from shrew.blocks.stock import adopt, as_spec, stock
 from shrew.blocks.window import WindowSpec
 from shrew.train import flops_per_token
 
@@ -185,6 +186,16 @@ def test_a_packed_document_is_as_if_alone(model: ShrewForCausalLM) -> None:
 
 
 @torch.no_grad()
+def test_positions_that_restart_begin_a_document(model: ShrewForCausalLM) -> None:
+    rows = [{"input_ids": _tokens(1, length, seed=length)[0].tolist()} for length in (1, 6, 4)]
+    packed = DataCollatorWithFlattening(return_tensors="pt")(rows)
+    assert packed["position_ids"].tolist() == [[0, *range(6), *range(4)]]
+    together = model(packed["input_ids"], position_ids=packed["position_ids"]).logits.split((1, 6, 4), dim=1)
+    for row, found in zip(rows, together, strict=True):
+        torch.testing.assert_close(found, model(torch.tensor([row["input_ids"]])).logits, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("first", [1, 5])
 def test_decoding_with_a_cache_is_the_full_forward(model: ShrewForCausalLM, first: int) -> None:
     tokens = _tokens(2, 19)
@@ -200,6 +211,38 @@ def test_decoding_with_a_cache_is_the_full_forward(model: ShrewForCausalLM, firs
 
 
 @torch.no_grad()
+def test_what_is_before_a_hole_is_not_seen_after_it(model: ShrewForCausalLM) -> None:
+    tokens, mask = _tokens(1, 15), torch.tensor([[1] * 5 + [0] * 3 + [1] * 7])
+    whole = model(tokens, attention_mask=mask).logits
+    alone = model(tokens[:, 8:]).logits
+    torch.testing.assert_close(whole[:, 8:], alone, rtol=1e-4, atol=1e-5)  # rotary angles are float32
+    for cuts in ([5, 3, 7], [7, 1, 1, 2, 1, 3], [1] * 15):
+        cache, parts, place = model.model.new_cache(), [], 0
+        for cut in cuts:
+            new, seen = tokens[:, place : place + cut], mask[:, : place + cut]
+            parts.append(model(new, attention_mask=seen, past_key_values=cache).logits)
+            place += cut
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@torch.no_grad()
+def test_an_empty_cache_is_filled_and_a_strange_one_refused(model: ShrewForCausalLM) -> None:
+    tokens, cache = _tokens(2, 7), DynamicCache()
+    parts = [model(part, past_key_values=cache).logits for part in tokens.split(4, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens).logits)
+    strange = Cache(layers=[DynamicLayer() for _ in range(9)])
+    with pytest.raises(errors.UsageError, match="not of this model"):
+        model(tokens, past_key_values=strange)
+
+
+def test_a_mask_of_the_new_positions_alone_is_refused() -> None:
+    model, tokens = _model("delta"), _tokens(1, 4)
+    cache = model(tokens, use_cache=True).past_key_values
+    with pytest.raises(errors.UsageError, match="all positions"):
+        model(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache)
+
+
+@torch.no_grad()
 def test_generating_left_padded_rows_equals_each_alone(model: ShrewForCausalLM) -> None:
     rows = [_tokens(1, length, seed=length) for length in (3, 8, 5)]
     ids = torch.cat([nn.functional.pad(row, (8 - row.shape[1], 0)) for row in rows])
@@ -210,6 +253,29 @@ def test_generating_left_padded_rows_equals_each_alone(model: ShrewForCausalLM) 
         alone = model.generate(input_ids=row, attention_mask=torch.ones_like(row), **options)
         assert found[8:].tolist() == alone[0, row.shape[1] :].tolist()
         assert len(set(found[8:].tolist())) > 1  # a model that only repeats itself would prove little
+
+
+@torch.no_grad()
+def test_hidden_states_are_given_and_a_tuple_where_asked(model: ShrewForCausalLM) -> None:
+    tokens = _tokens(2, 7)
+    found = model(tokens, output_hidden_states=True)
+    assert len(found.hidden_states) == model.spec.depth + 1
+    torch.testing.assert_close(found.hidden_states[0], model.model.embed(Place(tokens, tokens)))
+    torch.testing.assert_close(model.logits(found.hidden_states[-1]), found.logits)
+    assert model(tokens).hidden_states is None
+    (logits,) = model(tokens, return_dict=False)
+    assert torch.equal(logits, found.logits)
+
+
+def test_hidden_states_are_those_of_the_stock_type() -> None:
+    model, tokens = _model("normed").float(), _tokens(2, 7)
+    mine, theirs = (m(tokens, output_hidden_states=True).hidden_states for m in (model, stock(model)))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_embeddings_in_place_of_tokens_are_refused() -> None:
+    with pytest.raises(errors.UsageError, match="give input_ids"):
+        _model("grouped")(inputs_embeds=torch.zeros(1, 2, 32))
 
 
 def test_labels_are_shifted_inside(model: ShrewForCausalLM) -> None:
@@ -296,9 +362,33 @@ def test_a_model_that_no_stock_type_can_say_survives_its_folder(tiny_tokenizer: 
         assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mixed", "unrotated"])
+def test_a_model_of_another_vocabulary_survives_its_folder(name: str, tmp_path: Path) -> None:
+    model, tokens = _model(name).float(), _tokens(2, 7)
+    model.resize_token_embeddings(101)
+    assert (model.spec.vocabulary, model.lm_head.weight.shape[0], model.config.vocab_size) == (101, 101, 101)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert again.spec == model.spec
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    with pytest.raises(errors.UsageError, match="value_embeddings"):
+        _model("options").resize_token_embeddings(101)
+
+
 def test_a_block_may_be_the_first_import() -> None:
     done = subprocess.run([sys.executable, "-c", "import shrew.blocks.attention"], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("config", [
+    Qwen3NextConfig(shared_expert_intermediate_size=0),
+    Lfm2Config(hidden_size=50, num_attention_heads=4, num_key_value_heads=2),
+    LlamaConfig(rms_norm_eps=0.0),
+], ids=lambda config: config.model_type)  # fmt: skip
+def test_a_stock_config_outside_our_ranges_is_unsupported(config: Any) -> None:
+    with pytest.raises(errors.UnsupportedError, match=f"{config.model_type}: this model cannot be said"):
+        as_spec(config)
 
 
 # --- specs -----------------------------------------------------------------------------------------------------------
@@ -317,6 +407,19 @@ def test_a_block_may_be_the_first_import() -> None:
         ({"mixers": {"A": {"heds": 4}}}, ["'heds'", "did you mean 'heads'?"]),
         ({"ffn": {"kind": "mpl"}}, ["ffn", "'mpl'", "mlp"]),
         ({"layers": 0}, ["layers", ">= 1"]),
+        ({"eps": 0.0}, ["eps", "> 0"]),
+        ({"embedding_scale": float("nan")}, ["embedding_scale", "finite", "nan"]),
+        ({"residual_scale": float("inf")}, ["residual_scale", "finite", "inf"]),
+        ({"logit_scale": 0.0}, ["logit_scale", "> 0"]),
+        ({"mixers": {"A": {"yarn": 4.0, "yarn_context": 64, "rope_theta": 1.0}}}, ["mixers.A", "rope_theta", "> 1"]),
+        ({"ffn": "moe"}, ["ffn", "table with kind", "mlp, moe", "got str"]),
+        ({"ffn": []}, ["ffn", "table with kind", "got list"]),
+        ({"mixers": {"A": "conv"}}, ["mixers.A", "table with kind", "got str"]),
+        ({"mixers": {"A": 5}}, ["mixers.A", "table with kind", "got int"]),
+        ({"mixers": 5}, ["mixers", "got int"]),
+        ({"mixers": [{"kind": "conv"}]}, ["mixers", "got array"]),
+        ({"mixers": {"A": {"kind": ["conv"]}}}, ["mixers.A", "unknown kind"]),
+        ({"ffn": {"kind": {}}}, ["ffn", "unknown kind", "mlp"]),
     ],
 )
 def test_a_wrong_model_is_refused_in_words(values: dict[str, Any], words: list[str]) -> None:

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import tomllib
 import types
@@ -35,11 +36,23 @@ def doc(text: str, default: Any = MISSING, default_factory: Any = MISSING) -> An
 
 
 class Kinds:
-    """Marks a field whose tables are told apart by their key `kind`: `Annotated[Any, Kinds({kind: spec class})]`.
-    Without the key a table is of the first kind."""
+    """Marks a value whose tables are told apart by their key `kind`: `Annotated[Any, Kinds({kind: spec class})]`, a
+    field or what a dict holds. Without the key a table is of the first kind."""
 
     def __init__(self, table: Mapping[str, Any]) -> None:
         self.table = table
+
+    def parse(self, value: Any, where: str) -> Any:
+        """The spec that a table says; a spec stays as it is."""
+        if isinstance(value, tuple(self.table.values())):
+            return value
+        if not isinstance(value, dict):
+            kinds = ", ".join(self.table)
+            raise SpecError(f"{where}: expected a table with kind = one of {kinds}; got {type(value).__name__}.")
+        kind = value.get("kind", next(iter(self.table)))
+        if not isinstance(kind, str) or kind not in self.table:
+            raise SpecError(f"{where}: unknown kind '{kind}'; {nearest(str(kind), self.table)}")
+        return parse(self.table[kind], value, where)
 
 
 def parse(cls: type[T], values: dict[str, Any], where: str) -> T:
@@ -60,32 +73,31 @@ def _resolve(cls: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in values.items():
         if key not in known:
             raise SpecError(f"{where}: unknown key '{key}'; {nearest(key, known)}")
-        if typing.get_origin(hints[key]) is dict and isinstance(value, dict):
-            found[key] = {name: _inner(hints[key], part, f"{where}: {key}.{name}") for name, part in value.items()}
-        elif isinstance(value, list):
-            found[key] = [_inner(hints[key], part, f"{where}: {key}") for part in value]
+        hint = hints[key]
+        if typing.get_origin(hint) is dict and isinstance(value, dict):
+            held = typing.get_args(hint)[1]
+            found[key] = {name: _inner(held, part, f"{where}: {key}.{name}") for name, part in value.items()}
+        elif isinstance(value, list) and _kinds(hint) is None:
+            found[key] = [_inner(hint, part, f"{where}: {key}") for part in value]
         else:
-            found[key] = _inner(hints[key], value, f"{where}: {key}")
+            found[key] = _inner(hint, value, f"{where}: {key}")
     return found
 
 
 def _inner(hint: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        return value
-    for kinds in _kinds_in(hint):
-        kind = value.get("kind", next(iter(kinds.table)))
-        if kind not in kinds.table:
-            raise SpecError(f"{where}: unknown kind '{kind}'; {nearest(str(kind), kinds.table)}")
-        return parse(kinds.table[kind], value, where)
-    for cls in _dataclasses_in(hint):
-        return _resolve(cls, value, where)
+    kinds = _kinds(hint)
+    if kinds is not None:
+        return kinds.parse(value, where)
+    if isinstance(value, dict):
+        for cls in _dataclasses_in(hint):
+            return _resolve(cls, value, where)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"{where}: expected a finite number, got {value}.")
     return value
 
 
-def _kinds_in(hint: Any) -> list["Kinds"]:
-    if isinstance(hint, Kinds):
-        return [hint]
-    return [found for part in typing.get_args(hint) for found in _kinds_in(part)]
+def _kinds(hint: Any) -> Kinds | None:
+    return next((part for part in typing.get_args(hint) if isinstance(part, Kinds)), None)
 
 
 def _dataclasses_in(hint: Any) -> list[Any]:

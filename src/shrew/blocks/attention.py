@@ -26,7 +26,7 @@ class AttentionSpec:
     qk_norm: Literal["none", "head", "all"] = doc(
         "RMS norm on queries and keys (Henry et al. 2020), of each head (Qwen3) or over all heads (OLMoE)", "none"
     )
-    rope_theta: Annotated[float, Meta(gt=0)] = doc("base of the rotary frequencies", 10000.0)
+    rope_theta: Annotated[float, Meta(gt=1)] = doc("base of the rotary frequencies", 10000.0)
     rotary_share: Annotated[float, Meta(ge=0, le=1)] = doc("share of a head's channels that rotate; 0: NoPE", 1.0)
     yarn: Annotated[float, Meta(ge=1)] = doc("factor of YaRN's longer context (Peng et al. 2023); 1: off", 1.0)
     yarn_context: Annotated[int, Meta(ge=2)] | None = doc("context that was trained before YaRN", None)

@@ -28,14 +28,16 @@ class Shape:
 class Place:
     """Where the tokens of one forward pass stand. Every block of the model reads the same one.
 
-    tokens, positions [B, T]; `owner` [B, S] numbers the document that each position seen or new belongs to, None where
-    every row is one document. Nothing may pass from one document to another; padding is a document of its own, so
-    packed rows and left-padded rows need no further rule.
+    tokens, positions [B, T]; `owner` [B, S] tells the documents of the positions seen and new apart, None where every
+    row is one document: a document is a run of equal numbers, and a number that comes back is another one. Nothing may
+    pass from one document to another; padding is a document of its own, so packed rows and left-padded rows need no
+    further rule. What blocks read as `owner` counts the runs of a row from 0.
     """
 
     def __init__(self, tokens: Tensor, positions: Tensor, owner: Tensor | None = None, seen: int = 0) -> None:
         if owner is not None and bool((owner == owner[:, :1]).all()):
             owner = None
+        owner = None if owner is None else runs(owner[:, 1:] != owner[:, :-1])
         self.tokens, self.positions, self.owner, self.seen = tokens, positions, owner, seen
         self._kept: dict[Any, Any] = {}
 
@@ -77,6 +79,11 @@ class Place:
         if self.owner is None:
             return causal[None, None]
         return ((self.owner[:, first:total, None] == self.owner[:, None, :total]) & causal)[:, None]
+
+
+def runs(breaks: Tensor) -> Tensor:
+    """[B, S] of `breaks` [B, S - 1], true where a position begins a new run: the number of its run, from 0."""
+    return nn.functional.pad(breaks.cumsum(1), (1, 0))
 
 
 class State(CacheLayerMixin):

@@ -43,7 +43,7 @@ class MemorySpec:
     kv_heads: Annotated[int, Meta(ge=1)] | None = doc("key-value heads (grouped queries); default: heads", None)
     head_width: Annotated[int, Meta(ge=2)] | None = doc("width of a head; default: model width / heads", None)
     qk_norm: bool = doc("RMS norm on queries and keys (Henry et al. 2020)", False)
-    rope_theta: Annotated[float, Meta(gt=0)] = doc("base of the rotary frequencies inside a segment", 10000.0)
+    rope_theta: Annotated[float, Meta(gt=1)] = doc("base of the rotary frequencies inside a segment", 10000.0)
     segment: Annotated[int, Meta(ge=2)] = doc("positions of a segment", 256)
     gate: Literal["layer", "head"] = doc("one learned gate for the layer (White-Basilisk) or for each head", "layer")
     accumulate: bool = doc("gate once on all segments' outputs, as the paper does: same numbers, more memory", False)

@@ -5,7 +5,7 @@ gets saved: everything else can read it without Shrew.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from shrew.blocks.conv import Conv, ConvSpec
 from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.depth import EarlyExit, ExitSpec, MixtureOfDepthsSpec, Router, drop_rates, skip_rows
 from shrew.blocks.embeddings import Ngrams, NgramSpec
-from shrew.blocks.layers import Place, RMSNorm, Shape, State
+from shrew.blocks.layers import Place, RMSNorm, Shape, State, runs
 from shrew.blocks.linear import Linear, LinearSpec
 from shrew.blocks.memory import Memory, MemorySpec
 from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
@@ -56,11 +56,11 @@ class ModelSpec:
     vocabulary: Annotated[int, Meta(ge=2)] | None = doc("number of token ids; default: the tokenizer's", None)
     context: Annotated[int, Meta(ge=2)] = doc("longest context", 1024)
     tied: bool = doc("one matrix for embedding and head", True)
-    eps: float = doc("epsilon of the norms", 1e-6)
+    eps: Annotated[float, Meta(gt=0)] = doc("epsilon of the norms", 1e-6)
     norms: Literal["pre", "sandwich"] = doc("norm before each block, or before and after it (Gemma)", "pre")
-    embedding_scale: float = doc("factor of the embeddings", 1.0)
-    residual_scale: float = doc("factor of what a block adds to the residual stream", 1.0)
-    logit_scale: float = doc("factor of the logits", 1.0)
+    embedding_scale: Annotated[float, Meta(gt=0)] = doc("factor of the embeddings", 1.0)
+    residual_scale: Annotated[float, Meta(gt=0)] = doc("factor of what a block adds to the residual stream", 1.0)
+    logit_scale: Annotated[float, Meta(gt=0)] = doc("factor of the logits", 1.0)
     softcap: Annotated[float, Meta(ge=0)] = doc("logits become softcap tanh(logits / softcap); 0: off", 0.0)
     zero_init: bool = doc("start every block's last matrix at zero, so that a new model is its embedding", False)
     mixers: dict[str, Annotated[Any, Kinds({kind: spec for kind, (spec, _) in MIXERS.items()})]] = field(
@@ -177,18 +177,23 @@ class Trunk(nn.Module):
         self.exit_norms = nn.ModuleList(RMSNorm(spec.width, spec.eps) for _ in self.exits)
         self.drop_rates = drop_rates(spec.exits.layer_skip if spec.exits else 0.0, spec.depth)
 
-    def forward(self, place: Place, cache: Cache | None = None, kept: list[Tensor] | None = None,
-                leave: EarlyExit | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    def forward(
+        self, place: Place, cache: Cache | None = None, kept: list[Tensor] | None = None,
+        leave: EarlyExit | None = None, every: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Hidden states [B, T, d] of the tokens, and the sum of the layers' penalties (None if there is none).
 
-        `kept` gets the hidden states at each exit. `leave` is asked at each exit; once it says yes it holds the answer,
-        and the layers above only run their mixers on the hidden states there, for the sake of the mixers' states.
+        `kept` gets the hidden states at each exit, `every` those before each layer and, normed, after the last.
+        `leave` is asked at each exit; once it says yes it holds the answer, and the layers above only run their mixers
+        on the hidden states there, for the sake of the mixers' states.
         """
         x = self.embed(place, cache)
         penalties = []
         for number in range(self.spec.depth):
             layer: Any = self.layers[number % self.spec.layers]
             state = None if cache is None else cache.layers[number]
+            if every is not None:
+                every.append(x)
             if leave is not None and leave.layers:
                 layer.mixer(layer.mixer_norm(x), place, state)
             else:
@@ -203,7 +208,10 @@ class Trunk(nn.Module):
                     if leave is not None:
                         leave(number + 1, early)
             _count(state, place)
-        return self.norm(x), torch.stack(penalties).sum() if penalties else None
+        x = self.norm(x)
+        if every is not None:
+            every.append(x)
+        return x, torch.stack(penalties).sum() if penalties else None
 
     def embed(self, place: Place, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(place.tokens)
@@ -319,7 +327,7 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -327,9 +335,16 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         exit_threshold: float | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """input_ids [B, T] -> logits [B, T, V]; `attention_mask` [B, S] is 0 at padding.
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """input_ids [B, T] -> logits [B, T, V]; `attention_mask` [B, S] is 0 at padding. What stands before a hole of
+        zeros in a row is a document of its own and is not seen after it. Without a mask and a cache so is what stands
+        before `position_ids` that do not count on by one (rows packed by `DataCollatorWithFlattening`).
+
+        `output_hidden_states` and `return_dict` are as in transformers: the states before each layer, then the normed
+        last ones; a tuple in place of an object.
 
         `labels` [B, T] are shifted inside, as transformers does, and count at all positions; with `logits_to_keep` only
         the logits asked for are held as a whole, the loss is summed up in chunks. Penalties are added in training.
@@ -340,18 +355,15 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         (state propagation, Schuster et al. 2022), so later tokens are an approximation of the full model's. The mixers
         run for that: saved are the feed-forward layers above, and each exit that says no costs a pass of the head.
         """
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise UsageError("attention_mask: give it as [rows, positions], 1 for text and 0 for padding.")
-        if use_cache and past_key_values is None:
-            past_key_values = self.model.new_cache()
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
-        place = Place(input_ids, position_ids.expand_as(input_ids), attention_mask, seen)
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
+            raise UsageError("inputs_embeds: give input_ids instead; blocks of this model read the tokens.")
+        past_key_values = self._cache(past_key_values, bool(use_cache))
+        place = self._place(input_ids, attention_mask, position_ids, past_key_values)
         kept: list[Tensor] | None = [] if self.training and self.spec.exits and labels is not None else None
         decoding = past_key_values is not None and input_ids.shape[1] == 1 and not self.training
         leave = self._exit(exit_threshold) if decoding else None
-        x, penalty = self.model(place, past_key_values, kept, leave)
+        every: list[Tensor] | None = [] if _chosen(output_hidden_states, self.config.output_hidden_states) else None
+        x, penalty = self.model(place, past_key_values, kept, leave, every)
         if leave is not None:
             self.exit_counts[leave.layers or self.spec.depth] += len(input_ids)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -364,7 +376,33 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
             added = self._added(kept, penalty, targets) if self.training else None
             count = kwargs.get("num_items_in_batch") or (targets != objectives.IGNORE).sum()
             loss = (loss if added is None else loss + added) / count
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        states = None if every is None else tuple(every)
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values, hidden_states=states)
+        return found if _chosen(return_dict, self.config.return_dict) else found.to_tuple()
+
+    def _cache(self, given: Cache | None, wanted: bool) -> Cache | None:
+        """The cache of a call; one without layers (transformers' `DynamicCache()`) gets those of this model."""
+        if given is None:
+            return self.model.new_cache() if wanted else None
+        own = self.model.new_cache().layers
+        if not given.layers:
+            given.layers = own
+        if [type(layer) for layer in given.layers] != [type(layer) for layer in own]:
+            raise UsageError("past_key_values: this cache is not of this model; give an empty DynamicCache() or none.")
+        return given
+
+    def _place(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Cache | None) -> Place:
+        seen = cache.get_seq_length() if cache is not None else 0
+        total = seen + tokens.shape[1]
+        if mask is not None and mask.ndim != 2:
+            raise UsageError("attention_mask: give it as [rows, positions], 1 for text and 0 for padding.")
+        if mask is not None and mask.shape[1] != total:
+            raise UsageError("attention_mask: give it for all positions, those in the cache and the new ones.")
+        if positions is None:
+            positions = torch.arange(seen, total, device=tokens.device)[None]
+        elif mask is None and cache is None:
+            mask = runs(positions.diff() != 1).expand_as(tokens)
+        return Place(tokens, positions.expand_as(tokens), mask, seen)
 
     def _exit(self, threshold: float | None) -> EarlyExit | None:
         threshold = self.config.exit_threshold if threshold is None else threshold
@@ -374,11 +412,24 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
             raise UsageError("exit_threshold: this model has no early exits; train one with [model.exits].")
         return EarlyExit(threshold, self.logits)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the spec follows, so that the folder of the model loads."""
+        if any(getattr(mixer, "value_embeddings", False) for mixer in self.spec.mixers.values()):
+            raise UsageError("value_embeddings: their tables cannot be resized; train a model of that vocabulary.")
+        found: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        self.spec = self.model.spec = replace(self.spec, vocabulary=found.num_embeddings)
+        self.config.spec = {**self.config.spec, "vocabulary": found.num_embeddings}
+        return found
+
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """transformers' `generate` would make a cache of keys and values alone."""
         self.exit_counts.clear()
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.model.new_cache()
+
+
+def _chosen(given: bool | None, default: bool | None) -> bool:
+    return bool(default if given is None else given)
 
 
 AutoConfig.register("shrew", ShrewConfig)

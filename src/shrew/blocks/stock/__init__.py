@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.stock import dense, gemma3, granite, lfm2, mamba2, olmoe, qwen3_next
 from shrew.blocks.stock.adapter import Adapter, Weights
-from shrew.errors import UnsupportedError
+from shrew.errors import SpecError, UnsupportedError
+from shrew.spec import dump, parse
 
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -51,7 +52,11 @@ def stock(model: ShrewForCausalLM) -> PreTrainedModel:
 def as_spec(config: Any) -> ModelSpec:
     """The spec that a stock config says. Raises UnsupportedError where our blocks cannot say it."""
     adapter = ADAPTERS.get(config.model_type)
-    spec = adapter.spec(config) if adapter else None
+    try:
+        spec = adapter.spec(config) if adapter else None
+        spec = spec and parse(ModelSpec, dump(spec), "its config")  # the ranges too
+    except SpecError as error:
+        raise UnsupportedError(f"{config.model_type}: this model cannot be said in our blocks: {error}") from None
     if spec is None:
         known = ", ".join(ADAPTERS)
         raise UnsupportedError(f"{config.model_type}: this model cannot be said in our blocks; known: {known}.")
