@@ -29,7 +29,8 @@ class MoeSpec:
     shared_gate: bool = doc("multiply the shared expert by a sigmoid gate of the token (Qwen3-Next)", False)
     balance: Literal["loss", "bias"] = doc(
         "what keeps the experts in use: a loss (Fedus et al. 2021), or a bias of the choice alone that is nudged after "
-        "every step (Wang et al. 2024, DeepSeek-V3)", "loss"
+        "every step of `shrew train` and distil; other training loops must call `after_step` of the block (Wang et al. "
+        "2024, DeepSeek-V3)", "loss"
     )  # fmt: skip
     balance_weight: Annotated[float, Meta(ge=0)] = doc("weight of the balance loss, or the nudge of the bias", 0.01)
     z_weight: Annotated[float, Meta(ge=0)] = doc("weight of the router's z-loss (Zoph et al. 2022)", 0.001)
