@@ -147,9 +147,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         lineage: dict[str, Any] = {"parent": parent, "seed": item.seed, "threads": threads.count,
                                    "recipe": spec.dump(recipe), "data": hashes, "moves": []}  # fmt: skip
         final = model.cpu().eval()
-        if isinstance(final, ShrewForCausalLM):
-            final = stock(final)
-            final.generation_config = model.generation_config  # no spec says it
+        final = stock(final) if isinstance(final, ShrewForCausalLM) else final
         folder.save(replace(loaded, model=final, lineage=lineage), out)
         say(f"Wrote {out}.")
     world.barrier()
@@ -211,15 +209,13 @@ def _in_our_blocks(loaded: folder.Loaded, item: TrainSpec) -> folder.Loaded:
 
     Raises UsageError for another one in which they would see each other."""
     try:
-        ours = adopt(loaded.model)
+        return replace(loaded, model=adopt(loaded.model))
     except UnsupportedError:
-        if item.document_mask and not isinstance(loaded.model, ShrewForCausalLM) and _leaks(loaded.model):
+        if item.document_mask and _leaks(loaded.model):
             kind = loaded.model.config.model_type
             raise UsageError(f"{item.init}: documents packed in one row would see each other, since a {kind} cannot "
                              "keep them apart; train with document_mask = false.") from None  # fmt: skip
         return loaded
-    ours.generation_config = loaded.model.generation_config
-    return replace(loaded, model=ours)
 
 
 @torch.no_grad()

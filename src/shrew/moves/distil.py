@@ -25,6 +25,11 @@ from shrew.moves.context import Context
 from shrew.spec import Meta, doc
 
 
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step: linear warm-up over a tenth of the steps, linear decay to zero."""
+    return min((step + 1) / max(0.1 * steps, 1), (steps - step) / max(0.9 * steps, 1), 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distil:
     """Train on the healing text: a mix of KL to the original's predictions and next-token loss."""
@@ -59,8 +64,7 @@ class Distil:
         loaded.model.train(isinstance(loaded.model, ShrewForCausalLM))  # no dropout for the others
         try:
             for step in range(self.steps):
-                share = min((step + 1) / max(0.1 * self.steps, 1), (self.steps - step) / max(0.9 * self.steps, 1), 1.0)
-                optimizer.param_groups[0]["lr"] = self.lr * share
+                optimizer.param_groups[0]["lr"] = self.lr * rate(step, self.steps)
                 loss = self._loss(loaded, weights, plan, step, stored, context)
                 if not torch.isfinite(loss):
                     raise ShrewError(f"healing diverged at step {step}; lower its lr from {self.lr}.")

@@ -1,6 +1,7 @@
 """Leave out the experts that calibration text uses least."""
 
 import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -72,7 +73,6 @@ def expert_use(loaded: Loaded, context: Context) -> dict[str, Tensor]:
     if cached.exists():
         return load_file(cached)
     sums: dict[str, Tensor] = {}
-    handles = []
 
     def note(stack: Mlp) -> Any:
         sums[stack.out] = torch.zeros(stack.experts, dtype=torch.float64)
@@ -83,17 +83,13 @@ def expert_use(loaded: Loaded, context: Context) -> dict[str, Tensor]:
 
         return hook
 
-    for stack in read_anatomy(loaded.model).mlps:
-        if stack.experts:
-            module = loaded.model.get_submodule(stack.module)
-            handles.append(module.register_forward_pre_hook(note(stack)))
-    try:
-        with torch.inference_mode():
-            for ids in batches(loaded, context.calibration, 2048, USE_TOKENS):
-                logits(loaded, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode():
+        for stack in read_anatomy(loaded.model).mlps:
+            if stack.experts:
+                module = loaded.model.get_submodule(stack.module)
+                hooks.enter_context(module.register_forward_pre_hook(note(stack)))
+        for ids in batches(loaded, context.calibration, 2048, USE_TOKENS):
+            logits(loaded, ids)
     files.write_bytes(cached, to_bytes(sums))
     return sums
 

@@ -6,6 +6,7 @@ arXiv:2408.15237). What is left of the damage is for `distil` to heal.
 """
 
 import dataclasses
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,7 +25,7 @@ from shrew.blocks.window import WindowSpec
 from shrew.errors import ShrewError, SpecError, UnsupportedError
 from shrew.folder import Loaded
 from shrew.moves.context import Context
-from shrew.moves.distil import Plan
+from shrew.moves.distil import Plan, rate
 from shrew.spec import Meta, doc
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -54,7 +55,7 @@ class Linearize:
             raise UnsupportedError("linearize: the weights are quantized already; put it before quantize.")
         if not context.calibration or not context.healing:
             raise UnsupportedError("linearize needs text to train and to measure on; give a longer text or task.")
-        ours = loaded.model if isinstance(loaded.model, ShrewForCausalLM) else adopt(loaded.model)
+        ours = adopt(loaded.model)
         self._check(ours.spec, [*context.calibration, *context.healing])
         chosen = [number for number in range(ours.spec.layers) if self._replaces(ours.spec, number)]
         if not chosen:
@@ -71,7 +72,6 @@ class Linearize:
             context.say(f"linearize: layer {number}, attention -> {self.to}: error {before[number]:.1%} of the "
                         f"output's power, {after[number]:.1%} after {self.steps} steps")  # fmt: skip
         made = stock(_assembled(ours, new, self._spec(ours.spec)))
-        made.generation_config = loaded.model.generation_config
         context.say(f"linearize: saved as {made.config.model_type}")
         return dataclasses.replace(loaded, model=made, untouched={})
 
@@ -137,8 +137,7 @@ class Linearize:
         trained = [p for mixer in new.values() for p in mixer.parameters()]
         optimizer = torch.optim.AdamW(trained, lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         for step in range(self.steps):
-            share = min((step + 1) / max(0.1 * self.steps, 1), (self.steps - step) / max(0.9 * self.steps, 1), 1.0)
-            optimizer.param_groups[0]["lr"] = self.lr * share
+            optimizer.param_groups[0]["lr"] = self.lr * rate(step, self.steps)
             seen, mask, place = watch(ours, list(new), loaded, plan, step)
             for number, pairs in seen.items():
                 loss = torch.stack([error(new[number](x, place), y, mask) for x, y in pairs]).mean()
@@ -170,12 +169,10 @@ def watch(
     def note(number: int) -> Any:
         return lambda _, args, output: seen[number].append((args[0], output))
 
-    handles = [ours.model.layers[number].mixer.register_forward_hook(note(number)) for number in layers]
-    try:
+    with ExitStack() as hooks:
+        for number in layers:
+            hooks.enter_context(ours.model.layers[number].mixer.register_forward_hook(note(number)))
         ours.model(place)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen, mask, place
 
 
@@ -209,13 +206,11 @@ def _head_sizes(ours: Any, chosen: list[int], loaded: Loaded, plan: Plan) -> dic
 
         return hook
 
-    parts = [ours.model.layers[number].mixer.o_proj.register_forward_pre_hook(note(number)) for number in chosen]
-    try:
+    with ExitStack() as hooks:
+        for number in chosen:
+            hooks.enter_context(ours.model.layers[number].mixer.o_proj.register_forward_pre_hook(note(number)))
         for step in range(plan.steps):
             count += watch(ours, [], loaded, plan, step)[1].numel()
-    finally:
-        for handle in parts:
-            handle.remove()
     return {number: (value / count / ours.spec.loops).sqrt() for number, value in total.items()}
 
 
@@ -260,4 +255,5 @@ def _assembled(ours: Any, new: dict[int, nn.Module], spec: ModelSpec) -> ShrewFo
         state |= {f"model.layers.{number}.mixer.{name}": value for name, value in mixer.state_dict().items()}
     made.load_state_dict(state)
     made.tie_weights()
+    made.generation_config = ours.generation_config
     return made.eval()

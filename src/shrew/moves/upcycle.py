@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
+from shrew.blocks.model import ModelSpec, build
 from shrew.blocks.moe import MoeSpec
 from shrew.blocks.stock import IDS, adopt, stock
 from shrew.errors import SpecError, UnsupportedError
@@ -42,7 +42,7 @@ class Upcycle:
         if loaded.packed:
             raise UnsupportedError("upcycle: the weights are quantized already; start from the original.")
         kind = loaded.model.config.model_type
-        ours = loaded.model if isinstance(loaded.model, ShrewForCausalLM) else adopt(loaded.model)
+        ours = adopt(loaded.model)
         spec = self._spec(ours.spec, kind)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
@@ -56,8 +56,8 @@ class Upcycle:
                               for part, stack in self._experts(ours, block).items()}  # fmt: skip
         new.load_state_dict(state)
         new.tie_weights()
+        new.generation_config = ours.generation_config
         made = stock(new.eval())
-        made.generation_config = loaded.model.generation_config
         context.say(f"upcycle: {self.experts} experts a layer, saved as {made.config.model_type}")
         return dataclasses.replace(loaded, model=made, untouched={})
 

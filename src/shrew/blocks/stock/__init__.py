@@ -45,6 +45,7 @@ def stock(model: ShrewForCausalLM) -> PreTrainedModel:
             weights = {name: value.clone() for name, value in model.state_dict().items()}
             same.load_state_dict(adapter.out(spec, _renamed(weights, _names(adapter, spec))))
             same.tie_weights()
+            same.generation_config = model.generation_config  # no spec says it
             return same.eval()
     return model
 
@@ -64,9 +65,11 @@ def as_spec(config: Any) -> ModelSpec:
 
 
 def adopt(model: PreTrainedModel) -> ShrewForCausalLM:
-    """A stock model in our blocks, sharing no memory with `model`.
+    """A stock model in our blocks, sharing no memory with `model`; one of ours is returned as it is.
 
     Raises UnsupportedError where our blocks cannot say its config."""
+    if isinstance(model, ShrewForCausalLM):
+        return model
     spec = as_spec(model.config)
     adapter = ADAPTERS[model.config.model_type]
     ours = build(spec, **{key: getattr(model.config, key) for key in IDS}).to(model.dtype)
@@ -74,6 +77,7 @@ def adopt(model: PreTrainedModel) -> ShrewForCausalLM:
     names = [{theirs: part for part, theirs in layer.items()} for layer in _names(adapter, spec)]
     ours.load_state_dict(_renamed(adapter.back(spec, weights), names))
     ours.tie_weights()
+    ours.generation_config = model.generation_config
     return ours.eval()
 
 

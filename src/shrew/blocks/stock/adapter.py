@@ -1,6 +1,6 @@
 """What a row of the table of stock types is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,13 @@ class Adapter:
     names: Callable[[ModelSpec, int], dict[str, str]]  # spec, layer -> {our part of that layer: theirs}
     out: Callable[[ModelSpec, Weights], Weights] = lambda spec, weights: weights  # renamed weights -> theirs
     back: Callable[[ModelSpec, Weights], Weights] = lambda spec, weights: weights  # theirs -> ours but for the names
+
+
+def by_kind(spec: ModelSpec, kinds: Iterable[str]) -> dict[str, Any] | None:
+    """The mixers of a spec by kind; None where layers of a kind differ, or one is of no kind in `kinds`."""
+    mixers = [spec.mixer(number) for number in range(spec.layers)]
+    found = {mixer.kind: mixer for mixer in mixers}
+    return found if found.keys() <= set(kinds) and all(mixer == found[mixer.kind] for mixer in mixers) else None
 
 
 def shortest(letters: str) -> str:

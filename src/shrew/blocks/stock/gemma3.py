@@ -9,7 +9,7 @@ from transformers import Gemma3TextConfig
 from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec
-from shrew.blocks.stock.adapter import Adapter, Weights, shortest
+from shrew.blocks.stock.adapter import Adapter, Weights, by_kind, shortest
 from shrew.blocks.stock.dense import plain, plain_attention, rope_back, rope_out, sizes
 from shrew.blocks.window import WindowSpec
 
@@ -24,30 +24,31 @@ def _scale(width: int) -> float:
 
 
 def _config(spec: ModelSpec) -> Any:
-    mixers = [spec.mixer(number) for number in range(spec.layers)]
-    by_kind = {mixer.kind: mixer for mixer in mixers}
-    if any(mixer != by_kind[mixer.kind] or mixer.kind not in TYPES for mixer in mixers):
+    mixers = by_kind(spec, TYPES)
+    if mixers is None:
         return None
-    heads, scales = [sizes(mixer, spec.width) for mixer in by_kind.values()], {mixer.scale for mixer in mixers}
-    more = {"qk_norm": "head", "scale": mixers[0].scale}
-    scalar = round(mixers[0].scale ** -2) if mixers[0].scale else heads[0]["head_dim"]
+    first, *_ = mixers.values()
+    heads, scales = [sizes(mixer, spec.width) for mixer in mixers.values()], {mixer.scale for mixer in mixers.values()}
+    more = {"qk_norm": "head", "scale": first.scale}
+    scalar = round(first.scale**-2) if first.scale else heads[0]["head_dim"]
     odd = (
-        not all(plain_attention(mixer, **more, **_window(mixer)) for mixer in by_kind.values()),
-        heads[0] != heads[-1] or len(scales) > 1 or scalar**-0.5 != (mixers[0].scale or scalar**-0.5),
-        spec.width % mixers[0].heads,
+        not all(plain_attention(mixer, **more, **_window(mixer)) for mixer in mixers.values()),
+        heads[0] != heads[-1] or len(scales) > 1 or scalar**-0.5 != (first.scale or scalar**-0.5),
+        spec.width % first.heads,
         spec.norms != "sandwich" or torch.tensor(spec.embedding_scale).item() != _scale(spec.width),
         not plain(replace(spec, norms="pre", embedding_scale=1.0, softcap=0.0)),
         spec.ffn != MlpSpec(hidden=getattr(spec.ffn, "hidden", None), activation="gelu_tanh"),
     )
     if any(odd):
         return None
-    local = by_kind.get("window")
+    local = mixers.get("window")
     return Gemma3TextConfig(
         vocab_size=spec.vocabulary, hidden_size=spec.width, num_hidden_layers=spec.layers, **heads[0],
         intermediate_size=spec.ffn.hidden or 3 * spec.width, max_position_embeddings=spec.context,
         rms_norm_eps=spec.eps, tie_word_embeddings=spec.tied, query_pre_attn_scalar=scalar,
-        layer_types=[TYPES[mixer.kind] for mixer in mixers], final_logit_softcapping=spec.softcap or None,
-        rope_parameters={TYPES[kind]: rope_out(mixer) for kind, mixer in by_kind.items()},
+        layer_types=[TYPES[spec.mixer(number).kind] for number in range(spec.layers)],
+        final_logit_softcapping=spec.softcap or None,
+        rope_parameters={TYPES[kind]: rope_out(mixer) for kind, mixer in mixers.items()},
         **({"sliding_window": local.window} if local else {}),
     )  # fmt: skip
 

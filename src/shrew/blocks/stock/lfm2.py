@@ -8,7 +8,7 @@ from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.conv import ConvSpec
 from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec
-from shrew.blocks.stock.adapter import Adapter, Weights, shortest
+from shrew.blocks.stock.adapter import Adapter, Weights, by_kind, shortest
 from shrew.blocks.stock.dense import plain, plain_attention, rope_back, rope_out, sizes
 
 TYPES = {"conv": "conv", "attention": "full_attention"}
@@ -22,13 +22,10 @@ MIXER_NAMES = {
 
 
 def _config(spec: ModelSpec) -> Any:
-    mixers = [spec.mixer(number) for number in range(spec.layers)]
-    by_kind = {mixer.kind: mixer for mixer in mixers}
-    if any(mixer != by_kind[mixer.kind] or mixer.kind not in TYPES for mixer in mixers):
+    mixers = by_kind(spec, TYPES)
+    if mixers is None or "attention" not in mixers:  # the type's cache cannot do without
         return None
-    conv, full = by_kind.get("conv", ConvSpec()), by_kind.get("attention")
-    if full is None:  # the type's cache cannot do without
-        return None
+    conv, full = mixers.get("conv", ConvSpec()), mixers["attention"]
     head = sizes(full, spec.width)
     odd = (not plain(spec), spec.ffn != MlpSpec(hidden=getattr(spec.ffn, "hidden", None)),
            not plain_attention(full, qk_norm="head"), head.pop("head_dim") * full.heads != spec.width)  # fmt: skip
@@ -38,7 +35,8 @@ def _config(spec: ModelSpec) -> Any:
         vocab_size=spec.vocabulary, hidden_size=spec.width, num_hidden_layers=spec.layers, **head,
         intermediate_size=spec.ffn.hidden or 3 * spec.width, block_auto_adjust_ff_dim=False,
         max_position_embeddings=spec.context, norm_eps=spec.eps, tie_word_embeddings=spec.tied,
-        conv_bias=conv.bias, conv_L_cache=conv.kernel, layer_types=[TYPES[mixer.kind] for mixer in mixers],
+        conv_bias=conv.bias, conv_L_cache=conv.kernel,
+        layer_types=[TYPES[spec.mixer(number).kind] for number in range(spec.layers)],
         rope_parameters=rope_out(full),
     )  # fmt: skip
 

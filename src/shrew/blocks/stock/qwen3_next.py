@@ -12,7 +12,7 @@ from shrew.blocks.delta import DeltaSpec
 from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec
 from shrew.blocks.moe import MoeSpec
-from shrew.blocks.stock.adapter import Adapter, Weights, shortest
+from shrew.blocks.stock.adapter import Adapter, Weights, by_kind, shortest
 from shrew.blocks.stock.dense import plain, plain_attention, sizes
 
 TYPES = {"delta": "linear_attention", "attention": "full_attention"}
@@ -26,11 +26,10 @@ NAMES = {
 
 
 def _config(spec: ModelSpec) -> Any:
-    mixers = [spec.mixer(number) for number in range(spec.layers)]
-    by_kind: dict[str, Any] = {mixer.kind: mixer for mixer in mixers}
-    if by_kind.keys() != TYPES.keys() or any(mixer != by_kind[mixer.kind] for mixer in mixers):
+    mixers = by_kind(spec, TYPES)
+    if mixers is None or len(mixers) < len(TYPES):
         return None
-    delta, attention, ffn = by_kind["delta"], by_kind["attention"], spec.ffn
+    delta, attention, ffn = mixers["delta"], mixers["attention"], spec.ffn
     options = {"qk_norm": "head", "gate": True, "rotary_share": attention.rotary_share}
     settings = _ffn(ffn, spec)
     said = (plain(spec), settings, plain_attention(attention, **options), attention.yarn == 1,
@@ -41,7 +40,7 @@ def _config(spec: ModelSpec) -> Any:
     return Qwen3NextConfig(
         vocab_size=spec.vocabulary, hidden_size=spec.width, num_hidden_layers=spec.layers,
         max_position_embeddings=spec.context, rms_norm_eps=spec.eps, tie_word_embeddings=spec.tied,
-        layer_types=[TYPES[mixer.kind] for mixer in mixers],
+        layer_types=[TYPES[spec.mixer(number).kind] for number in range(spec.layers)],
         **sizes(attention, spec.width),
         rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta,
                          "partial_rotary_factor": attention.rotary_share},
