@@ -6,6 +6,7 @@ gets saved: everything else can read it without Shrew.
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
@@ -229,6 +230,11 @@ class Trunk(nn.Module):
         last = [] if self.ngrams is None else [self.ngrams.init_state()]
         return Cache(layers=[layer.mixer.init_state() for layer in layers] + last)
 
+    @cached_property
+    def state_kinds(self) -> list[type]:
+        """The classes of the layers of a cache."""
+        return [type(layer) for layer in self.new_cache().layers]
+
 
 def _count(state: Any, place: Place) -> None:
     if isinstance(state, State):
@@ -384,10 +390,9 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         """The cache of a call; one without layers (transformers' `DynamicCache()`) gets those of this model."""
         if given is None:
             return self.model.new_cache() if wanted else None
-        own = self.model.new_cache().layers
         if not given.layers:
-            given.layers = own
-        if [type(layer) for layer in given.layers] != [type(layer) for layer in own]:
+            given.layers = self.model.new_cache().layers
+        if [type(layer) for layer in given.layers] != self.model.state_kinds:
             raise UsageError("past_key_values: this cache is not of this model; give an empty DynamicCache() or none.")
         return given
 
