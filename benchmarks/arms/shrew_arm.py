@@ -1,0 +1,22 @@
+"""Our runtime, as one arm of benchmarks/runtime.py: `shrew_arm.py PACK THREADS`; see talk.py."""
+
+import sys
+from pathlib import Path
+
+from talk import serve
+
+from shrew.runtime import Engine, Request, load
+
+model = load(Path(sys.argv[1]), threads=int(sys.argv[2]))
+engine = Engine(model, slots=8, memory=0)
+
+
+def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+    answers = [
+        engine.submit(Request(prompt=prompt, max_tokens=count, temperature=0, ignore_eos=True, logprobs=0))
+        for prompt in prompts
+    ]
+    return [[token.id for piece in answer for token in piece.tokens] for answer in answers]
+
+
+serve(generate)
