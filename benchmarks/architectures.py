@@ -1,7 +1,7 @@
 """What each architecture costs on a CPU: against attention, against transformers, and against length.
 
     python benchmarks/architectures.py layers --records results/records.jsonl    # one layer, 512 and 2,048 tokens
-    python benchmarks/architectures.py length --records results/records.jsonl    # 512 to 131,072 tokens
+    python benchmarks/architectures.py length --records results/records.jsonl --plot docs    # 512 to 131,072 tokens
     python benchmarks/architectures.py read --records results/records.jsonl      # 131,072 tokens in one call
     python benchmarks/architectures.py decode --records results/records.jsonl    # after 32,768 tokens
 
@@ -29,6 +29,7 @@ from shrew.__main__ import ENVIRONMENT
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
+import panels  # noqa: E402
 import torch  # noqa: E402 - after the environment is set, as in the command line
 import transformers  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -40,7 +41,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer  # noqa: E402
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa: E402
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # noqa: E402
 
-from shrew import objectives, record, spec  # noqa: E402
+from shrew import files, objectives, record, spec  # noqa: E402
 from shrew.blocks.layers import Place, Shape  # noqa: E402
 from shrew.blocks.linear import MAMBA2  # noqa: E402
 from shrew.blocks.model import FFNS, MIXERS, ModelSpec, build  # noqa: E402
@@ -308,7 +309,24 @@ def length(args: argparse.Namespace) -> bool:
                                 detail={"from": FAR, "to": lengths[-1]}))  # fmt: skip
             keep(args, facts[-len(found) - 1 :])
     show([one for one in facts if one.metric.endswith("exponent")], ["model", "metric", "from", "to", "value"])
+    if args.plot:
+        for what, names in (("layers", LAYERS), ("models", MODELS)):
+            files.write_text(args.plot / f"length-{what}.svg", picture([one for one in facts if one.model in names]))
     return good
+
+
+def picture(facts: list[Record]) -> str:
+    """Microseconds a token against length: forward pass, training step, one decoded token."""
+    found = []
+    for mode, label in (("forward", "tokens read"), ("train", "tokens trained on"), ("decode", "tokens before one")):
+        series: dict[str, list[panels.Point]] = {}
+        for one in facts:
+            if one.metric == f"{mode}_cpu_seconds":
+                length = one.detail["length"]
+                each = float(one.value or 0) * 1e6 / (1 if mode == "decode" else length)
+                series.setdefault(one.model, []).append(panels.Point(length, math.log10(each)))
+        found.append(panels.Panel(label, series))
+    return panels.draw(found, "CPU-microseconds a token", powers=True)
 
 
 def exponent(points: list[tuple[int, float]]) -> float:
@@ -441,6 +459,7 @@ def main() -> int:
         one = verbs.add_parser(name)
         one.add_argument("--records", type=Path, help="JSONL file that the records are added to")
         one.add_argument("--rounds", type=int, default=15, help="of alternated timing (layers)")
+        one.add_argument("--plot", type=Path, help="folder for the pictures (length)")
         one.add_argument("--longest", type=int, default=131_072)
         one.add_argument("--longest-training", type=int, default=32_768, help="of whole models, which hold activations")
         one.add_argument("--longest-quadratic", type=int, default=32_768, help="of whatever has full attention")

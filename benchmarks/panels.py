@@ -30,8 +30,9 @@ class Panel:
     series: dict[str, list[Point]]
 
 
-def draw(panels: Sequence[Panel], y: str) -> str:
-    """All panels with one y axis in common (linear) and an x axis each (logarithmic)."""
+def draw(panels: Sequence[Panel], y: str, powers: bool = False) -> str:
+    """All panels with one y axis in common and an x axis each (logarithmic). With `powers`, values of y are powers of
+    ten."""
     points = [point for panel in panels for line in panel.series.values() for point in line]
     ends = [end for point in points for end in (point.y, point.low, point.high) if end is not None]
     span = max(max(ends) - min(ends), 1e-3)
@@ -41,7 +42,7 @@ def draw(panels: Sequence[Panel], y: str) -> str:
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HIGH}" role="img">',
              f'<style>{STYLE}</style><rect class="paper" width="{width}" height="{HIGH}"/>',
              _key(names), f'<text x="6" y="{TOP - 12}">{escape(y)}</text>']  # fmt: skip
-    parts += [_panel(panel, names, LEFT + WIDE * number, low, high) for number, panel in enumerate(panels)]
+    parts += [_panel(panel, names, LEFT + WIDE * number, low, high, powers) for number, panel in enumerate(panels)]
     return "".join(parts) + "</svg>\n"
 
 
@@ -53,7 +54,7 @@ def _key(names: Sequence[str]) -> str:
     return "".join(parts)
 
 
-def _panel(panel: Panel, names: Sequence[str], left: float, low: float, high: float) -> str:
+def _panel(panel: Panel, names: Sequence[str], left: float, low: float, high: float, powers: bool) -> str:
     right, bottom = left + WIDE - 24, HIGH - BOTTOM
     xs = [point.x for line in panel.series.values() for point in line]
     first, last = math.log10(min(xs)) - 0.08, math.log10(max(xs)) + 0.08
@@ -65,11 +66,11 @@ def _panel(panel: Panel, names: Sequence[str], left: float, low: float, high: fl
         return bottom - (value - low) / (high - low) * (bottom - TOP)
 
     parts = []
-    step = _step(high - low)
+    step = 1.0 if powers else _step(high - low)
     for number in range(math.ceil(low / step), math.floor(high / step) + 1):
-        at = down(number * step)
+        at, told = down(number * step), _short(10.0**number) if powers else f"{number * step:.3g}"
         parts.append(f'<path class="grid" d="M{left:.1f} {at:.1f}H{right:.1f}"/><text x="{left - 6:.1f}" '
-                     f'y="{at + 4:.1f}" text-anchor="end">{number * step:.3g}</text>')  # fmt: skip
+                     f'y="{at + 4:.1f}" text-anchor="end">{told}</text>')  # fmt: skip
     for tick in _ticks(first, last):
         parts.append(f'<path class="grid" d="M{across(tick):.1f} {TOP}V{bottom}"/><text x="{across(tick):.1f}" '
                      f'y="{bottom + 16}" text-anchor="middle">{_short(tick)}</text>')  # fmt: skip
@@ -84,7 +85,7 @@ def _panel(panel: Panel, names: Sequence[str], left: float, low: float, high: fl
             if point.low is not None and point.high is not None:
                 parts.append(f'<path class="curve" stroke="{colour}" d="M{across(point.x):.1f} '
                              f'{down(point.low):.1f}V{down(point.high):.1f}"/>')  # fmt: skip
-            told = escape(f"{name}: {point.y:.4g} at {point.x:.3g}")
+            told = escape(f"{name}: {10.0**point.y if powers else point.y:.4g} at {point.x:.3g}")
             parts.append(_mark(number, across(point.x), down(point.y), told))
     return "".join(parts)
 
