@@ -8,7 +8,7 @@ from talk import serve
 from shrew.runtime import Engine, Request, load
 
 model = load(Path(sys.argv[1]), threads=int(sys.argv[2]))
-engine = Engine(model, slots=8, memory=0)
+engine = Engine(model, slots=8)
 
 
 def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
