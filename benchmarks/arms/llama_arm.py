@@ -9,7 +9,8 @@ from talk import serve
 
 CONTEXT, ROWS = 1024, 8  # positions of a sequence, sequences at a time
 
-llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), ctypes.c_void_p())
+quiet = llama_cpp.llama_log_callback(lambda *_: None)  # must outlive the calls
+llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
 llama_cpp.llama_backend_init()
 model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), llama_cpp.llama_model_default_params())
 settings = llama_cpp.llama_context_default_params()
