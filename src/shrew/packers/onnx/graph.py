@@ -261,9 +261,9 @@ class Graph:
             return str(self.node("Concat", *(self.linear(x, name) for name in names), axis=-1))
         bias = ""
         if biases:
-            value = torch.cat([self.weights.dense[name].detach().float() for name in biases])
+            joined = torch.cat([self.weights.dense[name].detach().float() for name in biases])
             self.weights.effective |= dict.fromkeys(biases, "fp32")
-            bias = self.initializer(("bias", *names), value.shape, torch.float32, lambda: value)
+            bias = self.initializer(("bias", *names), joined.shape, torch.float32, lambda: joined)
         if (blocks := self.weights.blocks(*weights)) is not None:
             return self._product(x, blocks, ("codes", *names), bias)
         value = self.weights.exact(*weights)
