@@ -17,14 +17,14 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from shrew.blocks.layers import rotary_tables
-from shrew.folder.packed import Packed, pack_bits
+from shrew.folder.packed import Grid, Packed, pack_bits
 
 MODEL, DATA = "model.onnx", "model.bin"
 OPSET = 22
 MS = "com.microsoft"
 ALIGN = 4096  # bytes; what a page is, so that every tensor can be mapped by itself
 INLINE = 256  # bytes of the largest tensor that stands in the graph itself
-BLOCKS = (256, 128, 64, 32, 16)  # inputs that can share a scale in MatMulNBits
+BLOCKS = (128, 64, 32, 16)  # inputs that can share a scale in MatMulNBits
 TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16,
          torch.uint8: TensorProto.UINT8, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32}  # fmt: skip
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -43,32 +43,34 @@ class Blocks:
     cols: int
 
 
-def stored_bits(bits: int) -> int:
-    """Bits that a code takes in the graph: 3 stand in 4, 5 to 7 in 8."""
-    return next(size for size in (2, 4, 8) if size >= bits)
+def stored_bits(bits: int, size: int) -> int:
+    """Bits that a code takes in the graph: 3 stand in 4, 5 to 7 in 8; and 2 in 4 where blocks of `size` have no kernel
+    (ONNX Runtime would unpack the whole matrix at every call)."""
+    return next(stored for stored in (2, 4, 8) if stored >= bits and (stored > 2 or size >= 32))
 
 
 def block_size(group: int, cols: int) -> int:
-    """The longest block that never crosses a group of `group` inputs (0: the row); 0 where there is none."""
-    if group == 0:
-        return next((size for size in BLOCKS if size <= cols), BLOCKS[-1])
-    return next((size for size in BLOCKS if group % size == 0), 0)
+    """The longest block that never crosses a group of `group` inputs (0: the row) nor the end of the row, 0 where there
+    is none. Longer ones than 128 are no faster, and 2-bit codes have no kernel for them."""
+    return next((size for size in BLOCKS if cols % size == 0 and (group or cols) % size == 0), 0)
 
 
 def to_blocks(packed: Packed) -> Blocks:
-    """The same codes in whole blocks. Scales are repeated where a group is longer than a block; symmetric codes move
-    with their middle. Only for grids that `block_size` knows, and weights with rows as outputs."""
-    bits, cols, rows = stored_bits(packed.grid.bits), packed.codes.shape[1], len(packed.codes)
-    size = block_size(packed.grid.group, cols)
-    count = -(-cols // size)
-    group = packed.grid.group or cols
-    which = (torch.arange(count) * size) // group
-    shift = (2 ** (bits - 1) - 2 ** (packed.grid.bits - 1)) if packed.zeros is None else 0
-    codes = packed.codes + shift if shift else packed.codes
-    codes = torch.nn.functional.pad(codes, (0, count * size - cols))
-    codes = pack_bits(codes, bits).view(rows, count, size * bits // 8)
+    """The same codes in blocks. Scales are repeated where a group is longer than a block; symmetric codes move with
+    their middle. Only for grids that have a `block_size`, and weights whose rows are outputs."""
+    cols, rows, group = packed.codes.shape[1], len(packed.codes), packed.grid.group
+    size = block_size(group, cols)
+    bits = stored_bits(packed.grid.bits, size)
+    which = torch.arange(0, cols, size) // (group or cols)
+    codes = packed.codes if packed.zeros is not None else packed.codes + (2 ** (bits - 1) - middle(packed.grid))
     zeros = None if packed.zeros is None else pack_bits(packed.zeros[:, which].contiguous(), bits)
+    codes = pack_bits(codes, bits).view(rows, -1, size * bits // 8)
     return Blocks(codes, packed.scales[:, which].contiguous(), zeros, bits, size, cols)
+
+
+def middle(grid: Grid) -> int:
+    """The code of zero on a symmetric grid."""
+    return int(2 ** (grid.bits - 1))
 
 
 def narrowest(value: Tensor) -> torch.dtype:
@@ -89,34 +91,40 @@ class Weights:
     packed: dict[str, Packed] = field(default_factory=dict)
     effective: dict[str, str] = field(default_factory=dict)
 
-    def blocks(self, *names: str) -> Blocks | None:
+    def blocks(self, *names: str, rows: Tensor | None = None) -> Blocks | None:
         """The rows of several weights, one under the other, as blocks; None where they have no codes or their codes
-        cannot stand in one matrix."""
-        found = [self.packed.get(name) for name in names]
-        one = found[0]
-        if one is None or len({item and (item.grid, item.codes.shape[1], item.scales.dtype) for item in found}) > 1:
+        cannot stand in one matrix. `rows` picks among them; -1 is a row of zeros."""
+        found = [self.packed[name] for name in names if name in self.packed]
+        kinds = {(item.grid, item.codes.shape[1], item.scales.dtype) for item in found}
+        if len(found) < len(names) or len(kinds) > 1 or not block_size(found[0].grid.group, found[0].codes.shape[1]):
             return None
-        if not block_size(one.grid.group, one.codes.shape[1]):
-            return None
-        kept = [item for item in found if item is not None]
-        zeros = torch.cat([item.zeros for item in kept if item.zeros is not None]) if one.zeros is not None else None
-        codes, scales = torch.cat([item.codes for item in kept]), torch.cat([item.scales for item in kept])
-        for name in names:
-            self.note_codes(name)
-        return to_blocks(Packed(codes, scales, zeros, one.grid, tuple(codes.shape)))
+        grid = found[0].grid
+        codes, scales = torch.cat([item.codes for item in found]), torch.cat([item.scales for item in found])
+        zeros = None if grid.symmetric else torch.cat([item.zeros for item in found if item.zeros is not None])
+        if rows is not None:
+            codes, scales = picked(codes, rows, middle(grid) if grid.symmetric else 0), picked(scales, rows, 1)
+            zeros = None if zeros is None else picked(zeros, rows, 0)
+        blocks = to_blocks(Packed(codes, scales, zeros, grid, tuple(codes.shape)))
+        label = grid.label() + (f" in {blocks.bits} bits" if blocks.bits != grid.bits else "")
+        self.effective |= dict.fromkeys(names, label)
+        return blocks
 
-    def note_codes(self, name: str) -> None:
-        grid = self.packed[name].grid
-        bits = stored_bits(grid.bits)
-        self.effective[name] = grid.label() + ("" if bits == grid.bits else f" in {bits} bits")
-
-    def exact(self, *names: str) -> Tensor:
-        """The rows of dense weights, one under the other, in the narrowest type that holds them."""
+    def exact(self, *names: str, rows: Tensor | None = None) -> Tensor:
+        """The rows of weights, one under the other, dense, in the narrowest type that holds them."""
         value = torch.cat([self.dense[name] for name in names]) if len(names) > 1 else self.dense[names[0]]
+        value = value.detach() if rows is None else picked(value.detach(), rows, 0)
         dtype = narrowest(value)
         for name in names:
-            self.effective[name] = SHORT[dtype]
-        return value.detach().to(dtype)
+            codes = f" (values of {self.packed[name].grid.label()})" if name in self.packed else ""
+            self.effective[name] = SHORT[dtype] + codes
+        return value.to(dtype)
+
+
+def picked(values: Tensor, rows: Tensor, nothing: float) -> Tensor:
+    """The rows of `values` of these numbers; `nothing` throughout where the number is -1."""
+    found = values[rows.clamp(min=0)]
+    found[rows < 0] = nothing
+    return found
 
 
 @dataclass(frozen=True)
@@ -252,28 +260,33 @@ class Graph:
         name = self.initializer(key, shape, dtype, make)
         return name if dtype == torch.float32 else self.once(("wide", name), lambda: self.cast(name, torch.float32))
 
-    def linear(self, x: str, *names: str) -> str:
+    def linear(self, x: str, *names: str, rows: Tensor | None = None) -> str:
         """x [..., in] -> [..., out] by the `weight` of the linear layer of that name (and its `bias`); several names
-        give their outputs one after the other, by one product where their weights can stand in one matrix."""
-        weights = [f"{name}.weight" for name in names]
-        biases = [name + ".bias" for name in names if f"{name}.bias" in self.weights.dense]
-        if len(names) > 1 and not (self._alike(*weights) and len(biases) in (0, len(names))):
-            return str(self.node("Concat", *(self.linear(x, name) for name in names), axis=-1))
-        bias = ""
-        if biases:
-            joined = torch.cat([self.weights.dense[name].detach().float() for name in biases])
-            self.weights.effective |= dict.fromkeys(biases, "fp32")
-            bias = self.initializer(("bias", *names), joined.shape, torch.float32, lambda: joined)
-        if (blocks := self.weights.blocks(*weights)) is not None:
+        give their outputs one after the other, by one product where their weights can stand in one matrix. `rows` puts
+        the outputs in another order; -1 is an output that is zero."""
+        weights, biases = [f"{name}.weight" for name in names], [f"{name}.bias" for name in names]
+        bias = self._bias(biases, rows) if biases[0] in self.weights.dense else ""
+        blocks = self.weights.blocks(*weights, rows=rows)
+        if blocks is not None:
             return self._product(x, blocks, ("codes", *names), bias)
-        value = self.weights.exact(*weights)
+        if len(names) > 1 and any(weight in self.weights.packed for weight in weights):
+            y = str(self.node("Concat", *(self.linear(x, name) for name in names), axis=-1))
+            return y if rows is None else self._reordered(y, rows)
+        value = self.weights.exact(*weights, rows=rows)
         matrix = self._wide(("matrix", *names), (value.shape[1], value.shape[0]), value.dtype, value.t)
         y = str(self.node("MatMul", x, matrix))
         return self.add(y, bias) if bias else y
 
-    def _alike(self, *names: str) -> bool:
-        packed = [name in self.weights.packed for name in names]
-        return not any(packed) or (all(packed) and self.weights.blocks(*names) is not None)
+    def _bias(self, names: Sequence[str], rows: Tensor | None) -> str:
+        value = torch.cat([self.weights.dense[name].detach() for name in names])
+        value = value if rows is None else picked(value, rows, 0)
+        self.weights.effective |= dict.fromkeys(names, "fp32")
+        return self.initializer(("bias", *names), value.shape, torch.float32, lambda: value)
+
+    def _reordered(self, x: str, rows: Tensor) -> str:
+        """x [..., n] with its last axis in the order of `rows`."""
+        y = str(self.node("Gather", x, self.constant(rows.clamp(min=0), torch.int64), axis=-1))
+        return self.mul(y, self.constant(rows >= 0)) if (rows < 0).any() else y
 
     def _product(self, x: str, blocks: Blocks, key: Any, bias: str = "") -> str:
         codes, scales, zeros = self._parts(blocks, key)
@@ -291,7 +304,7 @@ class Graph:
     def embed(self, ids: str, name: str) -> str:
         """Rows of the table `name`.weight: ids [...] -> [..., width]. A head that is tied to it shares its bytes."""
         blocks = self.weights.blocks(f"{name}.weight")
-        if blocks is not None and blocks.bits in (4, 8) and blocks.cols % blocks.size == 0:
+        if blocks is not None:
             codes, scales, zeros = self._parts(blocks, ("codes", name))
             flat = (len(blocks.codes), blocks.cols * blocks.bits // 8)
             data = self.initializer(("rows", name), flat, torch.uint8, lambda: blocks.codes.view(flat), of=codes)
@@ -301,6 +314,15 @@ class Graph:
         table = self.initializer(("table", name), value.shape, value.dtype, lambda: value)
         rows = str(self.node("Gather", table, ids, axis=0))
         return rows if value.dtype == torch.float32 else self.cast(rows, torch.float32)
+
+    def tied(self, x: str, name: str) -> str:
+        """x [n, width] -> [n, rows] by the table that `embed` reads, of the same bytes."""
+        blocks = self.weights.blocks(f"{name}.weight")
+        if blocks is not None:
+            return self._product(x, blocks, ("codes", name))
+        value = self.weights.exact(f"{name}.weight")
+        table = self._wide(("table", name), value.shape, value.dtype, lambda: value)
+        return str(self.node("FusedMatMul", x, table, domain=MS, transB=1))
 
     def norm(self, x: str, name: str, eps: float) -> str:
         """RMS norm over the last axis with the weight `name`.weight."""
@@ -426,14 +448,20 @@ class Call:
         g = self.graph
         return self._once("fresh", lambda: str(g.node("Equal", self.start, g.ints(0))))
 
-    def rotary(self, width: int, theta: float, yarn: float = 1.0, trained: int = 0) -> tuple[str, str]:
-        """cos and sin [context, width / 2] for the channels that rotate."""
+    def rotary(self, width: int, theta: float, yarn: float = 1.0, trained: int = 0,
+               padded: int = 0) -> tuple[str, str]:  # fmt: skip
+        """cos and sin [context, width / 2] of the channels that rotate; `padded` / 2 with angles of zero for others."""
+        half = max(padded, width) // 2
 
         def make(which: int) -> Callable[[], Tensor]:
-            positions = torch.arange(self.context)[None]
-            return lambda: rotary_tables(positions, width, theta, yarn, trained)[which][0, 0, :, : width // 2]
+            def table() -> Tensor:
+                found = rotary_tables(torch.arange(self.context)[None], width, theta, yarn, trained)[which][0, 0]
+                rest = torch.full((self.context, half - width // 2), 1.0 - which)
+                return torch.cat([found[:, : width // 2], rest], 1)
 
-        shape, key = (self.context, width // 2), ("rotary", width, theta, yarn, trained)
+            return table
+
+        shape, key = (self.context, half), ("rotary", width, theta, yarn, trained, half)
         cos, sin = (self.graph.initializer((*key, at), shape, torch.float32, make(at)) for at in (0, 1))
         return cos, sin
 
