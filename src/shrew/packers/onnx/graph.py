@@ -271,7 +271,7 @@ class Graph:
             return self._product(x, blocks, ("codes", *names), bias)
         if len(names) > 1 and any(weight in self.weights.packed for weight in weights):
             y = str(self.node("Concat", *(self.linear(x, name) for name in names), axis=-1))
-            return y if rows is None else self._reordered(y, rows)
+            return y if rows is None else self.reordered(y, rows)
         value = self.weights.exact(*weights, rows=rows)
         matrix = self._wide(("matrix", *names), (value.shape[1], value.shape[0]), value.dtype, value.t)
         y = str(self.node("MatMul", x, matrix))
@@ -283,7 +283,7 @@ class Graph:
         self.weights.effective |= dict.fromkeys(names, "fp32")
         return self.initializer(("bias", *names), value.shape, torch.float32, lambda: value)
 
-    def _reordered(self, x: str, rows: Tensor) -> str:
+    def reordered(self, x: str, rows: Tensor) -> str:
         """x [..., n] with its last axis in the order of `rows`."""
         y = str(self.node("Gather", x, self.constant(rows.clamp(min=0), torch.int64), axis=-1))
         return self.mul(y, self.constant(rows >= 0)) if (rows < 0).any() else y
@@ -395,6 +395,7 @@ class Call:
         self.tokens = graph.input("tokens", torch.int64, ("batch", "length"))
         self.start = graph.input("start", torch.int64, ("batch",))
         self._setters: list[tuple[str, str]] = []
+        self.align = 0  # no call may cross a multiple of it; 0: free
         self.prefix = ""  # before the name of a state: tells the loops of a layer apart
 
     def _once(self, key: str, make: Callable[[], str]) -> str:
