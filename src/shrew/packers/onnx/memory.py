@@ -15,7 +15,7 @@ import torch
 
 from shrew.blocks.layers import rotary_tables
 from shrew.blocks.memory import EPS
-from shrew.packers.onnx.attention import layout, spread_rows
+from shrew.packers.onnx.attention import layout, moved
 from shrew.packers.onnx.graph import MS, Call, Graph
 from shrew.packers.onnx.linear import vector
 
@@ -50,7 +50,7 @@ def _local(g: Graph, block: Any, name: str, qkv: str, call: Call) -> str:
     place = layout(width, width)
     padded = place.padded
     if not place.usual:  # the operator knows no such heads
-        turned, plain = spread_rows(place.turned, heads + kv, width), spread_rows(place.plain, kv, width, heads + kv)
+        turned, plain = moved(place.turned, heads + kv, width), moved(place.plain, kv, width, heads + kv)
         qkv = g.reordered(qkv, torch.cat([turned, plain]))
 
     def last() -> str:
