@@ -152,6 +152,11 @@ class Graph:
         self._views: dict[str, str] = {}  # a tensor that is the bytes of another one
         self._same: dict[Any, str] = {}
         self._count = 0
+        self.align = 0  # no call may cross a multiple of it; 0: free
+
+    @property
+    def has_codes(self) -> bool:
+        return any(node.op_type == "MatMulNBits" for node in self._nodes)
 
     # values
 
@@ -290,7 +295,7 @@ class Graph:
 
     def _product(self, x: str, blocks: Blocks, key: Any, bias: str = "") -> str:
         codes, scales, zeros = self._parts(blocks, key)
-        # the level is set when the file is written: see `save`
+        # the accuracy level is set when the file is written
         return str(self.node("MatMulNBits", x, codes, scales, zeros, "", bias, domain=MS, K=blocks.cols,
                              N=len(blocks.codes), bits=blocks.bits, block_size=blocks.size))  # fmt: skip
 
@@ -337,12 +342,8 @@ class Graph:
 
     # the files
 
-    def save(self, folder: Path, level: int = 0) -> None:
-        """Write both files; `level` is the accuracy level of every product with codes."""
-        offsets = self._write(folder / DATA)
-        (folder / MODEL).write_bytes(self.proto(offsets, level).SerializeToString())
-
-    def _write(self, path: Path) -> dict[str, tuple[int, int]]:
+    def write(self, path: Path) -> dict[str, tuple[int, int]]:
+        """Write the larger tensors; where each stands in the file, and its length."""
         offsets: dict[str, tuple[int, int]] = {}
         with path.open("wb") as stream:
             for name, make in self._contents.items():
@@ -354,11 +355,12 @@ class Graph:
                 if tuple(content.shape) != shape or content.dtype != dtype:
                     raise AssertionError(f"{name} is {content.dtype} {tuple(content.shape)}, not {dtype} {shape}")
                 offsets[name] = stream.tell(), content.nbytes
-                stream.write(memoryview(content.view(torch.uint8).numpy().reshape(-1)))
+                stream.write(content.reshape(-1).view(torch.uint8).numpy().data)
         return offsets | {name: offsets[of] for name, of in self._views.items() if of in offsets}
 
-    def proto(self, offsets: dict[str, tuple[int, int]], level: int = 0) -> Any:
-        """The graph, its larger tensors at those offsets and lengths of the data file."""
+    def proto(self, offsets: dict[str, tuple[int, int]], level: int = 0) -> bytes:
+        """The file of the graph, its larger tensors at those places of the data file. `level` is the accuracy level of
+        every product with codes: 0 computes with float32 inputs, 4 rounds them to 8 bits, block by block."""
         for node in self._nodes:
             if node.op_type == "MatMulNBits":
                 kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
@@ -367,7 +369,8 @@ class Graph:
         tensors = [self._tensor(name, offsets.get(name)) for name in self._contents]
         graph = helper.make_graph(self._nodes, "shrew", self._inputs, self._outputs, tensors)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="shrew")
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="shrew")
+        return bytes(model.SerializeToString())
 
     def _tensor(self, name: str, place: tuple[int, int] | None) -> Any:
         shape, dtype = self._shapes[name]
@@ -420,8 +423,8 @@ class Call:
     def steps(self) -> str:
         """int64 [length]: 0, 1, ..."""
         g = self.graph
-        return self._once("steps", lambda: str(g.node("Range", g.constant(0, torch.int64),
-                                                      g.node("Squeeze", self.length), g.constant(1, torch.int64))))  # fmt: skip
+        zero, one = g.constant(0, torch.int64), g.constant(1, torch.int64)
+        return self._once("steps", lambda: str(g.node("Range", zero, g.node("Squeeze", self.length), one)))
 
     @property
     def positions(self) -> str:

@@ -23,7 +23,7 @@ def causal(model: ShrewForCausalLM, weights: Weights) -> Graph:
     """The graph of a causal model: see `docs/pack.md` for its inputs and outputs."""
     spec, g = model.spec, Graph(weights)
     call = Call(g, spec.context, spec.eps)
-    wanted = g.input("wanted", torch.int64, ("wanted",))
+    wanted = g.input("wanted", torch.int64, ("n",))
     x, added = _embedded(g, model, call), ""
     for number in range(spec.depth):
         at = number % spec.layers
@@ -34,8 +34,8 @@ def causal(model: ShrewForCausalLM, weights: Weights) -> Graph:
     hidden = str(g.node("Gather", g.reshape(normed, -1, spec.width), wanted, axis=0))
     logits = g.tied(hidden, "model.embed_tokens") if spec.tied else g.linear(hidden, "lm_head")
     logits = g.capped(logits if spec.logit_scale == 1 else g.mul(logits, spec.logit_scale), spec.softcap)
-    g.output(logits, "logits", torch.float32, ("wanted", spec.vocabulary or 0))
-    g.output(hidden, "hidden", torch.float32, ("wanted", spec.width))
+    g.output(logits, "logits", torch.float32, ("n", spec.vocabulary or 0))
+    g.output(hidden, "hidden", torch.float32, ("n", spec.width))
     return g
 
 
