@@ -398,7 +398,6 @@ class Call:
         self.tokens = graph.input("tokens", torch.int64, ("batch", "length"))
         self.start = graph.input("start", torch.int64, ("batch",))
         self._setters: list[tuple[str, str]] = []
-        self.align = 0  # no call may cross a multiple of it; 0: free
         self.prefix = ""  # before the name of a state: tells the loops of a layer apart
 
     def _once(self, key: str, make: Callable[[], str]) -> str:

@@ -23,7 +23,7 @@ from shrew.packers.onnx.linear import vector
 def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
     """x [batch, length, width], normed -> the same shape."""
     heads, kv, width = block.heads, block.kv_heads, block.head_width
-    call.align = gcd(call.align, block.spec.segment)
+    g.align = gcd(g.align, block.spec.segment)
     qkv = g.linear(x, *(f"{name}.{part}_proj" for part in "qkv"))
     qk, v = g.split(qkv, (heads + kv) * width, kv * width)
     if block.q_norm is not None:
