@@ -53,7 +53,7 @@ def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
     place = layout(block.head_width, block.rotated)
     padded = place.padded
     parts = [f"{name}.{part}_proj" for part in "qkv"]
-    rows = torch.cat([_rows(place.turned, heads + kv, place.width), _rows(place.plain, kv, place.width, heads + kv)])
+    rows = torch.cat([moved(place.turned, heads + kv, place.width), moved(place.plain, kv, place.width, heads + kv)])
     qkv = _normed(g, block, name, g.linear(x, *parts, rows=None if place.usual else rows), place)
     if spec.value_embeddings:
         qkv = [*g.split(qkv[0], (heads + kv) * padded, kv * padded), *qkv[1:]] if len(qkv) == 1 else qkv
@@ -85,7 +85,7 @@ def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
     return g.linear(y, f"{name}.o_proj")
 
 
-def _rows(order: Tensor, heads: int, width: int, first: int = 0) -> Tensor:
+def moved(order: Tensor, heads: int, width: int, first: int = 0) -> Tensor:
     """The rows of `heads` heads from the `first` on, each in this order."""
     start = (first + torch.arange(heads)[:, None]) * width
     return torch.where(order < 0, -1, order + start).flatten()
@@ -110,7 +110,7 @@ def _normed(g: Graph, block: Any, name: str, qkv: str, place: Layout) -> list[st
     if kind == "all":
         q, k, v = g.split(qkv, heads * padded, kv * padded, kv * padded)
         sizes = {"q": heads, "k": kv}
-        laid = [picked(w, _rows(place.turned, n, place.width), 0) for w, n in zip(weights, sizes.values(), strict=True)]
+        laid = [picked(w, moved(place.turned, n, place.width), 0) for w, n in zip(weights, sizes.values(), strict=True)]
         return [norm(q, laid[0], "q_norm"), norm(k, laid[1], "k_norm"), v]
     qk, v = g.split(qkv, (heads + kv) * padded, kv * padded)
     q_weight, k_weight = (picked(weight, place.turned, 0).expand(count, -1)

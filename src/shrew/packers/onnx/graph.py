@@ -276,7 +276,7 @@ class Graph:
             return self._product(x, blocks, ("codes", *names), bias)
         if len(names) > 1 and any(weight in self.weights.packed for weight in weights):
             y = str(self.node("Concat", *(self.linear(x, name) for name in names), axis=-1))
-            return y if rows is None else self._reordered(y, rows)
+            return y if rows is None else self.reordered(y, rows)
         value = self.weights.exact(*weights, rows=rows)
         matrix = self._wide(("matrix", *names), (value.shape[1], value.shape[0]), value.dtype, value.t)
         y = str(self.node("MatMul", x, matrix))
@@ -288,7 +288,7 @@ class Graph:
         self.weights.effective |= dict.fromkeys(names, "fp32")
         return self.initializer(("bias", *names), value.shape, torch.float32, lambda: value)
 
-    def _reordered(self, x: str, rows: Tensor) -> str:
+    def reordered(self, x: str, rows: Tensor) -> str:
         """x [..., n] with its last axis in the order of `rows`."""
         y = str(self.node("Gather", x, self.constant(rows.clamp(min=0), torch.int64), axis=-1))
         return self.mul(y, self.constant(rows >= 0)) if (rows < 0).any() else y

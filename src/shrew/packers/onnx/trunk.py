@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from shrew.blocks.model import ShrewForCausalLM
-from shrew.packers.onnx import attention, mlp
+from shrew.packers.onnx import attention, conv, delta, depth, linear, memory, mlp, moe, ngrams
 from shrew.packers.onnx.graph import Call, Graph, Weights
 
 # (graph, block, name of its parameters, x [batch, length, width] normed, call) -> the same shape
@@ -14,8 +14,13 @@ Emitter = Callable[[Graph, Any, str, str, Call], str]
 
 EMITTERS: dict[str, Emitter] = {
     "attention": attention.emit,
-    "window": attention.emit,
+    "conv": conv.emit,
+    "delta": delta.emit,
+    "linear": linear.emit,
+    "memory": memory.emit,
     "mlp": mlp.emit,
+    "moe": moe.emit,
+    "window": attention.emit,
 }
 
 
@@ -41,6 +46,8 @@ def causal(model: ShrewForCausalLM, weights: Weights) -> Graph:
 
 def _embedded(g: Graph, model: ShrewForCausalLM, call: Call) -> str:
     x = g.embed(call.tokens, "model.embed_tokens")
+    if model.model.ngrams is not None:
+        x = g.add(x, ngrams.emit(g, model.model.ngrams, "model.ngrams", call))
     return x if model.spec.embedding_scale == 1 else g.mul(x, model.spec.embedding_scale)
 
 
@@ -61,4 +68,8 @@ def _layer(g: Graph, layer: Any, name: str, x: str, added: str, call: Call) -> t
     if layer.ffn_norm is None:
         return x, added
     z, x = enter("ffn_norm")
-    return x, leave(EMITTERS[layer.ffn.spec.kind](g, layer.ffn, f"{name}.ffn", z, call), "ffn_after")
+
+    def feed(z: str) -> str:
+        return leave(EMITTERS[layer.ffn.spec.kind](g, layer.ffn, f"{name}.ffn", z, call), "ffn_after")
+
+    return x, feed(z) if layer.router is None else depth.emit(g, layer.router, f"{name}.router", z, feed)
