@@ -117,7 +117,10 @@ def check(spec: ModelSpec, where: Path) -> Packed:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_pieces_and_tokens_are_the_whole_pass(name: str, tmp_path: Path) -> None:
-    packed = check(SHAPES[name], tmp_path)
+    packed, tied = check(SHAPES[name], tmp_path), SHAPES[name].tied
+    weights = packed.graph.weights
+    unused = {name for name in weights.dense if "exit_norms" in name or (tied and "lm_head" in name)}
+    assert weights.effective.keys() == weights.dense.keys() - unused  # what the manifest says is all there is
     used = {node.op_type for node in packed.graph._nodes}
     assert not used & {"If", "Loop", "Scan"}  # what runs once a call is a node; these are slow
 
