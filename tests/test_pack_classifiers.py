@@ -61,7 +61,7 @@ def test_each_text_as_if_alone(name: str, bits: int, tmp_path: Path) -> None:
             p.data = packed[part].dense()
     built = build(Loaded(model, None, packed=packed))
     (tmp_path / MODEL).write_bytes(built.graph.proto(built.graph.write(tmp_path / DATA), 0))
-    labeller = check.Labeller(check.session(tmp_path / MODEL))
+    labeller = check.Labeller(check.opened(tmp_path / MODEL))
     found = check.exact_labels(labeller, model, texts())
     assert found["logit_difference"] < 3e-4 < 0.1 < found["largest_logit"] and found["texts"] == 9
     kinds = {kind for part, kind in built.weights.effective.items() if built.weights.dense[part].ndim > 1}

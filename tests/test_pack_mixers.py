@@ -29,10 +29,11 @@ from shrew.blocks.moe import MoeSpec
 from shrew.folder import Loaded
 from shrew.folder.packed import pack_bits
 from shrew.moves.quantize import Quantize
-from shrew.packers.onnx.check import session
-from shrew.packers.onnx.graph import DATA, MODEL, Weights
+from shrew.packers.onnx.check import opened
+from shrew.packers.onnx.graph import DATA, MODEL
 from shrew.packers.onnx.source import ours
 from shrew.packers.onnx.trunk import causal
+from shrew.packers.onnx.weights import Weights
 
 States = dict[str, np.ndarray]
 PROMPTS, STEPS = (9, 4, 17), 6  # tokens of each row before they are decoded together
@@ -45,7 +46,7 @@ class Packed:
         self.graph = causal(model, weights)
         offsets = self.graph.write(where / DATA)
         (where / MODEL).write_bytes(self.graph.proto(offsets, level))
-        self.session = session(where / MODEL)
+        self.runs = opened(where / MODEL)
 
     def empty(self) -> States:
         """What stands for nothing seen, of one row."""
@@ -55,11 +56,11 @@ class Packed:
     def call(self, tokens: np.ndarray, start: list[int], states: States) -> tuple[np.ndarray, States]:
         """tokens [rows, length] -> logits [rows, length, vocabulary] and the states after them."""
         inputs = {"tokens": tokens, "start": np.array(start), "wanted": np.arange(tokens.size)}
-        used = {item.name for item in self.session.get_inputs()}
+        used = {item.name for item in self.runs.get_inputs()}
         feeds = {name: value for name, value in inputs.items() if name in used}
         feeds |= {f"past.{name}": value for name, value in states.items()}
         names = ["logits", *(f"next.{name}" for name in states)]
-        logits, *after = self.session.run(names, feeds)
+        logits, *after = self.runs.run(names, feeds)
         assert [value.shape for value in after] == [value.shape for value in states.values()]
         return logits.reshape(*tokens.shape, -1), dict(zip(states, after, strict=True))
 

@@ -29,8 +29,9 @@ from shrew.folder.packed import unpack_bits
 from shrew.moves import grids
 from shrew.packers.onnx import attention, check, graph, trunk
 from shrew.packers.onnx.check import Runner
-from shrew.packers.onnx.graph import DATA, MODEL, Blocks, Graph, Weights
+from shrew.packers.onnx.graph import DATA, MODEL, Graph
 from shrew.packers.onnx.source import codes, ours
+from shrew.packers.onnx.weights import Blocks, Weights, picked
 
 CONTEXT, TOKENS = 64, 40
 
@@ -38,7 +39,7 @@ CONTEXT, TOKENS = 64, 40
 def written(g: Graph, where: Path, level: int = 0, capacity: int = CONTEXT) -> Runner:
     """The graph, written and opened."""
     (where / MODEL).write_bytes(g.proto(g.write(where / DATA), level))
-    return Runner(check.session(where / MODEL), g.states, capacity, 16, g.align)
+    return Runner(check.opened(where / MODEL), g.states, capacity, 16, g.align)
 
 
 def random(spec: ModelSpec) -> ShrewForCausalLM:
@@ -155,7 +156,7 @@ def test_rows_of_other_lengths_decode_together(mixed: tuple[ShrewForCausalLM, Ru
     for token in further:
         inputs = {"tokens": np.full((4, 1), token), "start": starts, "wanted": np.array([3, 1])}
         inputs |= {f"past.{name}": value for name, value in together.items()}
-        outputs = dict(zip(runner.names, runner.session.run(None, inputs), strict=True))
+        outputs = dict(zip(runner.names, runner.runs.run(None, inputs), strict=True))
         together = {name: outputs[f"next.{name}"] for name in together}
         starts = starts + 1
     for got, number in zip(outputs["logits"], (3, 1), strict=True):
@@ -166,12 +167,12 @@ def test_caches_are_written_in_place_and_nothing_need_be_wanted(mixed: tuple[Shr
     model, runner = mixed
     row = tokens(20)
     runner.start()
-    session, names = runner.session, runner.names
+    runs, names = runner.runs, runner.names
     caches = {state.name for state in runner.states if state.kind == "cache"}
     assert caches and len(caches) < len(runner.states)
     kept = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value.copy()) for name, value in runner.held.items()}
     for first, size, count in ((0, 12, 0), (12, 7, 0), (19, 1, 1)):
-        bound = session.io_binding()
+        bound = runs.io_binding()
         bound.bind_cpu_input("tokens", np.array([row[first : first + size]]))
         bound.bind_cpu_input("start", np.array([first]))
         bound.bind_cpu_input("wanted", np.arange(count))
@@ -183,7 +184,7 @@ def test_caches_are_written_in_place_and_nothing_need_be_wanted(mixed: tuple[Shr
                 bound.bind_ortvalue_output(name, kept[state])
             else:
                 bound.bind_output(name)
-        session.run_with_iobinding(bound)
+        runs.run_with_iobinding(bound)
         outputs = dict(zip(names, bound.get_outputs(), strict=True))
         assert outputs["logits"].shape() == [count, 97] and outputs["hidden"].shape() == [count, 64]
         kept |= {name: outputs[f"next.{name}"] for name in kept if name not in caches}
@@ -214,10 +215,10 @@ def test_blocks_hold_the_same_values(bits: int, group: int, cols: int, symmetric
     packed = Packed(*grids.nearest(weight, grid, search=False), grid, (5, cols * 16))
     weights = Weights({"w": packed.dense()}, {"w": packed})
     rows = torch.tensor([4, -1, 0, 0])
-    for picked in (None, rows):
-        blocks = weights.blocks("w", rows=picked)
+    for order in (None, rows):
+        blocks = weights.blocks("w", rows=order)
         assert blocks is not None
-        dense = packed.dense() if picked is None else graph.picked(packed.dense(), rows, 0)
+        dense = packed.dense() if order is None else picked(packed.dense(), rows, 0)
         assert np.array_equal(values(blocks), dense)
         assert blocks.bits == 2 ** int(np.ceil(np.log2(bits))) or (bits == 2 and blocks.size == 16)
 
@@ -234,8 +235,8 @@ def test_the_runtime_computes_with_these_values(bits: int, group: int, symmetric
     rows = g.embed(ids, "e")
     g.output(g.tied(rows, "e"), "products", torch.float32, ("n", 50))
     g.output(rows, "rows", torch.float32, ("n", 384))
-    session = written(g, tmp_path).session
-    products, found = session.run(["products", "rows"], {"ids": np.array([3, 49, 0])})
+    runs = written(g, tmp_path).runs
+    products, found = runs.run(["products", "rows"], {"ids": np.array([3, 49, 0])})
     dense = packed.dense()[[3, 49, 0]]
     assert np.array_equal(found, dense)
     np.testing.assert_allclose(products, (dense.double() @ packed.dense().double().T).float(), rtol=1e-4, atol=1e-3)
@@ -261,6 +262,7 @@ STOCK = {
     "llama": transformers.LlamaConfig(**COMMON),
     "llama tied": transformers.LlamaConfig(**COMMON, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**COMMON, head_dim=16),
+    "qwen2": transformers.Qwen2Config(**COMMON),
     "gemma3": transformers.Gemma3TextConfig(**COMMON, head_dim=16, sliding_window=6, sliding_window_pattern=2),
 }
 
@@ -270,6 +272,9 @@ STOCK = {
 def test_stock_types(name: str, grid: Grid | None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(STOCK[name])
+    for part, p in model.named_parameters():
+        if part.endswith("bias"):
+            nn.init.normal_(p)
     loaded = quantized(model, grid) if grid else Loaded(model.eval(), None)
     same, weights = ours(loaded)
     g = trunk.causal(same, weights)
@@ -362,7 +367,7 @@ def test_a_folder_is_packed(quantized_folder: Path, stories: Path, tmp_path: Pat
     assert json.loads((out / "shrew.json").read_text("utf-8"))["packed"]["from"]["sha256"] == folder.identity(
         quantized_folder
     )
-    runner = Runner(check.session(out / MODEL), [graph.State(**state) for state in found["states"]], 64, found["chunk"])
+    runner = Runner(check.opened(out / MODEL), [graph.State(**state) for state in found["states"]], 64, found["chunk"])
     row = loaded.tokenizer("The ant sees the bee. The fox")["input_ids"]
     assert (runner.feed(row)[-1].argmax() == wanted(loaded.model, row)[-1].argmax()).all()
 

@@ -21,6 +21,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ADAPTERS: dict[str, Adapter] = {
     "llama": dense.LLAMA,
     "qwen3": dense.QWEN3,
+    "qwen2": dense.QWEN2,
     "olmoe": olmoe.OLMOE,
     "qwen3_moe": olmoe.QWEN3_MOE,
     "mixtral": olmoe.MIXTRAL,

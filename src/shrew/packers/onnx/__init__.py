@@ -18,7 +18,8 @@ from shrew.folder import LINEAGE, Loaded
 from shrew.folder.check import quiet
 from shrew.packers.onnx import check
 from shrew.packers.onnx.build import CHUNK, Built, build
-from shrew.packers.onnx.graph import DATA, MODEL, Weights
+from shrew.packers.onnx.graph import DATA, MODEL
+from shrew.packers.onnx.weights import Weights
 from shrew.spec import doc
 
 __all__ = ["MANIFEST", "Options", "pack"]
@@ -103,10 +104,10 @@ def _checked(
     say("checking the graph against torch ...")
     graph, context = built.graph, built.context
     if built.labels:
-        slow: Any = check.Labeller(check.session(where / EXACT))
+        slow: Any = check.Labeller(check.opened(where / EXACT))
         exact = check.exact_labels(slow, loaded.model, text)
     else:
-        slow = check.Runner(check.session(where / EXACT), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
+        slow = check.Runner(check.opened(where / EXACT), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
         exact = check.exact(slow, loaded.model, text, context)
     same = "" if built.labels else f", {exact['greedy_equal']} of {exact['greedy_compared']} greedy tokens are equal"
     say(f"  logits differ by at most {exact['logit_difference']:.1e}{same}")
@@ -114,10 +115,10 @@ def _checked(
     if not graph.has_codes:
         return exact, nothing, 0
     if built.labels:
-        fast: Any = check.Labeller(check.session(where / MODEL))
+        fast: Any = check.Labeller(check.opened(where / MODEL))
         at_zero, at_four = check.label_seconds([slow, fast], text)
     else:
-        fast = check.Runner(check.session(where / MODEL), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
+        fast = check.Runner(check.opened(where / MODEL), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
         at_zero, at_four = check.seconds([slow, fast], text)
     ratio, unit = at_zero / at_four, "text" if built.labels else "token"
     measured = {f"seconds_per_{unit}": {"0": at_zero, str(FAST): at_four}, "processor": machine.processor()}

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shrew.packers.onnx.graph import MS, Call, Graph, picked
+from shrew.packers.onnx.call import Call
+from shrew.packers.onnx.graph import MS, Graph
+from shrew.packers.onnx.weights import picked
 
 
 @dataclass(frozen=True)

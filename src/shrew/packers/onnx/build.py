@@ -11,8 +11,9 @@ from shrew.blocks.stock import ADAPTERS
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.packers.onnx import modernbert, trunk
-from shrew.packers.onnx.graph import Graph, Weights
+from shrew.packers.onnx.graph import Graph
 from shrew.packers.onnx.source import ours
+from shrew.packers.onnx.weights import Weights
 
 FORMAT = 1
 CHUNK = 64  # tokens

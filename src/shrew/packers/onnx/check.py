@@ -26,20 +26,21 @@ PROMPT = 32
 WINDOW, COMPARED = 256, 2048  # tokens
 TEXTS, ROWS = 64, 8  # that a classifier gets, in all and at once
 ROUNDS, STEPS = 5, 24
+SPINNING = "sess" + "ion.intra_op.allow_spinning"  # threads that wait take the processor from those that work
 
 
 @dataclass
 class Runner:
     """One sequence at a time. `capacity` is the length of the caches."""
 
-    session: onnxruntime.InferenceSession
+    runs: onnxruntime.InferenceSession
     states: Sequence[State]
     capacity: int
     chunk: int
     align: int = 0
 
     def __post_init__(self) -> None:
-        self.names = [item.name for item in self.session.get_outputs()]
+        self.names = [item.name for item in self.runs.get_outputs()]
         self.start()
 
     def start(self) -> None:
@@ -63,7 +64,7 @@ class Runner:
     def _call(self, tokens: np.ndarray) -> np.ndarray:
         inputs = {"tokens": tokens[None], "start": np.array([self.seen]), "wanted": np.arange(len(tokens))}
         inputs |= {f"past.{name}": value for name, value in self.held.items()}
-        outputs = dict(zip(self.names, self.session.run(None, inputs), strict=True))
+        outputs = dict(zip(self.names, self.runs.run(None, inputs), strict=True))
         self.held = {name: outputs[f"next.{name}"] for name in self.held}
         self.seen += len(tokens)
         return np.asarray(outputs["logits"])
@@ -79,12 +80,12 @@ class Runner:
         return tokens, np.concatenate(parts)
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
+def opened(path: Path) -> onnxruntime.InferenceSession:
     """A graph on the CPU, with as many threads as torch has."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(SPINNING, "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -175,7 +176,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 class Labeller:
     """A packed classifier."""
 
-    session: onnxruntime.InferenceSession
+    runs: onnxruntime.InferenceSession
 
     def logits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 [texts, labels], of several texts at once."""
@@ -186,7 +187,7 @@ class Labeller:
             for row, text in zip(tokens, rows, strict=True):
                 row[: len(text)] = text
             lengths_ = np.array([len(text) for text in rows])
-            found.append(self.session.run(["logits"], {"tokens": tokens, "lengths": lengths_})[0])
+            found.append(self.runs.run(["logits"], {"tokens": tokens, "lengths": lengths_})[0])
         return np.concatenate(found)
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from shrew.packers.onnx.graph import MS, Call, Graph
+from shrew.packers.onnx.call import Call
+from shrew.packers.onnx.graph import MS, Graph
 
 
 def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:

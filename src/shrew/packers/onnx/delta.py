@@ -3,8 +3,9 @@ triangular system to solve and one token is the same node as many."""
 
 from typing import Any
 
+from shrew.packers.onnx.call import Call
 from shrew.packers.onnx.conv import causal_conv
-from shrew.packers.onnx.graph import MS, Call, Graph
+from shrew.packers.onnx.graph import MS, Graph
 from shrew.packers.onnx.linear import vector
 
 EPS = 1e-6  # below the root of a key's or query's length, as in the block

@@ -1,12 +1,11 @@
-"""Building one ONNX graph: nodes, constants, weights, and what the values of one call are.
+"""Building one ONNX graph: nodes, constants, and weights, which are named by our model's parameters.
 
-Weights are named by our model's parameters. One that was quantized is written as the codes that were chosen; a dense
-one in the narrowest of bf16, fp16 and fp32 that holds its values. Nothing is rounded here. Bytes go to the file only in
-`save`, one tensor after the other, so a model is never held twice.
+Nothing is rounded here. Bytes go to the file only in `write`, one tensor after the other, so that no model is held
+twice.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,115 +15,15 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from shrew.blocks.layers import rotary_tables
-from shrew.folder.packed import Grid, Packed, pack_bits
+from shrew.packers.onnx.weights import Blocks, Weights, picked
 
 MODEL, DATA = "model.onnx", "model.bin"
 OPSET = 22
 MS = "com.microsoft"
 ALIGN = 4096  # bytes; what a page is, so that every tensor can be mapped by itself
 INLINE = 256  # bytes of the largest tensor that stands in the graph itself
-BLOCKS = (128, 64, 32, 16)  # inputs that can share a scale in MatMulNBits
 TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16,
          torch.uint8: TensorProto.UINT8, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32}  # fmt: skip
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A matrix as MatMulNBits reads it: `codes` uint8 [rows, blocks, bytes], `scales` [rows, blocks] and packed `zeros`
-    uint8 [rows, bytes] or None, each [rows, ...] for `cols` inputs in blocks of `size`."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    bits: int
-    size: int
-    cols: int
-
-
-def stored_bits(bits: int, size: int) -> int:
-    """Bits that a code takes in the graph: 3 stand in 4, 5 to 7 in 8; and 2 in 4 where blocks of `size` have no kernel
-    (ONNX Runtime would unpack the whole matrix at every call)."""
-    return next(stored for stored in (2, 4, 8) if stored >= bits and (stored > 2 or size >= 32))
-
-
-def block_size(group: int, cols: int) -> int:
-    """The longest block that never crosses a group of `group` inputs (0: the row) nor the end of the row, 0 where there
-    is none. Longer ones than 128 are no faster, and 2-bit codes have no kernel for them."""
-    return next((size for size in BLOCKS if cols % size == 0 and (group or cols) % size == 0), 0)
-
-
-def to_blocks(packed: Packed) -> Blocks:
-    """The same codes in blocks. Scales are repeated where a group is longer than a block; symmetric codes move with
-    their middle. Only for grids that have a `block_size`, and weights whose rows are outputs."""
-    cols, rows, group = packed.codes.shape[1], len(packed.codes), packed.grid.group
-    size = block_size(group, cols)
-    bits = stored_bits(packed.grid.bits, size)
-    which = torch.arange(0, cols, size) // (group or cols)
-    codes = packed.codes if packed.zeros is not None else packed.codes + (2 ** (bits - 1) - middle(packed.grid))
-    zeros = None if packed.zeros is None else pack_bits(packed.zeros[:, which].contiguous(), bits)
-    codes = pack_bits(codes, bits).view(rows, -1, size * bits // 8)
-    return Blocks(codes, packed.scales[:, which].contiguous(), zeros, bits, size, cols)
-
-
-def middle(grid: Grid) -> int:
-    """The code of zero on a symmetric grid."""
-    return int(2 ** (grid.bits - 1))
-
-
-def narrowest(value: Tensor) -> torch.dtype:
-    """The narrowest type that holds every value exactly."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(value.to(dtype).float(), value.float()):
-            return dtype
-    return torch.float32
-
-
-@dataclass
-class Weights:
-    """The parameters of a model of our blocks: all of them `dense`, float32, by name; some with their codes as well.
-
-    `effective` collects what each is stored as."""
-
-    dense: dict[str, Tensor]
-    packed: dict[str, Packed] = field(default_factory=dict)
-    effective: dict[str, str] = field(default_factory=dict)
-
-    def blocks(self, *names: str, rows: Tensor | None = None) -> Blocks | None:
-        """The rows of several weights, one under the other, as blocks; None where they have no codes or their codes
-        cannot stand in one matrix. `rows` picks among them; -1 is a row of zeros."""
-        found = [self.packed[name] for name in names if name in self.packed]
-        kinds = {(item.grid, item.codes.shape[1], item.scales.dtype) for item in found}
-        if len(found) < len(names) or len(kinds) > 1 or not block_size(found[0].grid.group, found[0].codes.shape[1]):
-            return None
-        grid = found[0].grid
-        codes, scales = torch.cat([item.codes for item in found]), torch.cat([item.scales for item in found])
-        zeros = None if grid.symmetric else torch.cat([item.zeros for item in found if item.zeros is not None])
-        if rows is not None:
-            codes, scales = picked(codes, rows, middle(grid) if grid.symmetric else 0), picked(scales, rows, 1)
-            zeros = None if zeros is None else picked(zeros, rows, 0)
-        blocks = to_blocks(Packed(codes, scales, zeros, grid, tuple(codes.shape)))
-        label = grid.label() + (f" in {blocks.bits} bits" if blocks.bits != grid.bits else "")
-        self.effective |= dict.fromkeys(names, label)
-        return blocks
-
-    def exact(self, *names: str, rows: Tensor | None = None) -> Tensor:
-        """The rows of weights, one under the other, dense, in the narrowest type that holds them."""
-        value = torch.cat([self.dense[name] for name in names]) if len(names) > 1 else self.dense[names[0]]
-        value = value.detach() if rows is None else picked(value.detach(), rows, 0)
-        dtype = narrowest(value)
-        for name in names:
-            codes = f" (values of {self.packed[name].grid.label()})" if name in self.packed else ""
-            self.effective[name] = SHORT[dtype] + codes
-        return value.to(dtype)
-
-
-def picked(values: Tensor, rows: Tensor, nothing: float) -> Tensor:
-    """The rows of `values` of these numbers; `nothing` throughout where the number is -1."""
-    found = values[rows.clamp(min=0)]
-    found[rows < 0] = nothing
-    return found
 
 
 @dataclass(frozen=True)
@@ -383,129 +282,3 @@ class Graph:
 
 def _bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-
-
-class Call:
-    """The values of one call: `tokens` [batch, length] and `start` [batch], both int64, and what follows from them.
-
-    Either batch or length is 1: a prompt in pieces, or one token for each of several rows."""
-
-    whole = False
-
-    def __init__(self, graph: Graph, context: int, eps: float) -> None:
-        self.graph, self.context, self.eps = graph, context, eps
-        self.tokens = graph.input("tokens", torch.int64, ("batch", "length"))
-        self.start = self._start()
-        self.prefix = ""  # before the name of a state: tells the loops of a layer apart
-
-    def _start(self) -> str:
-        return self.graph.input("start", torch.int64, ("batch",))
-
-    def _once(self, key: str, make: Callable[[], str]) -> str:
-        return self.graph.once(("call", key), make)
-
-    @property
-    def shape(self) -> str:
-        """int64 [2]: batch and length."""
-        return self._once("shape", lambda: str(self.graph.node("Shape", self.tokens)))
-
-    @property
-    def length(self) -> str:
-        """int64 [1]."""
-        return self._once("length", lambda: str(self.graph.node("Shape", self.tokens, start=1, end=2)))
-
-    @property
-    def batch(self) -> str:
-        """int64 [1]."""
-        return self._once("batch", lambda: str(self.graph.node("Shape", self.tokens, start=0, end=1)))
-
-    @property
-    def steps(self) -> str:
-        """int64 [length]: 0, 1, ..."""
-        g = self.graph
-        zero, one = g.constant(0, torch.int64), g.constant(1, torch.int64)
-        return self._once("steps", lambda: str(g.node("Range", zero, g.node("Squeeze", self.length), one)))
-
-    @property
-    def positions(self) -> str:
-        """int64 [batch, length]."""
-        g = self.graph
-        return self._once("positions", lambda: g.add(str(g.node("Unsqueeze", self.start, g.ints(1))), self.steps))
-
-    @property
-    def last(self) -> str:
-        """int32 [batch]: each row's position of its last token."""
-        g = self.graph
-        ends = lambda: g.add(self.start, str(g.node("Sub", self.length, g.ints(1))))  # noqa: E731
-        return self._once("last", lambda: g.cast(ends(), torch.int32))
-
-    @property
-    def longest(self) -> str:
-        """int32 scalar: most tokens of a row, with those of this call."""
-        g = self.graph
-        most = lambda: g.add(str(g.node("ReduceMax", self.last, keepdims=0)), g.constant(1, torch.int32))  # noqa: E731
-        return self._once("longest", most)
-
-    @property
-    def fresh(self) -> str:
-        """bool [batch]: rows before which nothing came."""
-        g = self.graph
-        return self._once("fresh", lambda: str(g.node("Equal", self.start, g.ints(0))))
-
-    def rotary(self, width: int, theta: float, yarn: float = 1.0, trained: int = 0,
-               padded: int = 0) -> tuple[str, str]:  # fmt: skip
-        """cos and sin [context, width / 2] of the channels that rotate; `padded` / 2 with angles of zero for others."""
-        half = max(padded, width) // 2
-
-        def make(which: int) -> Callable[[], Tensor]:
-            def table() -> Tensor:
-                found = rotary_tables(torch.arange(self.context)[None], width, theta, yarn, trained)[which][0, 0]
-                rest = torch.full((self.context, half - width // 2), 1.0 - which)
-                return torch.cat([found[:, : width // 2], rest], 1)
-
-            return table
-
-        shape, key = (self.context, half), ("rotary", width, theta, yarn, trained, half)
-        cos, sin = (self.graph.initializer((*key, at), shape, torch.float32, make(at)) for at in (0, 1))
-        return cos, sin
-
-    def state(self, name: str, shape: Sequence[int | str], kind: Literal["cache", "recurrent"] = "recurrent",
-              dtype: torch.dtype = torch.float32) -> tuple[str, Callable[[str], None]]:  # fmt: skip
-        """A state of [batch, *shape]: its past value, and what to call with the next one."""
-        name = self.prefix + name
-        self.graph.states.append(State(name, kind, "float32" if dtype == torch.float32 else "int64", tuple(shape)))
-        past = self.graph.input(f"past.{name}", dtype, ("batch", *shape))
-
-        def set_next(value: str) -> None:
-            self.graph.output(value, f"next.{name}", dtype, ("batch", *shape))
-
-        return past, set_next
-
-
-class Whole(Call):
-    """A call of whole texts of `lengths` [batch], padded at the right: nothing came before, nothing is kept."""
-
-    whole = True
-
-    def _start(self) -> str:
-        self.lengths = self.graph.input("lengths", torch.int64, ("batch",))
-        return self._once("start", lambda: str(self.graph.node("Sub", self.lengths, self.lengths)))
-
-    @property
-    def last(self) -> str:
-        g = self.graph
-        return self._once("last", lambda: g.cast(str(g.node("Sub", self.lengths, g.ints(1))), torch.int32))
-
-    @property
-    def longest(self) -> str:
-        g = self.graph
-        return self._once("longest", lambda: g.cast(str(g.node("Squeeze", self.length)), torch.int32))
-
-    def state(self, name: str, shape: Sequence[int | str], kind: Literal["cache", "recurrent"] = "recurrent",
-              dtype: torch.dtype = torch.float32) -> tuple[str, Callable[[str], None]]:  # fmt: skip
-        """No cache, and zeros for what else an emitter wants to begin with."""
-        g = self.graph
-        if kind == "cache":
-            return "", lambda value: None
-        sizes = g.node("Concat", self.batch, g.ints(*(size for size in shape if isinstance(size, int))), axis=0)
-        return str(g.node("Expand", g.constant(0, dtype), sizes)), lambda value: None

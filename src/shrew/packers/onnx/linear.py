@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shrew.packers.onnx.call import Call
 from shrew.packers.onnx.conv import causal_conv
-from shrew.packers.onnx.graph import MS, Call, Graph
+from shrew.packers.onnx.graph import MS, Graph
 
 
 def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:

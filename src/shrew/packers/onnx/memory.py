@@ -16,7 +16,8 @@ import torch
 from shrew.blocks.layers import rotary_tables
 from shrew.blocks.memory import EPS
 from shrew.packers.onnx.attention import layout, moved
-from shrew.packers.onnx.graph import MS, Call, Graph
+from shrew.packers.onnx.call import Call
+from shrew.packers.onnx.graph import MS, Graph
 from shrew.packers.onnx.linear import vector
 
 

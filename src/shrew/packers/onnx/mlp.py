@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from shrew.packers.onnx.graph import Call, Graph
+from shrew.packers.onnx.call import Call
+from shrew.packers.onnx.graph import Graph
 
 
 def _gelu_tanh(g: Graph, x: str) -> str:

@@ -9,7 +9,9 @@ import torch
 
 from shrew.errors import UnsupportedError
 from shrew.packers.onnx.attention import layout, moved
-from shrew.packers.onnx.graph import MS, Graph, Weights, Whole
+from shrew.packers.onnx.call import Whole
+from shrew.packers.onnx.graph import MS, Graph
+from shrew.packers.onnx.weights import Weights
 
 ACTIVATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "gelu": ("Gelu", {}),

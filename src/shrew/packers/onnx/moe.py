@@ -10,7 +10,8 @@ from typing import Any
 
 from shrew.folder.packed import Packed
 from shrew.packers.onnx import mlp
-from shrew.packers.onnx.graph import Call, Graph
+from shrew.packers.onnx.call import Call
+from shrew.packers.onnx.graph import Graph
 
 
 def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:

@@ -3,7 +3,8 @@
 import torch
 
 from shrew.blocks.embeddings import FACTOR, MODULUS, Ngrams
-from shrew.packers.onnx.graph import Call, Graph
+from shrew.packers.onnx.call import Call
+from shrew.packers.onnx.graph import Graph
 
 
 def emit(g: Graph, block: Ngrams, name: str, call: Call) -> str:

@@ -15,7 +15,7 @@ from shrew.blocks.stock import IDS, as_spec, in_our_names
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded, Packed
 from shrew.folder.packed import from_rows, to_rows
-from shrew.packers.onnx.graph import Weights
+from shrew.packers.onnx.weights import Weights
 from shrew.spec import dump
 
 

@@ -8,7 +8,9 @@ import torch
 from shrew.blocks.model import ShrewForCausalLM
 from shrew.errors import UnsupportedError
 from shrew.packers.onnx import attention, conv, delta, depth, linear, memory, mlp, moe, ngrams
-from shrew.packers.onnx.graph import Call, Graph, Weights, Whole
+from shrew.packers.onnx.call import Call, Whole
+from shrew.packers.onnx.graph import Graph
+from shrew.packers.onnx.weights import Weights
 
 # (graph, block, name of its parameters, x [batch, length, width] normed, call) -> the same shape
 Emitter = Callable[[Graph, Any, str, str, Call], str]
