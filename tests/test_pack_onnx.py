@@ -241,7 +241,7 @@ def test_the_runtime_computes_with_these_values(bits: int, group: int, symmetric
     assert np.array_equal(found, dense)
     np.testing.assert_allclose(products, (dense.double() @ packed.dense().double().T).float(), rtol=1e-4, atol=1e-3)
     codes_ = 50 * 384 * g.weights.blocks("e.weight").bits // 8  # type: ignore[union-attr]
-    assert codes_ < (tmp_path / DATA).stat().st_size < codes_ + 3 * graph.ALIGN  # both readers share the bytes
+    assert codes_ < (tmp_path / DATA).stat().st_size < codes_ + 50 * 24 * 4  # both readers share the bytes
 
 
 def quantized(model: Any, grid: Grid) -> Loaded:
@@ -360,9 +360,8 @@ def test_a_folder_is_packed(quantized_folder: Path, stories: Path, tmp_path: Pat
     assert kinds == {"int4 g32 sym"}
     loaded = folder.load(quantized_folder)
     matrices = sum(p.numel() for p in loaded.model.parameters() if p.ndim > 1)
-    tables = 2 * 256 * 8 * 4  # cos and sin
-    promised = matrices * 4.5 / 8 + tables
-    assert promised < (out / DATA).stat().st_size < promised + 40 * graph.ALIGN
+    promised = matrices * 4.5 / 8
+    assert promised < (out / DATA).stat().st_size < promised + 5 * 64 * 4 + 40 * graph.ALIGN  # norms in float32
     assert (out / MODEL).stat().st_size < 30_000
     assert json.loads((out / "shrew.json").read_text("utf-8"))["packed"]["from"]["sha256"] == folder.identity(
         quantized_folder
@@ -417,4 +416,4 @@ def test_types_that_our_blocks_cannot_say() -> None:
 def test_one_product_for_queries_keys_and_values() -> None:
     """Few nodes are what decoding of small models is made of."""
     model = random(replace(SPECS["grouped"], layers=6))
-    assert len(trunk.causal(model, Weights(dict(model.state_dict())))._nodes) <= 6 * 10 + 15
+    assert len(trunk.causal(model, Weights(dict(model.state_dict())))._nodes) <= 6 * 10 + 20

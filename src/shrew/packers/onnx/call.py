@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from shrew.blocks.layers import rotary_tables
+from shrew.blocks.layers import rotary_rates
 from shrew.packers.onnx.graph import Graph, State
 
 
@@ -79,20 +78,25 @@ class Call:
 
     def rotary(self, width: int, theta: float, yarn: float = 1.0, trained: int = 0,
                padded: int = 0) -> tuple[str, str]:  # fmt: skip
-        """cos and sin [context, width / 2] of the channels that rotate; `padded` / 2 with angles of zero for others."""
-        half = max(padded, width) // 2
+        """cos and sin [context, width / 2] of the channels that rotate; `padded` / 2 with angles of zero for others.
 
-        def make(which: int) -> Callable[[], Tensor]:
-            def table() -> Tensor:
-                found = rotary_tables(torch.arange(self.context)[None], width, theta, yarn, trained)[which][0, 0]
-                rest = torch.full((self.context, half - width // 2), 1.0 - which)
-                return torch.cat([found[:, : width // 2], rest], 1)
+        The file holds the rates alone: ONNX Runtime folds the tables when it loads the model."""
+        g = self.graph
+        rates, warm = rotary_rates(width, theta, yarn, trained)
+        spare = max(padded - width, 0) // 2
+        key = ("rotary", width, theta, yarn, trained, spare)
 
-            return table
+        def angles() -> str:
+            positions = g.node("Range", g.constant(0.0), g.constant(float(self.context)), g.constant(1.0))
+            turned = torch.nn.functional.pad(rates, (0, spare))
+            return g.mul(str(g.node("Unsqueeze", positions, g.ints(1))), g.constant(turned))
 
-        shape, key = (self.context, half), ("rotary", width, theta, yarn, trained, half)
-        cos, sin = (self.graph.initializer((*key, at), shape, torch.float32, make(at)) for at in (0, 1))
-        return cos, sin
+        def table(op: str) -> str:
+            found = str(g.node(op, g.once((*key, "angles"), angles)))
+            factors = torch.nn.functional.pad(torch.full_like(rates, warm), (0, spare), value=1.0)
+            return found if warm == 1 else g.mul(found, g.constant(factors))
+
+        return g.once((*key, "Cos"), lambda: table("Cos")), g.once((*key, "Sin"), lambda: table("Sin"))
 
     def state(self, name: str, shape: Sequence[int | str], kind: Literal["cache", "recurrent"] = "recurrent",
               dtype: torch.dtype = torch.float32) -> tuple[str, Callable[[str], None]]:  # fmt: skip

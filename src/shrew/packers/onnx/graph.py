@@ -20,7 +20,7 @@ from shrew.packers.onnx.weights import Blocks, Weights, picked
 MODEL, DATA = "model.onnx", "model.bin"
 OPSET = 22
 MS = "com.microsoft"
-ALIGN = 4096  # bytes; what a page is, so that every tensor can be mapped by itself
+ALIGN = 64  # bytes: a cache line, and enough for every vector instruction
 INLINE = 256  # bytes of the largest tensor that stands in the graph itself
 TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16,
          torch.uint8: TensorProto.UINT8, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32}  # fmt: skip
