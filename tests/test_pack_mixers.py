@@ -182,6 +182,17 @@ def test_calls_stop_where_every_segment_does(tmp_path: Path) -> None:
     assert check(SHAPES["grouped"], tmp_path).graph.align == 0
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_what_an_earlier_segment_left_is_not_read(length: int, tmp_path: Path) -> None:
+    model, tokens = shaken(build(SHAPES["memory"])), text(97)[:1]
+    packed = Packed(model, Weights(model.state_dict()), tmp_path)
+    _, states = packed.call(tokens[:, :4].numpy(), [0], packed.empty())
+    poisoned = {name: value * np.nan if name.endswith((".k", ".v")) else value for name, value in states.items()}
+    assert sum(np.isnan(value).any() for value in poisoned.values()) == 6
+    found, _ = packed.call(tokens[:, 4 : 4 + length].numpy(), [4], poisoned)
+    np.testing.assert_allclose(found, whole(model, tokens)[:, 4 : 4 + length], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("bias", [-100.0, 100.0], ids=["no token", "every token"])
 @pytest.mark.parametrize("ffn", [MlpSpec(), MoeSpec(experts=4, shared=8)], ids=["mlp", "moe"])
 def test_a_layer_may_get_no_token_at_all(ffn: Any, bias: float, tmp_path: Path) -> None:
@@ -250,6 +261,17 @@ def test_codes_are_the_values_that_torch_has(kind: str, bits: int, symmetric: bo
     tokens = text(WORDS)
     compare(packed, tokens, whole(loaded.model, tokens))
     assert sum("int" in label for label in weights.effective.values()) >= len(loaded.packed) - 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "delta", "memory", "moe", "stock olmoe"])
+def test_the_level_that_rounds_inputs_is_near(kind: str, tmp_path: Path) -> None:
+    """Experts that get no row among them, which is a case of its own in every kernel."""
+    loaded = make(kind)
+    context = SimpleNamespace(calibration=[], say=lambda line: None)
+    Quantize(bits=4, group=32, method="rtn").apply(loaded, context)
+    tokens = text(WORDS)
+    wanted = whole(loaded.model, tokens)
+    compare(Packed(*ours(loaded), tmp_path, level=4), tokens, wanted, spare=0.1 * np.abs(wanted).max())
 
 
 def test_each_expert_has_its_own_codes_once(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from shrew.packers.onnx.call import Call
 from shrew.packers.onnx.conv import causal_conv
 from shrew.packers.onnx.graph import MS, Graph
-from shrew.packers.onnx.linear import vector
+from shrew.packers.onnx.linear import normed, vector
 
 EPS = 1e-6  # below the root of a key's or query's length, as in the block
 
@@ -19,25 +19,19 @@ def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
     big = g.linear(x, f"{name}.qkv_proj", *([f"{name}.g_proj"] if gated else []))
     mixed, gate = g.split(big, sum(block.sizes), values) if gated else (big, "")
     if block.conv is not None:
-        mixed = causal_conv(g, mixed, f"{name}.conv", "", f"{name}.conv", call, activation="silu")
+        mixed = g.silu(causal_conv(g, mixed, f"{name}.conv", "", f"{name}.conv", call))
     both, v = g.split(mixed, 2 * keys, values)
-    both = g.reshape(both, 0, 0, 2 * block.key_heads, width)
     # x / sqrt(|x|^2 + EPS) is the RMS norm of EPS / width, divided by sqrt(width)
     unit = g.constant([width**-0.5] * width)
-    both = str(g.node("SimplifiedLayerNormalization", both, unit, axis=-1, epsilon=EPS / width))
-    q, k = g.split(g.reshape(both, 0, 0, 2 * keys), keys, keys)
+    q, k = g.split(normed(g, both, unit, (2 * block.key_heads, width), EPS / width), keys, keys)
     logs, beta = _rates(g, block, name, x)
     past, set_next = call.state(f"{name}.rule", (heads, width, block.value_width))
     y, last = g.node(
         "LinearAttention", q, k, v, past, logs, beta, domain=MS, outputs=2, scale=width**-0.5,
         update_rule="gated_delta" if logs else "delta", q_num_heads=block.key_heads, kv_num_heads=heads)  # fmt: skip
     set_next(last)
-    if gated:
-        weight = g.tensor(f"{name}.o_norm.weight")
-        y = g.node("GatedRMSNorm", y, weight, gate, domain=MS, epsilon=block.o_norm.eps)
-    else:
-        y = g.norm(g.reshape(y, 0, 0, heads, block.value_width), f"{name}.o_norm", block.o_norm.eps)
-        y = g.reshape(y, 0, 0, values)
+    y = normed(g, y, g.tensor(f"{name}.o_norm.weight"), (heads, block.value_width), block.o_norm.eps)
+    y = g.mul(y, g.silu(gate)) if gated else y
     return g.linear(y, f"{name}.o_proj")
 
 

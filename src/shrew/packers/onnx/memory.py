@@ -18,7 +18,7 @@ from shrew.blocks.memory import EPS
 from shrew.packers.onnx.attention import layout, moved
 from shrew.packers.onnx.call import Call
 from shrew.packers.onnx.graph import MS, Graph
-from shrew.packers.onnx.linear import vector
+from shrew.packers.onnx.linear import normed, vector
 
 
 def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
@@ -32,9 +32,7 @@ def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
         weights = (g.weights.dense[f"{name}.{part}_norm.weight"].expand(count, -1)
                    for part, count in (("q", heads), ("k", kv)))  # fmt: skip
         scale = vector(g, (name, "qk_norm"), torch.cat([*weights]))
-        each = g.reshape(qk, 0, 0, heads + kv, width)
-        each = str(g.node("SimplifiedLayerNormalization", each, scale, axis=-1, epsilon=block.q_norm.eps))
-        qk = g.reshape(each, 0, 0, (heads + kv) * width)
+        qk = normed(g, qk, scale, (heads + kv, width), block.q_norm.eps)
         qkv = str(g.node("Concat", qk, v, axis=-1))
     local = _local(g, block, name, qkv, call)
     far = _far(g, block, name, qk, v, call)
