@@ -361,7 +361,7 @@ def test_a_folder_is_packed(quantized_folder: Path, stories: Path, tmp_path: Pat
     loaded = folder.load(quantized_folder)
     matrices = sum(p.numel() for p in loaded.model.parameters() if p.ndim > 1)
     promised = matrices * 4.5 / 8
-    assert promised < (out / DATA).stat().st_size < promised + 5 * 64 * 4 + 40 * graph.ALIGN  # norms in float32
+    assert 0.98 * promised < (out / DATA).stat().st_size < promised + 5 * 64 * 4 + 40 * graph.ALIGN
     assert (out / MODEL).stat().st_size < 30_000
     assert json.loads((out / "shrew.json").read_text("utf-8"))["packed"]["from"]["sha256"] == folder.identity(
         quantized_folder

@@ -7,7 +7,7 @@ with the logits of each position, a classifier with those of each text.
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,18 +137,21 @@ def seconds(runners: Sequence[Runner], text: Sequence[int]) -> list[float]:
 def shipped(fast: Runner, slow: Runner, text: Sequence[int], context: int) -> dict[str, Any]:
     """The graph that is shipped against the exact one on a text: see `_apart`; and the place of the first greedy token
     that differs (None: none of them)."""
-    size = min(WINDOW, context)
-    pieces = [text[first : first + size] for first in range(0, len(text), size)]
-    one: list[np.ndarray] = []
-    other: list[np.ndarray] = []
-    for piece in pieces:
-        for runner, logits in ((slow, one), (fast, other)):
-            runner.start()
-            logits.append(runner.feed(piece))
+    window, size = min(WINDOW, context), fast.chunk
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The logits of both, few at a time: a vocabulary may be large."""
+        for first in range(0, len(text), window):
+            piece = text[first : first + window]
+            slow.start()
+            fast.start()
+            for at in range(0, len(piece), size):
+                yield slow.feed(piece[at : at + size]), fast.feed(piece[at : at + size])
+
+    found = _apart(pairs())
     prompt, count = lengths(context, text)
-    pairs = zip(slow.greedy(prompt, count)[0], fast.greedy(prompt, count)[0], strict=True)
-    differing = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
-    found = _apart(zip(one, other, strict=True))
+    tokens = zip(slow.greedy(prompt, count)[0], fast.greedy(prompt, count)[0], strict=True)
+    differing = next((at for at, (a, b) in enumerate(tokens) if a != b), None)
     return {**found, "first_differing_token": differing, "greedy_compared": count}
 
 
