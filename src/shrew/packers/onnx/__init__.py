@@ -35,8 +35,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    text: str = doc("text on which the shipped graph is compared with the exact one: a file, folder or glob; default: "
-                    "modules of Python's standard library", "")  # fmt: skip
+    text: str | None = doc(
+        "text on which the shipped graph is compared with the exact one: a file, folder or glob; default: modules of "
+        "Python's standard library", None,
+    )  # fmt: skip
 
 
 def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     return manifest
 
 
-def _text(loaded: Loaded, source: str) -> Any:
+def _text(loaded: Loaded, source: str | None) -> Any:
     """Enough tokens for the checks of a causal model; texts of tokens for those of a classifier."""
     found: list[Any] = []
     context = getattr(loaded.model.config, "max_position_embeddings", None) or PIECE
@@ -83,7 +85,7 @@ def _text(loaded: Loaded, source: str) -> Any:
         if len(found) >= (check.TEXTS if loaded.is_classifier else check.COMPARED):
             break
     if len(found) < (1 if loaded.is_classifier else 2):
-        raise DataError(f"{source}: fewer than two tokens of text; give more.")
+        raise DataError(f"{source or TEXT}: fewer than two tokens of text; give more.")
     return found[: check.TEXTS] if loaded.is_classifier else found[: check.COMPARED]
 
 
