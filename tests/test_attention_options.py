@@ -198,3 +198,16 @@ def test_a_wrong_option_is_refused_in_words(values: dict[str, Any], words: list[
     with pytest.raises(SpecError) as caught:
         spec.parse(ModelSpec, {"width": 32, "mixers": {"A": {"heads": 4, **values}}}, "r.toml")
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@torch.no_grad()
+def test_a_model_with_biases_is_a_qwen2() -> None:
+    mixer = AttentionSpec(heads=4, kv_heads=2, head_width=8, bias=True)
+    ours = build(ModelSpec(layers=2, width=32, vocabulary=51, context=64, mixers={"A": mixer})).double().eval()
+    for p in ours.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    same, tokens = stock(ours), torch.randint(0, 51, (2, 20))
+    assert same.config.model_type == "qwen2"
+    torch.testing.assert_close(same(tokens).logits, ours(tokens).logits, rtol=1e-4, atol=1e-5)
+    again = adopt(same)
+    assert again.spec.mixers["A"] == mixer and torch.equal(again(tokens).logits, ours(tokens).logits)

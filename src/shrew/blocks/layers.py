@@ -153,13 +153,17 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, T, D] for positions [B, T] (Su et al. 2021, half-split layout as in Llama); `yarn` is the
     factor by which the context was stretched beyond the `trained` one."""
-    rates = theta ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
-    if yarn > 1:
-        rates = _stretched(rates, width, theta, yarn, trained)
-    angles = positions[:, None, :, None].float() * rates
+    rates, warm = rotary_rates(width, theta, yarn, trained)
+    angles = positions[:, None, :, None].float() * rates.to(positions.device)
     cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
-    warm = 0.1 * math.log(yarn) + 1  # the paper's temperature of the scores, applied here as everyone does
-    return (cos * warm, sin * warm) if yarn > 1 else (cos, sin)
+    return (cos * warm, sin * warm) if warm != 1 else (cos, sin)
+
+
+def rotary_rates(width: int, theta: float, yarn: float = 1.0, trained: int = 0) -> tuple[Tensor, float]:
+    """Angles [D / 2] by which the pairs of channels turn from one position to the next, and the factor of cos and sin:
+    the paper's temperature of the scores with YaRN, applied here as everyone does."""
+    rates = theta ** (-torch.arange(0, width, 2, dtype=torch.float32) / width)
+    return (_stretched(rates, width, theta, yarn, trained), 0.1 * math.log(yarn) + 1) if yarn > 1 else (rates, 1.0)
 
 
 def _stretched(rates: Tensor, width: int, theta: float, yarn: float, trained: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""llama and qwen3: the same attention and gated MLP in every layer, qwen3 with QK-norm; and what others share."""
+"""llama, qwen3 and qwen2: the same attention and gated MLP in every layer, qwen3 with QK-norm, qwen2 with biases of
+queries, keys and values; and what others share."""
 
 from typing import Any
 
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.mlp import MlpSpec
@@ -54,10 +55,10 @@ def rope_back(rope: dict[str, Any]) -> dict[str, Any] | None:
             "yarn_context": rope["original_max_position_embeddings"]}  # fmt: skip
 
 
-def _dense(spec: ModelSpec, config_class: Any, norm: str) -> Any:
+def _dense(spec: ModelSpec, config_class: Any, norm: str, bias: bool = False) -> Any:
     mixers = {spec.mixer(number) for number in range(spec.layers)}
     mixer = next(iter(mixers))
-    wanted = len(mixers) == 1 and mixer.kind == "attention" and plain_attention(mixer, qk_norm=norm)
+    wanted = len(mixers) == 1 and mixer.kind == "attention" and plain_attention(mixer, qk_norm=norm, bias=bias)
     if not wanted or spec.ffn != MlpSpec(hidden=getattr(spec.ffn, "hidden", None)) or not plain(spec):
         return None
     return config_class(
@@ -68,15 +69,15 @@ def _dense(spec: ModelSpec, config_class: Any, norm: str) -> Any:
     )  # fmt: skip
 
 
-def _dense_spec(config: Any, norm: Any) -> ModelSpec | None:
+def _dense_spec(config: Any, norm: Any, bias: bool = False) -> ModelSpec | None:
     layers = getattr(config, "layer_types", None) or []
     rope = rope_back(config.rope_parameters)
-    odd = (config.attention_bias, getattr(config, "mlp_bias", False), config.hidden_act != "silu",
+    odd = (getattr(config, "attention_bias", False), getattr(config, "mlp_bias", False), config.hidden_act != "silu",
            set(layers) - {"full_attention"})  # fmt: skip
     if rope is None or any(odd):
         return None
     mixer = AttentionSpec(heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-                          head_width=config.head_dim, qk_norm=norm, **rope)  # fmt: skip
+                          head_width=getattr(config, "head_dim", None), qk_norm=norm, bias=bias, **rope)  # fmt: skip
     return ModelSpec(layers=config.num_hidden_layers, width=config.hidden_size, vocabulary=config.vocab_size,
                      context=config.max_position_embeddings, tied=config.tie_word_embeddings, eps=config.rms_norm_eps,
                      mixers={"A": mixer}, ffn=MlpSpec(hidden=config.intermediate_size))  # fmt: skip
@@ -88,3 +89,5 @@ def names(spec: ModelSpec, layer: int) -> dict[str, str]:
 
 LLAMA = Adapter(lambda spec: _dense(spec, LlamaConfig, "none"), lambda config: _dense_spec(config, "none"), names)
 QWEN3 = Adapter(lambda spec: _dense(spec, Qwen3Config, "head"), lambda config: _dense_spec(config, "head"), names)
+QWEN2 = Adapter(lambda spec: _dense(spec, Qwen2Config, "none", True), lambda config: _dense_spec(config, "none", True),
+                names)  # fmt: skip

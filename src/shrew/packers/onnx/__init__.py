@@ -1,0 +1,152 @@
+"""`--to onnx`: the graph and its weights, the tokenizer, and a manifest with hashes and what two checks found.
+
+Our blocks say the model first (`shrew.blocks.stock`), so there is one emitter a block and none a model type.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from shrew import data, files, folder, machine
+from shrew.errors import DataError, ShrewError, UnsupportedError
+from shrew.folder import LINEAGE, Loaded
+from shrew.folder.check import quiet
+from shrew.packers.onnx import check
+from shrew.packers.onnx.build import CHUNK, Built, build
+from shrew.packers.onnx.graph import DATA, MODEL
+from shrew.packers.onnx.weights import Weights
+from shrew.spec import doc
+
+__all__ = ["MANIFEST", "Options", "pack"]
+
+MANIFEST = "pack.json"
+EXACT = "exact.onnx"
+FAST = 4  # accuracy level: inputs of a product rounded to 8 bits
+AS_FAST = 1.05  # times; not worth a rounding
+TEXT = "python:evaluation"  # held out from the starter's training; every machine has it
+PIECE = 400  # characters of a text that a classifier gets
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    text: str | None = doc(
+        "text on which the shipped graph is compared with the exact one: a file, folder or glob; default: modules of "
+        "Python's standard library", None,
+    )  # fmt: skip
+
+
+def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
+    """Write the packed folder `out` of the model `name`; returns its manifest.
+
+    Raises UnsupportedError for models that cannot be packed, ShrewError where the graph is not the model."""
+    files.check_writable_target(out, MANIFEST)
+    say(machine.choose_threads().reason)
+    loaded = folder.load(name)
+    text = _text(loaded, options.text)
+    built = build(loaded)
+    say(f"{name}: {sum(value.numel() for value in loaded.model.parameters()):,} parameters")
+    try:
+        with files.new_folder(out, MANIFEST) as where:
+            _write_texts(where, loaded, name)
+            offsets = built.graph.write(where / DATA)
+            _say_types(built.weights, loaded, say)
+            for file, level in ((EXACT, 0), (MODEL, FAST)):
+                (where / file).write_bytes(built.graph.proto(offsets, level))
+            exact, shipped, level = _checked(where, built, loaded, text, say)
+            (where / EXACT).unlink()
+            (where / MODEL).write_bytes(built.graph.proto(offsets, level))
+            manifest = built.manifest(loaded, name) | {
+                "accuracy_level": level, "exact": exact, "shipped": shipped | {"text": options.text or TEXT},
+                "weights": built.weights.effective, "files": _hashes(where)}  # fmt: skip
+            (where / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise ShrewError(f"{out} could not be written ({error}); make room and run again.") from None
+    total = sum(item["bytes"] for item in manifest["files"].values())
+    say(f"{total:,} bytes in {len(manifest['files'])} files")
+    return manifest
+
+
+def _text(loaded: Loaded, source: str | None) -> Any:
+    """Enough tokens for the checks of a causal model; texts of tokens for those of a classifier."""
+    found: list[Any] = []
+    context = getattr(loaded.model.config, "max_position_embeddings", None) or PIECE
+    for document in data.documents([source or TEXT]):
+        if loaded.is_classifier:
+            pieces = [document.text[first : first + PIECE] for first in range(0, len(document.text), PIECE)]
+            found += [row for row in loaded.tokenizer(pieces, truncation=True, max_length=context)["input_ids"] if row]
+        else:
+            found += data.encode(loaded.tokenizer, [document.text])[0]
+        if len(found) >= (check.TEXTS if loaded.is_classifier else check.COMPARED):
+            break
+    if len(found) < (1 if loaded.is_classifier else 2):
+        raise DataError(f"{source or TEXT}: fewer than two tokens of text; give more.")
+    return found[: check.TEXTS] if loaded.is_classifier else found[: check.COMPARED]
+
+
+def _say_types(weights: Weights, loaded: Loaded, say: Say) -> None:
+    sizes: Counter[str] = Counter()
+    for name, kind in weights.effective.items():
+        sizes[kind] += weights.dense[name].numel()
+    total = sum(sizes.values())
+    say("weights: " + ", ".join(f"{kind} {size / total:.1%}" for kind, size in sizes.most_common()))
+    if not loaded.packed:
+        say("nothing is quantized here: the model is packed as it is; `shrew apply` quantizes")
+
+
+def _checked(
+    where: Path, built: Built, loaded: Loaded, text: Any, say: Say
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """What both checks found, and the accuracy level to ship."""
+    say("checking the graph against torch ...")
+    graph, context = built.graph, built.context
+    if built.labels:
+        slow: Any = check.Labeller(check.opened(where / EXACT))
+        exact = check.exact_labels(slow, loaded.model, text)
+    else:
+        slow = check.Runner(check.opened(where / EXACT), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
+        exact = check.exact(slow, loaded.model, text, context)
+    same = "" if built.labels else f", {exact['greedy_equal']} of {exact['greedy_compared']} greedy tokens are equal"
+    say(f"  logits differ by at most {exact['logit_difference']:.1e}{same}")
+    nothing = {"kl_bits": 0.0, "top1": 1.0} | ({} if built.labels else {"first_differing_token": None})
+    if not graph.has_codes:
+        return exact, nothing, 0
+    if built.labels:
+        fast: Any = check.Labeller(check.opened(where / MODEL))
+        at_zero, at_four = check.label_seconds([slow, fast], text)
+    else:
+        fast = check.Runner(check.opened(where / MODEL), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
+        at_zero, at_four = check.seconds([slow, fast], text)
+    ratio, unit = at_zero / at_four, "text" if built.labels else "token"
+    measured = {f"seconds_per_{unit}": {"0": at_zero, str(FAST): at_four}, "processor": machine.processor()}
+    if ratio <= AS_FAST:
+        say(f"shipping accuracy level 0: level {FAST} is {ratio:.2f} times as fast here")
+        return exact, nothing | measured, 0
+    shipped = check.shipped_labels(fast, slow, text) if built.labels else check.shipped(fast, slow, text, context)
+    say(f"shipping accuracy level {FAST}, {ratio:.2f} times as fast as level 0 here: KL {shipped['kl_bits']:.2g} "
+        f"bits a {unit}, first choice equal in {shipped['top1']:.2%}")  # fmt: skip
+    return exact, shipped | measured, FAST
+
+
+def _write_texts(where: Path, loaded: Loaded, name: str) -> None:
+    """Tokenizer, settings of generation, and lineage."""
+    with quiet():
+        loaded.tokenizer.save_pretrained(where)
+        if loaded.model.can_generate():
+            loaded.model.generation_config.to_json_file(where / "generation_config.json")
+    if not (where / "tokenizer.json").exists():
+        raise UnsupportedError(f"{name}: its tokenizer has no tokenizer.json, which the runtime needs; convert it to a "
+                               "fast tokenizer first.")  # fmt: skip
+    parent = {"name": Path(name).name, "sha256": folder.identity(loaded.path) if loaded.path else None}
+    versions = folder.versions() | {"onnxruntime": onnxruntime.__version__}
+    lineage = loaded.lineage | {"format": 1, "packed": {"from": parent, "versions": versions}}
+    (where / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", "utf-8")
+
+
+def _hashes(where: Path) -> dict[str, Any]:
+    return {item.name: {"bytes": item.stat().st_size, "sha256": files.sha256(item)} for item in sorted(where.iterdir())}

@@ -1,0 +1,108 @@
+"""Weights as a graph stores them: the codes that were chosen, in blocks, or dense in the narrowest exact type."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from shrew.folder.packed import Grid, Packed, pack_bits
+
+BLOCKS = (128, 64, 32, 16)  # inputs that can share a scale in MatMulNBits
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix as MatMulNBits reads it: `codes` uint8 [rows, blocks, bytes], `scales` [rows, blocks] and packed `zeros`
+    uint8 [rows, bytes] or None, each [rows, ...] for `cols` inputs in blocks of `size`."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    size: int
+    cols: int
+
+
+def stored_bits(bits: int, size: int) -> int:
+    """Bits that a code takes in the graph: 3 stand in 4, 5 to 7 in 8; and 2 in 4 where blocks of `size` have no kernel
+    (ONNX Runtime would unpack the whole matrix at every call)."""
+    return next(stored for stored in (2, 4, 8) if stored >= bits and (stored > 2 or size >= 32))
+
+
+def block_size(group: int, cols: int) -> int:
+    """The longest block that never crosses a group of `group` inputs (0: the row) nor the end of the row, 0 where there
+    is none. Longer ones than 128 are no faster, and 2-bit codes have no kernel for them."""
+    return next((size for size in BLOCKS if cols % size == 0 and (group or cols) % size == 0), 0)
+
+
+def to_blocks(packed: Packed) -> Blocks:
+    """The same codes in blocks. Scales are repeated where a group is longer than a block; symmetric codes move with
+    their middle. Only for grids that have a `block_size`, and weights whose rows are outputs."""
+    cols, rows, group = packed.codes.shape[1], len(packed.codes), packed.grid.group
+    size = block_size(group, cols)
+    bits = stored_bits(packed.grid.bits, size)
+    which = torch.arange(0, cols, size) // (group or cols)
+    codes = packed.codes if packed.zeros is not None else packed.codes + (2 ** (bits - 1) - middle(packed.grid))
+    zeros = None if packed.zeros is None else pack_bits(packed.zeros[:, which].contiguous(), bits)
+    codes = pack_bits(codes, bits).view(rows, -1, size * bits // 8)
+    return Blocks(codes, packed.scales[:, which].contiguous(), zeros, bits, size, cols)
+
+
+def middle(grid: Grid) -> int:
+    """The code of zero on a symmetric grid."""
+    return int(2 ** (grid.bits - 1))
+
+
+def narrowest(value: Tensor) -> torch.dtype:
+    """The narrowest type that holds every value exactly."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(value.to(dtype).float(), value.float()):
+            return dtype
+    return torch.float32
+
+
+@dataclass
+class Weights:
+    """The parameters of a model of our blocks: all of them `dense`, float32, by name; some with their codes as well.
+
+    `effective` collects what each is stored as."""
+
+    dense: dict[str, Tensor]
+    packed: dict[str, Packed] = field(default_factory=dict)
+    effective: dict[str, str] = field(default_factory=dict)
+
+    def blocks(self, *names: str, rows: Tensor | None = None) -> Blocks | None:
+        """The rows of several weights, one under the other, as blocks; None where they have no codes or their codes
+        cannot stand in one matrix. `rows` picks among them; -1 is a row of zeros."""
+        found = [self.packed[name] for name in names if name in self.packed]
+        kinds = {(item.grid, item.codes.shape[1], item.scales.dtype) for item in found}
+        if len(found) < len(names) or len(kinds) > 1 or not block_size(found[0].grid.group, found[0].codes.shape[1]):
+            return None
+        grid = found[0].grid
+        codes, scales = torch.cat([item.codes for item in found]), torch.cat([item.scales for item in found])
+        zeros = None if grid.symmetric else torch.cat([item.zeros for item in found if item.zeros is not None])
+        if rows is not None:
+            codes, scales = picked(codes, rows, middle(grid) if grid.symmetric else 0), picked(scales, rows, 1)
+            zeros = None if zeros is None else picked(zeros, rows, 0)
+        blocks = to_blocks(Packed(codes, scales, zeros, grid, tuple(codes.shape)))
+        label = grid.label() + (f" in {blocks.bits} bits" if blocks.bits != grid.bits else "")
+        self.effective |= dict.fromkeys(names, label)
+        return blocks
+
+    def exact(self, *names: str, rows: Tensor | None = None) -> Tensor:
+        """The rows of weights, one under the other, dense, in the narrowest type that holds them."""
+        value = torch.cat([self.dense[name] for name in names]) if len(names) > 1 else self.dense[names[0]]
+        value = value.detach() if rows is None else picked(value.detach(), rows, 0)
+        dtype = narrowest(value)
+        for name in names:
+            codes = f" (values of {self.packed[name].grid.label()})" if name in self.packed else ""
+            self.effective[name] = SHORT[dtype] + codes
+        return value.to(dtype)
+
+
+def picked(values: Tensor, rows: Tensor, nothing: float) -> Tensor:
+    """The rows of `values` of these numbers; `nothing` throughout where the number is -1."""
+    found = values[rows.clamp(min=0)]
+    found[rows < 0] = nothing
+    return found
