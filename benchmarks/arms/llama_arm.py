@@ -22,8 +22,8 @@ vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(mode
 batch = llama_cpp.llama_batch_init(512, 0, 1)
 
 
-def step(entries: list[tuple[int, int, int, bool]]) -> list[int]:
-    """Decode (token, position, sequence, wanted) entries; the most likely next token behind each wanted one."""
+def step(entries: list[tuple[int, int, int, bool]]) -> list[np.ndarray]:
+    """Decode (token, position, sequence, wanted) entries; the logits behind each wanted one, until the next call."""
     batch.n_tokens = len(entries)
     for at, (token, position, row, wanted) in enumerate(entries):
         batch.token[at], batch.pos[at], batch.logits[at] = token, position, wanted
@@ -34,7 +34,7 @@ def step(entries: list[tuple[int, int, int, bool]]) -> list[int]:
     for at, entry in enumerate(entries):
         if entry[3]:
             logits = llama_cpp.llama_get_logits_ith(context, at)
-            found.append(int(np.ctypeslib.as_array(logits, (vocabulary,)).argmax()))
+            found.append(np.ctypeslib.as_array(logits, (vocabulary,)))
     return found
 
 
@@ -44,13 +44,25 @@ def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
                for row, prompt in enumerate(prompts) for at, token in enumerate(prompt)]  # fmt: skip
     last = []
     for low in range(0, len(entries), 512):
-        last += step(entries[low : low + 512])
+        last += [int(logits.argmax()) for logits in step(entries[low : low + 512])]
     found = [[token] for token in last]
     for done in range(1, count):
-        last = step([(token, len(prompts[row]) + done - 1, row, True) for row, token in enumerate(last)])
+        places = [(token, len(prompts[row]) + done - 1, row, True) for row, token in enumerate(last)]
+        last = [int(logits.argmax()) for logits in step(places)]
         for row, token in enumerate(last):
             found[row].append(token)
     return found
 
 
-serve(generate)
+def score(tokens: list[int]) -> float:
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    bits = 0.0
+    for low in range(0, len(tokens) - 1, 512):
+        entries = [(token, low + at, 0, True) for at, token in enumerate(tokens[low : low + 512])]
+        for logits, token in zip(step(entries), tokens[low + 1 : low + 513], strict=False):
+            exact = logits.astype(np.float64)
+            bits += (exact.max() + np.log(np.exp(exact - exact.max()).sum()) - exact[token]) / np.log(2)
+    return float(bits)
+
+
+serve(generate, score)

@@ -1,5 +1,6 @@
 """Our runtime, as one arm of benchmarks/runtime.py: `shrew_arm.py PACK THREADS`; see talk.py."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -19,4 +20,9 @@ def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
     return [[token.id for piece in answer for token in piece.tokens] for answer in answers]
 
 
-serve(generate)
+def score(tokens: list[int]) -> float:
+    (piece,) = engine.submit(Request(prompt=tokens, max_tokens=0, echo=True, logprobs=0))
+    return -sum(token.logprob for token in piece.prompt[1:] if token.logprob is not None) / math.log(2)
+
+
+serve(generate, score)
