@@ -53,12 +53,22 @@ class Arm:
 
     def ask(self, prompts: list[list[int]], count: int) -> float:
         """Wall seconds for `count` tokens behind each prompt."""
-        self.child.stdin.write(json.dumps({"prompts": prompts, "count": count}) + "\n")
-        self.child.stdin.flush()
-        told = json.loads(self.child.stdout.readline() or "null")
-        if told is None or any(len(row) != count for row in told["tokens"]):
-            raise SystemExit(f"{self.name}, {self.threads} threads: the arm ended or gave too few tokens.")
+        told = self._told({"prompts": prompts, "count": count})
+        if any(len(row) != count for row in told["tokens"]):
+            raise SystemExit(f"{self.name}: the arm gave too few tokens.")
         return float(told["seconds"])
+
+    def bits(self, tokens: list[int]) -> float:
+        """What the tokens but the first take."""
+        return float(self._told({"score": tokens})["bits"])
+
+    def _told(self, asked: dict[str, Any]) -> dict[str, Any]:
+        self.child.stdin.write(json.dumps(asked) + "\n")
+        self.child.stdin.flush()
+        if not (line := self.child.stdout.readline()):
+            raise SystemExit(f"{self.name}, {self.threads} threads: the arm ended.")
+        found: dict[str, Any] = json.loads(line)
+        return found
 
     def speeds(self, rows: int, prompt: int, count: int) -> list[tuple[float, float]]:
         """(prefill, decode) tokens per second of each round."""

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 
-
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 

@@ -1,0 +1,118 @@
+"""At equal quality: what `shrew shrink` chose against the original in llama.cpp at its best type of no worse quality.
+
+    shrew shrink starter --keep 0.98 --heal 48 --minutes 3 --out demo    # what `make demo` runs
+    python benchmarks/equal.py WORK demo/model --llama PYTHON --records results/records.jsonl
+
+PYTHON is that of an environment with llama-cpp-python. The chosen model runs twice: packed, in our runtime, and as GGUF
+in llama.cpp. The original runs in llama.cpp as each of its types, made by its own quantizer without an importance
+matrix. Quality is bits per byte of the evaluation texts of the starter as each engine computes them, all on the same
+rows; a type is no worse if it takes no more bits than our slower output. Speed is greedy text, one and eight sequences,
+in turns, one thread.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from runtime import HERE, QUANTIZE, Arm, ratio, run, start
+
+from shrew import folder, record
+from shrew.data import python
+from shrew.record import Record
+
+TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "Q3_K_M")
+OURS = ("packed", "GGUF")
+
+
+def prepare(args: argparse.Namespace) -> dict[str, tuple[list[Any], Path]]:
+    """Each arm's command, and the file or folder whose bytes count."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    shrew, pack, wide = (sys.executable, "-m", "shrew", "pack"), args.work / "chosen.pack", args.work / "F16.gguf"
+    chosen = args.work / "chosen.gguf"
+    for source, kind, out in ((args.chosen, "onnx", pack), (args.chosen, "gguf", chosen), ("starter", "gguf", wide)):
+        if not out.exists():
+            run(*shrew, source, "--to", kind, "--out", out)
+    arms: dict[str, tuple[list[Any], Path]] = {"packed": ([sys.executable, HERE / "arms/shrew_arm.py", pack], pack)}
+    files = {"GGUF": chosen} | {label: args.work / f"{label}.gguf" for label in TYPES}
+    for label, path in files.items():
+        if not path.exists():
+            run(args.llama, "-c", QUANTIZE, wide, path, f"LLAMA_FTYPE_MOSTLY_{label}")
+        arms[label] = [args.llama, HERE / "arms/llama_arm.py", path], path
+    return arms
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of a pack without what says only how it was made and checked."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum((path / name).stat().st_size for name in ("model.onnx", "model.bin", "tokenizer.json"))
+
+
+def texts(length: int) -> list[tuple[list[int], int]]:
+    """(tokens, bytes behind the first) of the beginnings of the starter's evaluation texts."""
+    tokenizer = folder.load("starter").tokenizer
+    found = []
+    for _, text in python.evaluation():
+        ids = tokenizer.encode(text, add_special_tokens=False)[: length - 1]
+        found.append(([tokenizer.eos_token_id, *ids], len(tokenizer.decode(ids).encode("utf-8"))))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for what is made; what is there already is used")
+    parser.add_argument("chosen", type=Path, help="the model folder that shrink wrote")
+    parser.add_argument("--llama", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--records", type=Path)
+    args = parser.parse_args()
+    rows = texts(512)
+    bytes_ = sum(count for _, count in rows)
+    commands = prepare(args)
+    arms = {label: start(label, words, 1) for label, (words, _) in commands.items()}
+    quality = {label: sum(arm.bits(ids) for ids, _ in rows) / bytes_ for label, arm in arms.items()}
+    worst = max(quality[label] for label in OURS)
+    fits = [label for label in TYPES if quality[label] <= worst]
+    chance = np.random.default_rng(0)
+    for number in range(-1, args.rounds):
+        for count in (1, 8):
+            for label in [*OURS, *fits] if number % 2 else [*fits[::-1], *OURS[::-1]]:
+                prompts = chance.integers(3, 4096, (2, count, 64)).tolist()
+                once = arms[label].ask(prompts[0], 1), arms[label].ask(prompts[1], 129)
+                if number >= 0:
+                    arms[label].times.setdefault(count, []).append(once)
+    found = [Record(run="equal", model=label, metric="bits_per_byte", value=value, unit="bits/byte", n=len(rows),
+                    detail={"bytes": size(commands[label][1])}) for label, value in quality.items()]  # fmt: skip
+    for count in (1, 8):
+        found += speeds(arms, fits, commands, count)
+    for one in found:
+        spread = "" if one.low is None else f" ({one.low:.2f} to {one.high:.2f}) {one.detail}"
+        print(f"{one.model:10} {one.metric:28} {one.value:10.4g}{spread}")
+    if args.records:
+        record.append(args.records, found)
+    for arm in arms.values():
+        arm.child.stdin.close()
+    return 0
+
+
+def speeds(arms: dict[str, Arm], fits: list[str], commands: dict[str, Any], count: int) -> list[Record]:
+    """Decoding speed of each, and our better output over the fastest type of no worse quality."""
+    decode = {label: [pair[1] for pair in arms[label].speeds(count, 64, 129)] for label in (*OURS, *fits)}
+    found = [Record(run="equal", model=label, metric="decode_tokens_per_second", value=statistics.median(values),
+                    unit="tokens/s", n=len(values), detail={"rows": count}) for label, values in decode.items()]  # fmt: skip
+    ours = max(OURS, key=lambda label: statistics.median(decode[label]))
+    peer = max(fits, key=lambda label: statistics.median(decode[label]))
+    value, low, high = ratio(decode[ours], decode[peer])
+    share = size(commands[ours][1]) / size(commands[peer][1])
+    least = size(commands[ours][1]) / min(size(commands[label][1]) for label in fits)
+    found.append(Record(run="equal", model=ours, metric="decode_over_original", value=value, low=low, high=high,
+                        n=len(decode[ours]), detail={"rows": count, "peer": peer, "bytes_over_peer": share,
+                                                     "bytes_over_smallest": least}))  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
