@@ -29,7 +29,7 @@ bench: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(RUN)/pip install --quiet --upgrade pip
 	$(RUN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(RUN)/pip install --quiet -c constraints.txt -e '.[torch,data,compressed,dev]'
+	$(RUN)/pip install --quiet -c constraints.txt -e '.[torch,data,compressed,gguf,dev]'
 	@touch $@
 
 clean:

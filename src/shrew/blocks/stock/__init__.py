@@ -56,7 +56,7 @@ def adapter_of(spec: ModelSpec) -> Adapter | None:
 
 
 def restated(adapter: Adapter, spec: ModelSpec, weights: Weights) -> Weights:
-    """Our weights as the type has them; anything of their shapes that belongs to rows, as codes do, goes the same way."""
+    """Our weights as the type has them, or anything of their shapes that moves with their rows, as codes do."""
     return adapter.out(spec, _renamed(weights, _names(adapter, spec)))
 
 

@@ -23,7 +23,8 @@ from shrew.blocks.stock import adapter_of, restated, stock
 from shrew.errors import ShrewError, UnsupportedError, UsageError
 from shrew.folder import Loaded, Packed
 from shrew.packers.gguf import blocks, tokens
-from shrew.packers.gguf.architectures import Architecture, for_config
+from shrew.packers.gguf.architectures import for_config
+from shrew.packers.gguf.common import Architecture
 from shrew.packers.gguf.header import ALIGNMENT, MAGIC
 from shrew.packers.gguf.rows import Change, Row, always_float32, plan
 from shrew.spec import doc
@@ -177,26 +178,24 @@ def _packed_parts(row: Row, packed: Packed) -> tuple[list[Part], str]:
     parts = []
     for number, target in enumerate(row.targets):
 
-        def pieces(number: int = number) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor | None]:
-            return _piece(row.change, packed, number)
-
-        shape, *codes = pieces()
+        shape, codes = _piece(row.change, packed, number)
         if always_float32(target, shape):
             return [], "llama.cpp takes it as F32 alone"
         kind, reason = blocks.choose(*codes, packed.grid)
         if kind is None:
             return [], reason
 
-        def content(
-            pieces: Callable[[], Any] = pieces, kind: GGMLQuantizationType = kind
-        ) -> Iterator[bytes]:
-            return blocks.encode(kind, *pieces()[1:], packed.grid)
+        def content(number: int = number, kind: GGMLQuantizationType = kind) -> Iterator[bytes]:
+            return blocks.encode(kind, *_piece(row.change, packed, number)[1], packed.grid)
 
         parts.append(Part(target, row.source, kind, shape, content))
     return parts, ""
 
 
-def _piece(change: Change, packed: Packed, number: int) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor | None]:
+Codes = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _piece(change: Change, packed: Packed, number: int) -> tuple[tuple[int, ...], Codes]:
     """The shape of one tensor of a packed weight, and its codes, scales and zero points as rows."""
     lead = packed.shape[:-1]
 
@@ -204,9 +203,8 @@ def _piece(change: Change, packed: Packed, number: int) -> tuple[tuple[int, ...]
         return change.out(values.reshape(*lead, -1))[number]
 
     codes = moved(packed.codes)
-    rest = [None if part is None else moved(part).flatten(0, -2) for part in (packed.scales, packed.zeros)]
-    assert rest[0] is not None
-    return tuple(codes.shape), codes.flatten(0, -2), rest[0], rest[1]
+    zeros = None if packed.zeros is None else moved(packed.zeros).flatten(0, -2)
+    return tuple(codes.shape), (codes.flatten(0, -2), moved(packed.scales).flatten(0, -2), zeros)
 
 
 def _said(misfits: dict[str, str]) -> str:
@@ -308,24 +306,24 @@ def _spread(item: Packed, which: str) -> Tensor:
 
 def misfit(spec: ModelSpec) -> str:
     """What keeps every stock type from saying a spec: settings that, put back one at a time, would let one."""
-    found = []
-    for item in fields(spec):
-        default = item.default
-        if item.name not in ("pattern", "mixers", "ffn") and getattr(spec, item.name) != default:
-            if _says(spec, **{item.name: default}):
-                found.append(f"{item.name} = {getattr(spec, item.name)}")
-    for letter, mixer in (spec.mixers or {}).items():
-        for item in fields(mixer):
-            if getattr(mixer, item.name) != item.default and item.name != "kind":
-                other = dict(spec.mixers) | {letter: replace(mixer, **{item.name: item.default})}
-                if _says(spec, mixers=other):
-                    found.append(f"{item.name} = {getattr(mixer, item.name)} of mixer {letter}")
-    for item in fields(spec.ffn):
-        if getattr(spec.ffn, item.name) != item.default and item.name != "kind":
-            if _says(spec, ffn=replace(spec.ffn, **{item.name: item.default})):
-                found.append(f"{item.name} = {getattr(spec.ffn, item.name)} of the ffn")
+    kept = ("pattern", "mixers", "ffn")
+    found = [f"{key} = {value}" for key, value, default in _chosen(spec)
+             if key not in kept and _says(spec, **{key: default})]  # fmt: skip
+    for letter, mixer in spec.mixers.items():
+        for key, value, default in _chosen(mixer):
+            if _says(spec, mixers=spec.mixers | {letter: replace(mixer, **{key: default})}):
+                found.append(f"{key} = {value} of mixer {letter}")
+    for key, value, default in _chosen(spec.ffn):
+        if _says(spec, ffn=replace(spec.ffn, **{key: default})):
+            found.append(f"{key} = {value} of the ffn")
     kinds = sorted({spec.mixer(layer).kind for layer in range(spec.layers)})
-    return ", ".join(found) if found else f"it mixes by {' and '.join(kinds)} with a feed-forward of kind {spec.ffn.kind}"
+    return ", ".join(found) or f"it mixes by {' and '.join(kinds)}, with a feed-forward of kind {spec.ffn.kind}"
+
+
+def _chosen(part: Any) -> list[tuple[str, Any, Any]]:
+    """Settings other than the defaults: name, value, default."""
+    values = ((item.name, getattr(part, item.name), item.default) for item in fields(part))
+    return [(key, value, default) for key, value, default in values if value != default and key != "kind"]
 
 
 def _says(spec: ModelSpec, **changed: Any) -> bool:

@@ -21,7 +21,8 @@ from shrew.errors import FolderError
 from shrew.folder import Loaded
 from shrew.folder.check import quiet
 from shrew.packers.gguf import blocks, tokens
-from shrew.packers.gguf.architectures import ARCHITECTURES, Architecture, Values
+from shrew.packers.gguf.architectures import ARCHITECTURES
+from shrew.packers.gguf.common import Architecture, Values
 from shrew.packers.gguf.header import Header, read_header
 from shrew.packers.gguf.rows import Row, plan
 
@@ -32,7 +33,7 @@ class Options:
 
 
 def pack(name: str, out: Path, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """Write a GGUF file as a model folder and return what it holds. Raises FolderError for whatever is wrong with it."""
+    """Write a GGUF file as a model folder and return what it holds. Raises FolderError for a file that is wrong."""
     files.check_writable_target(out, folder.LINEAGE)
     path = Path(name).expanduser()
     if not path.is_file():
@@ -88,7 +89,7 @@ def _meaning(header: Header) -> tuple[Architecture, Values]:
     values.setdefault("vocab_size", len(words))
     values["tied"] = _tied(header)
     freqs = {"rope_freqs.weight": header} if "rope_freqs.weight" in header.tensors else {}
-    tensors = {key: None for key in header.tensors} | {key: _numbers(header, key) for key in freqs}
+    tensors = dict.fromkeys(header.tensors) | {key: _numbers(header, key) for key in freqs}
     return found, Values(path, values, tensors)
 
 
@@ -104,7 +105,7 @@ def _tied(header: Header) -> bool:
 
 def _check(header: Header, empty: Any, rows: list[Row], extra: set[str]) -> None:
     """Compare names and shapes with what the config asks for, before any memory is taken."""
-    wanted = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for row in rows:
         pieces = row.change.out(empty.get_parameter(row.source))
         wanted |= {target: tuple(piece.shape) for target, piece in zip(row.targets, pieces, strict=True)}

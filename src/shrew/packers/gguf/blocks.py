@@ -80,7 +80,7 @@ def encode(
             turned = ~_inside(level.amin(1), level.amax(1), half)  # these fit with the opposite scale
             sign = torch.where(turned, -1, 1)
             heads, value = [scale * sign], level * sign[:, None].to(torch.int16) + (half if half < 128 else 0)
-        columns = [head.half().numpy().view(np.uint8).reshape(-1, 2) for head in heads]
+        columns: list[np.ndarray] = [head.half().numpy().view(np.uint8).reshape(-1, 2) for head in heads]
         whole = value.numpy()
         if kind == GGMLQuantizationType.Q8_0:
             columns.append(whole.astype(np.int8).view(np.uint8))

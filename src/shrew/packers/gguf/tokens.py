@@ -4,6 +4,7 @@ llama.cpp has two kinds that matter here: byte-level BPE (`gpt2`), whose rules o
 name, and SentencePiece's BPE with bytes for what is unknown (`llama`), which joins pairs by the score of the result.
 """
 
+import itertools
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -183,7 +184,9 @@ def _scores(stated: dict[str, Any]) -> dict[str, float]:
     Raises UnsupportedError where that cannot be: when two pieces that join to a third are no merge, or when merges to
     one piece stand on both sides of those to another.
     """
-    vocab, first, last, pairs = stated["model"]["vocab"], {}, {}, set()
+    vocab, pairs = stated["model"]["vocab"], set()
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
     for rank, merge in enumerate(stated["model"]["merges"]):
         left, right = merge if isinstance(merge, list) else merge.split(" ", 1)
         pairs.add((left, right))
@@ -191,7 +194,7 @@ def _scores(stated: dict[str, Any]) -> dict[str, float]:
         last[left + right] = rank
     order = sorted(first, key=first.__getitem__)
     added = {token["content"] for token in stated["added_tokens"]}
-    crossed = any(last[before] > first[after] for before, after in zip(order, order[1:], strict=False))
+    crossed = any(last[before] > first[after] for before, after in itertools.pairwise(order))
     unknown = any(
         (word[:at], word[at:]) not in pairs
         for word in vocab if word not in added and not word.startswith("<0x")
@@ -315,7 +318,8 @@ def _sentencepiece(where: str, values: dict[str, Any], texts: list[str], types: 
     scores = values.get(PREFIX + "scores")
     if scores is None or len(scores) != len(texts):
         raise FolderError(f"{where} has no score for each token; fetch it again.")
-    vocab, unknown = _words(texts, types), next((t for t, k in zip(texts, types, strict=True) if k == TokenType.UNKNOWN), None)
+    vocab = _words(texts, types)
+    unknown = next((text for text, kind in zip(texts, types, strict=True) if kind == TokenType.UNKNOWN), None)
     plain = {text for text, number in vocab.items() if types[number] == TokenType.NORMAL}
     merges = [
         (-float(scores[vocab[text]]), vocab[text[:at]], vocab[text[at:]], text[:at], text[at:])
