@@ -4,7 +4,17 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from shrew.packers.gguf.tokens import DIGIT, GPT2, SPACE
@@ -63,7 +73,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny(kind: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **more: Any) -> Any:
-    """A random model of a kind of CONFIGS whose weights `dtype` holds, every norm, bias and decay moved off its start."""
+    """A random model of a kind of CONFIGS whose weights `dtype` holds; norms, biases and decays off their start."""
     name, own = CONFIGS[kind]
     common = {key: value for key, value in SIZES.items() if name != "Mamba2Config" or "heads" not in key}
     torch.manual_seed(seed)
@@ -80,7 +90,7 @@ def byte_level(rules: tuple[str, ...], text: str, size: int = 300, ignore_merges
     """A byte-level BPE that cuts text by `rules`, trained on a text, with special tokens, one of them in use."""
     steps: list[Any] = [
         pre_tokenizers.Digits(individual_digits=True) if rule == DIGIT
-        else pre_tokenizers.Split(pattern=_regex(rule), behavior="isolated")
+        else pre_tokenizers.Split(pattern=Regex(rule), behavior="isolated")
         for rule in rules if rule != GPT2
     ]  # fmt: skip
     core = Tokenizer(models.BPE(ignore_merges=ignore_merges))
@@ -95,14 +105,8 @@ def byte_level(rules: tuple[str, ...], text: str, size: int = 300, ignore_merges
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
-def _regex(rule: str) -> Any:
-    from tokenizers import Regex
-
-    return Regex(rule)
-
-
 def sentencepiece(text: str, size: int = 400, prefix: bool = True) -> Any:
-    """A BPE of SentencePiece's kind: bytes, characters, then pieces by their counts; every way to join two is a merge."""
+    """A BPE of SentencePiece's kind: bytes, characters, pieces by their counts; every way to join two is a merge."""
     marks = ["<unk>", "<s>", "</s>"]
     pieces = marks + [f"<0x{byte:02X}>" for byte in range(256)]
     words = [SPACE + word for word in text.split()]
@@ -126,7 +130,5 @@ def sentencepiece(text: str, size: int = 400, prefix: bool = True) -> Any:
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     core.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     core.add_special_tokens(marks)
-    from tokenizers import processors
-
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

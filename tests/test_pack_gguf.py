@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,6 @@ import transformers
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from shrew import folder
 from shrew.__main__ import main
@@ -23,78 +23,16 @@ from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec, build
 from shrew.blocks.stock import adopt, stock
 from shrew.blocks.window import WindowSpec
-from shrew.errors import FolderError, UnsupportedError, UsageError
+from shrew.errors import FolderError, UnsupportedError
 from shrew.folder import Loaded, Packed
 from shrew.folder.packed import Grid, to_rows
 from shrew.moves import grids
+from shrew.moves.quantize import quantizable
 from shrew.packers.gguf import Options, back, blocks, tokens, write
-from shrew.packers.gguf.header import read_header
 
-SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-                         "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 256,
-                         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-                         "initializer_range": 0.1}  # fmt: skip
-PLAIN = {"rope_type": "default", "rope_theta": 5000.0}
-YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}  # fmt: skip
-MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
-MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2, "mamba_d_state": 16,
-                         "mamba_n_groups": 2, "mamba_d_conv": 4}  # fmt: skip
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {"rope_parameters": PLAIN, "tie_word_embeddings": True}),
-    "llama-wide": ("LlamaConfig", {"rope_parameters": PLAIN, "head_dim": 32, "attention_bias": True, "mlp_bias": True}),
-    "llama-yarn": ("LlamaConfig", {"rope_parameters": YARN}),
-    "llama-3": ("LlamaConfig", {"rope_parameters": LLAMA3}),
-    "llama-linear": ("LlamaConfig", {"rope_parameters": {**PLAIN, "rope_type": "linear", "factor": 2.0}}),
-    "mistral": ("MistralConfig", {"rope_parameters": PLAIN, "sliding_window": None}),
-    "mixtral": ("MixtralConfig", {"rope_parameters": PLAIN, "num_local_experts": 4, "num_experts_per_tok": 2,
-                                  "sliding_window": None}),
-    "qwen2": ("Qwen2Config", {"rope_parameters": PLAIN}),
-    "qwen3": ("Qwen3Config", {"rope_parameters": PLAIN, "head_dim": 32, "tie_word_embeddings": True}),
-    "qwen3-yarn": ("Qwen3Config", {"rope_parameters": YARN, "head_dim": 16}),
-    "qwen3-moe": ("Qwen3MoeConfig", {"rope_parameters": PLAIN, "head_dim": 16, **MOE}),
-    "qwen3-next": ("Qwen3NextConfig", {
-        "rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}, "head_dim": 32, **MOE,
-        "shared_expert_intermediate_size": 64, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-        "linear_key_head_dim": 32, "linear_value_head_dim": 32,
-        "layer_types": ["linear_attention", "linear_attention", "full_attention"]}),
-    "gemma3": ("Gemma3TextConfig", {
-        "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "final_logit_softcapping": 30.0,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "rope_parameters": {"full_attention": {**PLAIN, "rope_type": "linear", "factor": 2.0},
-                            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}}),
-    "lfm2": ("Lfm2Config", {"rope_parameters": PLAIN, "layer_types": ["conv", "full_attention", "conv"],
-                            "block_multiple_of": 16}),
-    "olmoe": ("OlmoeConfig", {"rope_parameters": PLAIN, "num_experts": 4, "num_experts_per_tok": 2,
-                              "num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "mamba2": ("Mamba2Config", {"num_heads": 8, "head_dim": 16, "expand": 2, "state_size": 16, "n_groups": 2,
-                                "tie_word_embeddings": True}),
-    "mamba2-no-bias": ("Mamba2Config", {"num_heads": 8, "head_dim": 16, "expand": 2, "state_size": 16, "n_groups": 1,
-                                        "use_conv_bias": False, "tie_word_embeddings": False}),
-    "granite-hybrid": ("GraniteMoeHybridConfig", {
-        **MAMBA, "layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0, "num_experts_per_tok": 0,
-        "shared_intermediate_size": 96, "position_embedding_type": None, "attention_multiplier": 0.2,
-        "embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 2.0}),
-    "granite": ("GraniteMoeHybridConfig", {
-        **MAMBA, "layer_types": ["attention"] * 3, "num_local_experts": 0, "num_experts_per_tok": 0,
-        "shared_intermediate_size": 96, "position_embedding_type": "rope", "rope_parameters": PLAIN,
-        "attention_multiplier": 0.25, "logits_scaling": 4.0}),
-}  # fmt: skip
-
-
-def tiny(kind: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
-    """A random model of a kind of CONFIGS whose weights `dtype` holds, every norm, bias and decay moved off its start."""
-    name, more = CONFIGS[kind]
-    common = {key: value for key, value in SIZES.items() if name != "Mamba2Config" or "heads" not in key}
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, name)(**common | more), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1 or parameter.shape[1] == 1:
-                parameter += 0.1 * torch.randn_like(parameter)
-            parameter.copy_(parameter.to(dtype).float())
-    return model.eval()
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import gguf_models
+from gguf_models import CONFIGS, PLAIN, tiny
 
 
 def quiet(line: str) -> None:
@@ -223,11 +161,10 @@ def test_blocks_hold_the_chosen_values_or_are_refused(
 
 
 def quantized(model: Any, grid: Grid) -> dict[str, Packed]:
-    """Every matrix of a model but routers and convolutions, rounded in place."""
+    """Every matrix that the move of that name takes, rounded in place."""
     packed = {}
-    for name, weight in model.named_parameters():
-        if weight.ndim < 2 or "conv" in name or "mlp.gate." in name or "shared_expert_gate" in name:
-            continue
+    for name, target in quantizable(model)[0].items():
+        weight = target.weight
         item = Packed(*grids.nearest(to_rows(weight.detach(), False), grid), grid, tuple(weight.shape))
         packed[name] = item
         with torch.no_grad():
@@ -244,10 +181,17 @@ def test_packed_weights_are_blocks_of_the_same_values(kind: str, tiny_tokenizer:
     types = {item["source"]: item["type"] for item in made["tensors"]}
     assert {types[name] for name in packed} == {"Q4_0"}
     assert fields(out)["general.file_type"] == 2
+
     back.pack(str(out), tmp_path / "back", back.Options(), quiet)
-    again = folder.load(tmp_path / "back").model
+    again = folder.load(tmp_path / "back")
+    assert again.packed.keys() == packed.keys()
     for name, weight in model.named_parameters():
-        assert torch.equal(weight, again.get_parameter(name)), name
+        assert torch.equal(weight, again.model.get_parameter(name)), name
+    second = tmp_path / "second.gguf"
+    write(again, second, Options(), quiet)
+    first, second_data = numbers(out), numbers(second)
+    assert first.keys() == second_data.keys()
+    assert all(np.array_equal(first[name], second_data[name]) for name in first)
 
 
 def test_what_no_block_holds_is_said_and_written_exactly(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -279,7 +223,10 @@ def test_dense_weights_can_be_asked_for_in_another_type(tiny_llama_folder: Path,
 # --- our own models ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "lfm2", "granite-hybrid", "mamba2", "olmoe", "qwen3-next"])
+OURS = ["llama", "qwen3", "gemma3", "lfm2", "granite-hybrid", "mamba2", "olmoe", "qwen3-moe", "qwen3-next", "mixtral"]
+
+
+@pytest.mark.parametrize("kind", OURS)
 def test_our_own_models_go_through_the_stock_type(kind: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     """The same file as the stock model gives, packed or not."""
     theirs = tiny(kind)
@@ -347,3 +294,227 @@ def test_other_models_are_refused(tiny_tokenizer: Any, tiny_classifier_folder: P
         put(gpt2, tiny_tokenizer, tmp_path / "a.gguf")
     with pytest.raises(UnsupportedError, match="classifiers"):
         write(folder.load(tiny_classifier_folder), tmp_path / "a.gguf", Options(), quiet)
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+WORDS = {name: (rules, bool(ignore)) for rules, pair in tokens.WORDS.items()
+         for ignore, name in enumerate(pair) if name}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_byte_level_tokenizer_comes_back(name: str, text: str) -> None:
+    rules, ignore = WORDS[name]
+    original = gguf_models.byte_level(rules, text, ignore_merges=ignore)
+    original.chat_template = {"default": "{{ 1 }}", "tools": "{{ 2 }}"}
+    values, notes = tokens.describe(original, 310, {})
+    assert notes == []
+    assert values["tokenizer.ggml.pre"] == name
+    assert values["tokenizer.chat_template.tools"] == "{{ 2 }}"
+    assert values["tokenizer.ggml.token_type"][:3] + values["tokenizer.ggml.token_type"][299:301] == [3, 3, 3, 4, 5]
+    again = tokens.rebuild("file", values)
+    assert again.chat_template == "{{ 1 }}"
+    assert again.backend_tokenizer.get_vocab() == original.backend_tokenizer.get_vocab()
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text() | st.lists(st.sampled_from(["It's", " x", "  ", "\n", "12", "<tool>", "<eos>", "é"])).map("".join))
+    def same(line: str) -> None:
+        ids = original(line)["input_ids"]
+        assert again(line)["input_ids"] == ids
+        assert again.decode(ids) == original.decode(ids)
+
+    same()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_tokenizer_comes_back(prefix: bool, text: str) -> None:
+    original = gguf_models.sentencepiece(text, 700, prefix)
+    values, notes = tokens.describe(original, 700, {})
+    assert notes == []
+    assert values["tokenizer.ggml.model"] == "llama"
+    assert values["tokenizer.ggml.add_space_prefix"] is prefix
+    assert (values["tokenizer.ggml.add_bos_token"], values["tokenizer.ggml.add_eos_token"]) == (True, False)
+    assert values["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    again = tokens.rebuild("file", values)
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text() | st.lists(st.sampled_from(["return", " self", "  ", "def ", "\n", "é", "😀"])).map("".join))
+    def same(line: str) -> None:
+        ids = original(line)["input_ids"]
+        assert again(line)["input_ids"] == ids
+        assert again.decode(ids) == original.decode(ids)
+
+    same()
+
+
+def test_tokenizers_that_llama_cpp_would_cut_otherwise_are_refused(text: str) -> None:
+    def refused(words: str, change: Any, size: int = 310, **made: Any) -> None:
+        tokenizer = gguf_models.byte_level((tokens.GPT2,), text, **made)
+        stated = json.loads(tokenizer.backend_tokenizer.to_str())
+        change(stated)
+        core = type(tokenizer.backend_tokenizer).from_str(json.dumps(stated))
+        with pytest.raises(UnsupportedError, match=words):
+            tokens.describe(type(tokenizer)(tokenizer_object=core, bos_token="<bos>", eos_token="<eos>"), size, {})
+
+    refused("needs a row for each token", lambda stated: None, size=200)
+    refused("adds a space", lambda stated: stated["pre_tokenizer"].update(add_prefix_space=True))
+    refused("cuts text by", lambda stated: stated.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Punctuation", "behavior": "Isolated"}, stated["pre_tokenizer"]]}))  # fmt: skip
+    refused("normalise text by Lowercase", lambda stated: stated.update(normalizer={"type": "Lowercase"}))
+    refused("byte_fallback", lambda stated: stated.update(pre_tokenizer=None))
+    refused("puts other tokens around", lambda stated: stated.update(post_processor={
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<pad>", "type_id": 0}},
+                                                 {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+        "special_tokens": {"<pad>": {"id": "<pad>", "ids": [2], "tokens": ["<pad>"]}}}))  # fmt: skip
+
+    def unreached(stated: dict[str, Any]) -> None:
+        stated["model"]["ignore_merges"] = True
+        stated["model"]["merges"].pop()
+
+    refused("take whole words first", unreached)
+
+    tokenizer = gguf_models.sentencepiece(text, 700)
+    stated = json.loads(tokenizer.backend_tokenizer.to_str())
+    stated["model"]["merges"].pop(3)
+    core = type(tokenizer.backend_tokenizer).from_str(json.dumps(stated))
+    with pytest.raises(UnsupportedError, match="follow no scores"):
+        tokens.describe(type(tokenizer)(tokenizer_object=core), 700, {})
+
+
+def test_what_llama_cpp_does_otherwise_is_noted(text: str) -> None:
+    tokenizer = gguf_models.byte_level((tokens.QWEN2,), text)
+    stated = json.loads(tokenizer.backend_tokenizer.to_str()) | {"normalizer": {"type": "NFC"}}
+    stated["added_tokens"][-1]["lstrip"] = True
+    core = type(tokenizer.backend_tokenizer).from_str(json.dumps(stated))
+    notes = tokens.describe(type(tokenizer)(tokenizer_object=core), 300, {})[1]
+    assert [words in note for words, note in zip(("NFC", "end-of-text", "strip"), notes, strict=True)] == [True] * 3
+
+
+# --- hostile files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    out = tmp_path_factory.mktemp("sound") / "model.gguf"
+    put(tiny("llama"), tiny_tokenizer, out)
+    return out.read_bytes()
+
+
+def refused(content: bytes, place: Path) -> str:
+    """The sentence with which a file is refused."""
+    file = place / "bad.gguf"
+    file.write_bytes(content)
+    with pytest.raises(FolderError) as caught:
+        back.read(file)
+    assert str(file) in str(caught.value)
+    return str(caught.value)
+
+
+def changed(content: bytes, at: int, code: str, *values: int) -> bytes:
+    return content[:at] + struct.pack("<" + code, *values) + content[at + struct.calcsize("<" + code) :]
+
+
+def test_hostile_headers_are_refused_in_a_sentence(sound: bytes, tmp_path: Path) -> None:
+    assert "is no GGUF file" in refused(b"GGML" + sound[4:], tmp_path)
+    assert "is no GGUF file" in refused(b"", tmp_path)
+    assert "truncated" in refused(sound[:12], tmp_path)
+    assert "truncated" in refused(sound[:-4000], tmp_path)
+    assert "big-endian" in refused(sound[:4] + sound[4:8][::-1] + sound[8:], tmp_path)
+    assert "version 9" in refused(changed(sound, 4, "I", 9), tmp_path)
+    assert "claims 1152921504606846976 tensors" in refused(changed(sound, 8, "Q", 2**60), tmp_path)
+    assert "claims 1152921504606846976 values" in refused(changed(sound, 16, "Q", 2**60), tmp_path)
+    assert "truncated" in refused(changed(sound, 24, "Q", 2**60), tmp_path)  # the length of the first name
+    tokens_at = sound.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 4
+    assert "claims 1152921504606846976 items" in refused(changed(sound, tokens_at + 4, "Q", 2**60), tmp_path)
+    assert "list of lists" in refused(changed(sound, tokens_at, "I", 9), tmp_path)
+    types_at = sound.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 4
+    assert "truncated" in refused(changed(sound, types_at + 4, "Q", 2**61), tmp_path)
+    assert "unknown type 77" in refused(changed(sound, tokens_at - 4, "I", 77), tmp_path)
+    entry = sound.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight")
+    assert "77 dimensions" in refused(changed(sound, entry, "I", 77), tmp_path)
+    assert "unknown type 77" in refused(changed(sound, entry + 20, "I", 77), tmp_path)
+    assert "cannot be Q4_K" in refused(changed(sound, entry + 20, "I", 12), tmp_path)
+    assert "off the alignment" in refused(changed(sound, entry + 24, "Q", 7), tmp_path)
+    assert "truncated" in refused(changed(sound, entry + 24, "Q", 2**40), tmp_path)
+    assert "begins inside another" in refused(changed(sound, entry + 24, "Q", 0), tmp_path)
+    assert "truncated" in refused(changed(sound, entry + 4, "QQ", 2**31, 2**31), tmp_path)
+    assert "has the shape [64, 96]" in refused(changed(sound, entry + 4, "QQ", 96, 64), tmp_path)
+    assert "lacks tensor 'blk.0.ffn_up.weight'" in refused(sound.replace(b"blk.0.ffn_up", b"blk.9.ffn_up"), tmp_path)
+    assert "architecture 'llamx'" in refused(sound.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0llamx"),
+                                             tmp_path)  # fmt: skip
+    layers = sound.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    assert "asks for 2000000000 layers" in refused(changed(sound, layers, "I", 2_000_000_000), tmp_path)
+    width = sound.index(b"llama.embedding_length") + len(b"llama.embedding_length") + 4
+    assert "do not belong together" in refused(changed(sound, width, "I", 2**30), tmp_path)
+    assert "by the rule 'gpt-9'" in refused(sound.replace(b"gpt-2", b"gpt-9"), tmp_path)
+    weights = len(sound) - 64
+    assert "NaN or infinite" in refused(sound[:weights] + b"\xff" * 64, tmp_path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damage_anywhere_in_the_header_gives_a_sentence_or_a_model(
+    sound: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    header = sound.index(b"blk.2.ffn_down.weight")
+    damaged = bytearray(sound)
+    for at in data.draw(st.lists(st.integers(4, header), min_size=1, max_size=3)):
+        damaged[at] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    file.write_bytes(bytes(damaged[: data.draw(st.sampled_from([len(sound), len(sound) // 2, header]))]))
+    try:
+        back.read(file)
+    except FolderError as error:
+        assert str(error).endswith(".") and "\n" not in str(error)
+
+
+def test_a_hostile_file_takes_no_memory(sound: bytes, tmp_path: Path) -> None:
+    """A model of 2^30 channels is refused by a process that may not have 2^32 bytes more."""
+    width = sound.index(b"llama.embedding_length") + len(b"llama.embedding_length") + 4
+    (tmp_path / "bad.gguf").write_bytes(changed(sound, width, "I", 2**30))
+    script = ("import resource, sys, pathlib\nfrom shrew.packers.gguf import back\n"
+              "size = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+              "resource.setrlimit(resource.RLIMIT_AS, (size + 2**30, size + 2**30))\n"
+              "back.read(pathlib.Path(sys.argv[1]))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "bad.gguf")], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert "FolderError" in done.stderr and "do not belong together" in done.stderr
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_packs_and_reads_back(
+    tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, again = tmp_path / "model.gguf", tmp_path / "again"
+    assert main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(out), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["architecture"], made["bytes"]) == ("llama", out.stat().st_size)
+    assert {"name": "blk.0.attn_norm.weight", "source": "model.layers.0.input_layernorm.weight", "type": "F32",
+            "shape": [64], "bytes": 256} in made["tensors"]  # fmt: skip
+    assert main(["pack", str(out), "--to", "folder", "--out", str(again)]) == 0
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        first, second = (folder.load(path).model(input_ids=ids).logits for path in (tiny_llama_folder, again))
+    assert torch.equal(first, second)
+    lineage = json.loads((again / "shrew.json").read_text("utf-8"))
+    assert lineage["parent"]["name"] == "model.gguf"
+
+
+def test_nothing_else_is_overwritten_and_nothing_half_written_stays(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine", "utf-8")
+    assert main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(tmp_path / "notes.txt")]) == 2
+    assert main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(tmp_path)]) == 2
+    assert main(["pack", str(tiny_llama_folder), "--to", "folder", "--out", str(tmp_path / "x")]) == 2
+    assert main(["pack", str(tmp_path / "notes.txt"), "--to", "folder", "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.count("shrew: ") == 4
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(blocks, "floats", full)
+    assert main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) != 0
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["notes.txt"]

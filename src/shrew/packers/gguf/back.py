@@ -1,7 +1,7 @@
 """A GGUF file as a model folder: `shrew pack FILE.gguf --to folder --out FOLDER`.
 
-Tensors of block types are computed by gguf's own arithmetic. Each weight is kept in the smallest of bf16, f16 and f32
-that holds it exactly, so that reading rounds nothing.
+Tensors are computed by gguf's own arithmetic, and nothing is rounded: weights of Q4_0, Q5_0 and Q8_0 stay packed,
+others are kept in the smallest of bf16, f16 and f32 that holds them exactly.
 """
 
 from collections import Counter
@@ -20,6 +20,7 @@ from shrew import files, folder
 from shrew.errors import FolderError
 from shrew.folder import Loaded
 from shrew.folder.check import quiet
+from shrew.folder.packed import Grid, Packed
 from shrew.packers.gguf import blocks, tokens
 from shrew.packers.gguf.architectures import ARCHITECTURES
 from shrew.packers.gguf.common import Architecture, Values
@@ -64,16 +65,18 @@ def read(path: Path) -> tuple[Loaded, str]:
         _check(header, empty, rows, set(architecture.extra(config)))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         dtypes = {row.source: _fill(header, row, model.get_parameter(row.source)) for row in rows}
+        packed = {row.source: item for row in rows
+                  if (item := _packed(header, row, model.get_parameter(row.source))) is not None}  # fmt: skip
     tokenizer = tokens.rebuild(str(path), header.values)
     for key in ("bos", "eos", "pad"):
         setattr(config, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
     model.config, model.generation_config = config, GenerationConfig.from_model_config(config)
     sizes: Counter[torch.dtype] = Counter()
     for name, dtype in dtypes.items():
-        sizes[dtype] += model.get_parameter(name).numel()
+        sizes[dtype] += 0 if name in packed else model.get_parameter(name).numel()
     common = sizes.most_common(1)[0][0]
     stored = {name: dtype for name, dtype in dtypes.items() if dtype != common}
-    return Loaded(model.eval(), tokenizer, dtype=common, stored=stored), architecture.name
+    return Loaded(model.eval(), tokenizer, packed=packed, dtype=common, stored=stored), architecture.name
 
 
 def _meaning(header: Header) -> tuple[Architecture, Values]:
@@ -147,6 +150,19 @@ def _fill(header: Header, row: Row, parameter: Tensor) -> torch.dtype:
     if kinds == {GGMLQuantizationType.F16}:
         return torch.float16
     return blocks.FLOATS[blocks.float_type(weight, None)]
+
+
+def _packed(header: Header, row: Row, parameter: Tensor) -> Packed | None:
+    """The codes of a weight whose tensors are all blocks of one symmetric type; None for others."""
+    kinds = {header.tensors[target].type for target in row.targets}
+    kind = kinds.pop()
+    if kinds or kind not in blocks.LEVELS or not row.change.whole_rows:
+        return None
+    codes, scales = zip(*(blocks.decode(kind, header.data(target)) for target in row.targets), strict=True)
+    rows = [row.change.back(*parts).flatten(0, -2) for parts in (codes, scales)]
+    grid = Grid(blocks.LEVELS[kind].bit_length(), blocks.BLOCK)
+    item = Packed(rows[0], rows[1], None, grid, tuple(parameter.shape))
+    return item if torch.equal(item.dense(), parameter.detach()) else None
 
 
 def _settled(weight: Tensor, row: Row) -> Tensor:

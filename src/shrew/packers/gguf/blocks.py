@@ -92,6 +92,20 @@ def encode(
         yield np.concatenate(columns, axis=1).tobytes()
 
 
+def decode(kind: GGMLQuantizationType, data: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [..., cols] and scales fp16 [..., cols / 32] of rows of Q4_0, Q5_0 or Q8_0 blocks [..., bytes]."""
+    parts = data.reshape(*data.shape[:-1], -1, GGML_QUANT_SIZES[kind][1])
+    scales = torch.from_numpy(parts[..., :2].copy()).view(torch.float16)[..., 0]
+    if kind == GGMLQuantizationType.Q8_0:
+        codes = parts[..., 2:] ^ 128  # two's complement -> from zero upward
+    else:
+        low = parts[..., -BLOCK // 2 :]
+        codes = np.concatenate([low & 15, low >> 4], axis=-1)
+        if kind == GGMLQuantizationType.Q5_0:
+            codes |= np.unpackbits(parts[..., 2:6], axis=-1, bitorder="little") << 4
+    return torch.from_numpy(codes.copy()).flatten(-2), scales
+
+
 def float_type(weight: Tensor, wanted: torch.dtype | None) -> GGMLQuantizationType:
     """The type `wanted`, or without one the smallest, if it holds float32 `weight` exactly; else F32."""
     for kind, dtype in FLOATS.items():
