@@ -184,9 +184,10 @@ def main() -> None:
             for line, ours, theirs in fact.pop("odd"):
                 print(f"    {line!r}: {ours} and in llama.cpp {theirs}")
             wrong += [] if good else [f"{name} ({kind})"]
-            found.append(record.Record(run="benchmarks/gguf_check", model=f"{name} {kind}", metric="largest_log_prob_gap",
-                                       value=fact.pop("largest"), unit="nats", task="GGUF in llama.cpp against torch",
-                                       n=fact["tokens"] + PROMPT, seed=0, detail=fact))  # fmt: skip
+            found.append(record.Record(
+                run="benchmarks/gguf_check", model=f"{name} {kind}", metric="largest_log_prob_gap", unit="nats",
+                value=fact.pop("largest"), task="GGUF in llama.cpp against torch", n=fact["tokens"] + PROMPT, seed=0,
+                detail=fact))  # fmt: skip
     if args.records:
         record.append(args.records, found)
     if wrong:

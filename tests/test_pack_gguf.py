@@ -277,6 +277,7 @@ def test_what_no_architecture_says_is_refused(tiny_tokenizer: Any, tmp_path: Pat
         ("lfm2", {"conv_bias": True}, "conv_bias"),
         ("mamba2", {"use_bias": True}, "use_bias"),
         ("granite-hybrid", {"mamba_n_heads": 4, "mamba_expand": 1}, "twice the model's width"),
+        ("llama", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}, "rotates whole heads"),
         ("qwen3-next", {"linear_value_head_dim": 16}, "linear_value_head_dim"),
     ],
 )
@@ -446,6 +447,11 @@ def test_hostile_headers_are_refused_in_a_sentence(sound: bytes, tmp_path: Path)
     assert "asks for 2000000000 layers" in refused(changed(sound, layers, "I", 2_000_000_000), tmp_path)
     width = sound.index(b"llama.embedding_length") + len(b"llama.embedding_length") + 4
     assert "do not belong together" in refused(changed(sound, width, "I", 2**30), tmp_path)
+    value = sound.index(b"llama.attention.value_length")
+    assert "Shrew does not read" in refused(sound.replace(b"llama.vocab_size", b"llama.rope_scale"), tmp_path)
+    assert "widths" in refused(changed(sound, value + len(b"llama.attention.value_length") + 4, "I", 8), tmp_path)
+    rotated = sound.index(b"llama.rope.dimension_count") + len(b"llama.rope.dimension_count") + 4
+    assert "Shrew reads only 16 there" in refused(changed(sound, rotated, "I", 8), tmp_path)
     assert "by the rule 'gpt-9'" in refused(sound.replace(b"gpt-2", b"gpt-9"), tmp_path)
     weights = len(sound) - 64
     assert "NaN or infinite" in refused(sound[:weights] + b"\xff" * 64, tmp_path)

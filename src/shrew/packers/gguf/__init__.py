@@ -70,7 +70,7 @@ class Part:
 def pack(name: str, out: Path, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Write a model folder as a GGUF file and return what it holds, tensor by tensor."""
     check_target(out)
-    return write(folder.load(name), out, options, say)
+    return write(folder.load(name), out, options, say, Path(name).name)
 
 
 def check_target(out: Path) -> None:
@@ -83,7 +83,10 @@ def check_target(out: Path) -> None:
                 raise UsageError(f"{out} is another kind of file; choose another output file.")
 
 
-def write(loaded: Loaded, out: Path, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+def write(
+    loaded: Loaded, out: Path, options: Options, say: Callable[[str], None], title: str = "model"
+) -> dict[str, Any]:
+    """Write a loaded model, `title` being what the file calls it."""
     if loaded.is_classifier:
         raise UnsupportedError("classifiers are not written to GGUF; llama.cpp runs causal language models.")
     if isinstance(loaded.model, ShrewForCausalLM):
@@ -100,7 +103,6 @@ def write(loaded: Loaded, out: Path, options: Options, say: Callable[[str], None
     if misfits:
         notes.append(_said(misfits))
         say(notes[-1])
-    title = loaded.path.name if loaded.path else "model"
     values = _values(title, architecture, config, parts) | words
     try:
         _save(out, architecture, values, parts)

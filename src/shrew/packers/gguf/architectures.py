@@ -445,6 +445,10 @@ def for_config(config: Any) -> Architecture:
     if found is None:
         known = ", ".join(sorted(kind for one in ARCHITECTURES for kind in one.types))
         raise UnsupportedError(f"models of type '{config.model_type}' are not written to GGUF; known: {known}.")
+    rope = config.rope_parameters if hasattr(config, "rope_parameters") else None
+    for part in [rope or {}, *(one for one in (rope or {}).values() if isinstance(one, dict))]:
+        if part.get("partial_rotary_factor", 1.0) != 1 and found is not QWEN3_NEXT:
+            raise UnsupportedError(f"llama.cpp's {found.name} rotates whole heads, and this model a part of each.")
     if found is GRANITE_HYBRID and not any(recurrent_layers(config)):
         found = GRANITE
     found.check(config)

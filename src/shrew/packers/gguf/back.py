@@ -27,6 +27,9 @@ from shrew.packers.gguf.common import Architecture, Values
 from shrew.packers.gguf.header import Header, read_header
 from shrew.packers.gguf.rows import Row, plan
 
+# Keys that change nothing here: read elsewhere, or of no effect on causal models with RMS norms.
+UNUSED = {"tied", "attention.causal", "attention.layer_norm_epsilon", "attention.recurrent_layers"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -60,6 +63,7 @@ def read(path: Path) -> tuple[Loaded, str]:
         except Exception as error:  # transformers raises what it likes for sizes that do not fit together
             text = " ".join(str(error).split())[:200]
             raise FolderError(f"{path} describes no model that transformers can build ({text}).") from None
+        _agree(values, architecture.values(config))
         rows = plan(architecture.arch, config.num_hidden_layers, dict(empty.named_parameters()),
                     architecture.changes(config))  # fmt: skip
         _check(header, empty, rows, set(architecture.extra(config)))
@@ -106,6 +110,19 @@ def _tied(header: Header) -> bool:
     return bool(np.array_equal(header.data(head.name), header.data(embedding.name)))
 
 
+def _agree(values: Values, again: dict[str, Any]) -> None:
+    """Compare what the file says with what would be written of the config, so that no setting is passed over."""
+    for key, value in values.found.items():
+        known = again.get(key)
+        if isinstance(value, np.ndarray) or isinstance(known, list) or key in UNUSED or not value or value == "none":
+            continue
+        if known is None:
+            raise FolderError(f"{values.where} sets {key!r}, which Shrew does not read in this architecture.")
+        same = np.float32(value) == np.float32(known) if isinstance(known, float) else value == known
+        if not same:
+            raise FolderError(f"{values.where} says {str(value)[:40]} for {key!r}, and Shrew reads only {known} there.")
+
+
 def _check(header: Header, empty: Any, rows: list[Row], extra: set[str]) -> None:
     """Compare names and shapes with what the config asks for, before any memory is taken."""
     wanted: dict[str, tuple[int, ...]] = {}
@@ -113,7 +130,7 @@ def _check(header: Header, empty: Any, rows: list[Row], extra: set[str]) -> None
         pieces = row.change.out(empty.get_parameter(row.source))
         wanted |= {target: tuple(piece.shape) for target, piece in zip(row.targets, pieces, strict=True)}
     tied = empty.config.tie_word_embeddings and "output.weight" not in wanted
-    spare = extra | {"rope_freqs.weight"} | ({"output.weight"} if tied else set())
+    spare = extra | ({"output.weight"} if tied else set())
     for name, shape in wanted.items():
         entry = header.tensors.get(name)
         if entry is None:
