@@ -20,16 +20,23 @@ lint: .venv/ready
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 
-bench: .venv/ready
+bench: .venv/ready .venv/llamacpp/ready
 	$(RUN)/pip install --quiet -c constraints.txt -r benchmarks/requirements.txt
 	$(RUN)/python benchmarks/train.py --records results/records.jsonl
 	$(RUN)/python benchmarks/search.py --records results/records.jsonl
+	$(RUN)/python benchmarks/gguf_check.py --python .venv/llamacpp/bin/python --records results/records.jsonl
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(RUN)/pip install --quiet --upgrade pip
 	$(RUN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(RUN)/pip install --quiet -c constraints.txt -e '.[torch,data,compressed,dev]'
+	$(RUN)/pip install --quiet -c constraints.txt -e '.[torch,data,compressed,gguf,dev]'
+	@touch $@
+
+# Builds llama.cpp: some 12 minutes of one core.
+.venv/llamacpp/ready: .venv/ready benchmarks/requirements-llamacpp.txt
+	$(PYTHON) -m venv .venv/llamacpp
+	.venv/llamacpp/bin/pip install --quiet -r benchmarks/requirements-llamacpp.txt
 	@touch $@
 
 clean:

@@ -102,7 +102,8 @@ def speeds(arms: dict[str, Arm], fits: list[str], commands: dict[str, Any], coun
     """Decoding speed of each, and our better output over the fastest type of no worse quality."""
     decode = {label: [pair[1] for pair in arms[label].speeds(count, 64, 129)] for label in (*OURS, *fits)}
     found = [Record(run="equal", model=label, metric="decode_tokens_per_second", value=statistics.median(values),
-                    unit="tokens/s", n=len(values), detail={"rows": count}) for label, values in decode.items()]  # fmt: skip
+                    unit="tokens/s", n=len(values), detail={"rows": count})
+             for label, values in decode.items()]  # fmt: skip
     ours = max(OURS, key=lambda label: statistics.median(decode[label]))
     peer = max(fits, key=lambda label: statistics.median(decode[label]))
     value, low, high = ratio(decode[ours], decode[peer])

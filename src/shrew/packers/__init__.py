@@ -20,6 +20,8 @@ Say = Callable[[str], None]
 # name: (module, what it writes)
 PACKERS = {
     "onnx": ("shrew.packers.onnx", "a folder for ONNX Runtime: what `shrew serve`, `chat` and `complete` run"),
+    "gguf": ("shrew.packers.gguf", "a file for llama.cpp"),
+    "folder": ("shrew.packers.gguf.back", "a model folder again, from a GGUF file"),
 }
 
 
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> int:
     args = _parser(to, packer.Options).parse_args(argv)
     if not args.out and args.model in (".", ".."):
         raise UsageError("give --out: the folder to write.")
-    out = args.out or Path(f"{Path(args.model).name}-{to}")
+    out = args.out or Path(f"{Path(args.model).name}{'.gguf' if to == 'gguf' else f'-{to}'}")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

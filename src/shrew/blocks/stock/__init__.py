@@ -44,11 +44,21 @@ def stock(model: ShrewForCausalLM) -> PreTrainedModel:
                 setattr(config, key, getattr(model.config, key))
             same = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
             weights = {name: value.clone() for name, value in model.state_dict().items()}
-            same.load_state_dict(adapter.out(spec, _renamed(weights, _names(adapter, spec))))
+            same.load_state_dict(restated(adapter, spec, weights))
             same.tie_weights()
             same.generation_config = model.generation_config  # no spec says it
             return same.eval()
     return model
+
+
+def adapter_of(spec: ModelSpec) -> Adapter | None:
+    """The row of the type that `stock` makes of a spec."""
+    return next((adapter for adapter in ADAPTERS.values() if adapter.config(spec) is not None), None)
+
+
+def restated(adapter: Adapter, spec: ModelSpec, weights: Weights) -> Weights:
+    """Our weights as the type has them, or anything of their shapes that moves with their rows, as codes do."""
+    return adapter.out(spec, _renamed(weights, _names(adapter, spec)))
 
 
 def as_spec(config: Any) -> ModelSpec:
