@@ -1,7 +1,6 @@
 """Every block as ONNX nodes, run by ONNX Runtime piece by piece and token by token, against the whole pass of torch."""
 
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +27,7 @@ from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.moe import MoeSpec
 from shrew.folder import Loaded
+from shrew.folder.packed import pack_bits
 from shrew.moves.quantize import Quantize
 from shrew.packers.onnx.check import session
 from shrew.packers.onnx.graph import DATA, MODEL, Weights
@@ -71,15 +71,17 @@ def text(vocabulary: int, rows: int = 3, length: int = 23, seed: int = 0) -> tor
 @torch.no_grad()
 def whole(model: Any, tokens: torch.Tensor) -> np.ndarray:
     """The logits of one pass in float64, so that what differs is the graph's doing."""
+    if not isinstance(model, ShrewForCausalLM):
+        model.set_experts_implementation("eager")  # the others know no float64
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     found = model.double()(tokens).logits.numpy()
     model.float().load_state_dict(kept)
     return np.asarray(found)
 
 
-def compare(packed: Packed, tokens: torch.Tensor, wanted: np.ndarray) -> None:
+def compare(packed: Packed, tokens: torch.Tensor, wanted: np.ndarray, spare: float = 0.0) -> None:
     """Each row's prompt in pieces of random lengths, then all rows together, one token a call, at their own places."""
-    draw, align, limit = np.random.default_rng(0), packed.graph.align, 1e-4 * max(1, np.abs(wanted).max() / 8)
+    draw, align, limit = np.random.default_rng(0), packed.graph.align, 1e-4 * max(1, np.abs(wanted).max() / 8) + spare
     held = []
     for row, length in enumerate(PROMPTS):
         states, at = packed.empty(), 0
@@ -226,7 +228,9 @@ def test_a_stock_type_is_its_own_whole_pass(kind: str, tmp_path: Path) -> None:
     model = shaken(AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings)))
     packed = Packed(*ours(Loaded(model, make_tokenizer())), tmp_path)
     tokens = text(model.config.vocab_size)
-    compare(packed, tokens, whole(model, tokens))
+    wanted = whole(model, tokens)
+    with torch.no_grad():  # norms of almost nothing: torch's own float32 is as far off
+        compare(packed, tokens, wanted, spare=2 * np.abs(model(tokens).logits.numpy() - wanted).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,15 +248,16 @@ def test_codes_are_the_values_that_torch_has(kind: str, bits: int, symmetric: bo
     assert sum("int" in label for label in weights.effective.values()) >= len(loaded.packed) - 1
 
 
-def test_the_codes_of_experts_stand_in_the_file_once(tmp_path: Path) -> None:
+def test_each_expert_has_its_own_codes_once(tmp_path: Path) -> None:
     loaded = make("moe")
     context = SimpleNamespace(calibration=[], say=lambda line: None)
     Quantize(bits=4, group=0, method="rtn").apply(loaded, context)
     model, weights = ours(loaded)
     before = set(weights.dense), set(weights.packed)
-    graph = causal(model, weights)
+    Packed(model, weights, tmp_path)
     name = "model.layers.1.ffn.experts.gate_up_proj"
-    codes = [content for content in graph._contents.values() if content().shape == (32, 1, 16)]
-    assert len(codes) == model.spec.ffn.experts * ceil(model.spec.layers / 2)
+    whole_matrix = pack_bits(loaded.packed[name].codes, 4).numpy().tobytes()
+    content, size = (tmp_path / DATA).read_bytes(), len(whole_matrix) // 3
+    assert [content.count(whole_matrix[at : at + size]) for at in range(0, 3 * size, size)] == [1, 1, 1]
     assert weights.effective[name].startswith("int4")
-    assert (set(weights.dense), set(weights.packed)) == before
+    assert (set(weights.dense), set(weights.packed)) == before  # the parts that had names for a while are gone

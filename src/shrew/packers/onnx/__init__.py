@@ -5,12 +5,11 @@ Our blocks say the model first (`shrew.blocks.stock`), so there is one emitter a
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 
 from shrew import data, files, folder, machine
@@ -18,19 +17,18 @@ from shrew.errors import DataError, ShrewError, UnsupportedError
 from shrew.folder import LINEAGE, Loaded
 from shrew.folder.check import quiet
 from shrew.packers.onnx import check
-from shrew.packers.onnx.graph import DATA, MODEL, Graph, Weights
-from shrew.packers.onnx.source import ours
-from shrew.packers.onnx.trunk import causal
+from shrew.packers.onnx.build import CHUNK, Built, build
+from shrew.packers.onnx.graph import DATA, MODEL, Weights
 from shrew.spec import doc
 
-__all__ = ["FORMAT", "MANIFEST", "Options", "pack"]
+__all__ = ["MANIFEST", "Options", "pack"]
 
-FORMAT = 1
 MANIFEST = "pack.json"
-CHUNK = 64  # tokens
 EXACT = "exact.onnx"
 FAST = 4  # accuracy level: inputs of a product rounded to 8 bits
+AS_FAST = 1.05  # times; not worth a rounding
 TEXT = "python:evaluation"  # held out from the starter's training; every machine has it
+PIECE = 400  # characters of a text that a classifier gets
 Say = Callable[[str], None]
 
 
@@ -47,25 +45,23 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     files.check_writable_target(out, MANIFEST)
     say(machine.choose_threads().reason)
     loaded = folder.load(name)
-    model, weights = ours(loaded)
-    context = model.spec.context
-    text = _tokens(loaded, options.text)
-    say(f"{name}: {model.spec.depth} layers, {sum(value.numel() for value in loaded.model.parameters()):,} parameters")
-    graph = causal(model, weights)
+    text = _text(loaded, options.text)
+    built = build(loaded)
+    say(f"{name}: {sum(value.numel() for value in loaded.model.parameters()):,} parameters")
     try:
-        with files.new_folder(out, MANIFEST) as folder_:
-            offsets = graph.write(folder_ / DATA)
-            (folder_ / EXACT).write_bytes(graph.proto(offsets, 0))
-            (folder_ / MODEL).write_bytes(graph.proto(offsets, FAST))
-            _say_types(weights, loaded, say)
-            exact, shipped, level = _checked(folder_, graph, loaded, text, context, say)
-            (folder_ / EXACT).unlink()
-            (folder_ / MODEL).write_bytes(graph.proto(offsets, level))
-            _write_texts(folder_, loaded, name)
-            manifest = _manifest(loaded, name, graph, model.spec) | {
+        with files.new_folder(out, MANIFEST) as where:
+            _write_texts(where, loaded, name)
+            offsets = built.graph.write(where / DATA)
+            _say_types(built.weights, loaded, say)
+            for file, level in ((EXACT, 0), (MODEL, FAST)):
+                (where / file).write_bytes(built.graph.proto(offsets, level))
+            exact, shipped, level = _checked(where, built, loaded, text, say)
+            (where / EXACT).unlink()
+            (where / MODEL).write_bytes(built.graph.proto(offsets, level))
+            manifest = built.manifest(loaded, name) | {
                 "accuracy_level": level, "exact": exact, "shipped": shipped | {"text": options.text or TEXT},
-                "weights": weights.effective, "files": _hashes(folder_)}  # fmt: skip
-            (folder_ / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+                "weights": built.weights.effective, "files": _hashes(where)}  # fmt: skip
+            (where / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     except OSError as error:
         raise ShrewError(f"{out} could not be written ({error}); make room and run again.") from None
     total = sum(item["bytes"] for item in manifest["files"].values())
@@ -73,16 +69,21 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     return manifest
 
 
-def _tokens(loaded: Loaded, source: str) -> list[int]:
-    """Enough of the text for both checks."""
-    found: list[int] = []
+def _text(loaded: Loaded, source: str) -> Any:
+    """Enough tokens for the checks of a causal model; texts of tokens for those of a classifier."""
+    found: list[Any] = []
+    context = getattr(loaded.model.config, "max_position_embeddings", None) or PIECE
     for document in data.documents([source or TEXT]):
-        found += data.encode(loaded.tokenizer, [document.text])[0]
-        if len(found) >= check.COMPARED:
+        if loaded.is_classifier:
+            pieces = [document.text[first : first + PIECE] for first in range(0, len(document.text), PIECE)]
+            found += [row for row in loaded.tokenizer(pieces, truncation=True, max_length=context)["input_ids"] if row]
+        else:
+            found += data.encode(loaded.tokenizer, [document.text])[0]
+        if len(found) >= (check.TEXTS if loaded.is_classifier else check.COMPARED):
             break
-    if len(found) < 2:
+    if len(found) < (1 if loaded.is_classifier else 2):
         raise DataError(f"{source}: fewer than two tokens of text; give more.")
-    return found[: check.COMPARED]
+    return found[: check.TEXTS] if loaded.is_classifier else found[: check.COMPARED]
 
 
 def _say_types(weights: Weights, loaded: Loaded, say: Say) -> None:
@@ -90,39 +91,42 @@ def _say_types(weights: Weights, loaded: Loaded, say: Say) -> None:
     for name, kind in weights.effective.items():
         sizes[kind] += weights.dense[name].numel()
     total = sum(sizes.values())
-    say("weights: " + ", ".join(f"{kind} {size / total:.0%}" for kind, size in sizes.most_common()))
+    say("weights: " + ", ".join(f"{kind} {size / total:.1%}" for kind, size in sizes.most_common()))
     if not loaded.packed:
         say("nothing is quantized here: the model is packed as it is; `shrew apply` quantizes")
-    elif not weights.packed:
-        say("no codes could be kept in our blocks, so their values are packed dense")
 
 
 def _checked(
-    where: Path, graph: Graph, loaded: Loaded, text: Sequence[int], context: int, say: Say
+    where: Path, built: Built, loaded: Loaded, text: Any, say: Say
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """What both checks found, and the accuracy level to ship."""
-
-    def runner(file: str) -> check.Runner:
-        capacity = min(context, check.WINDOW)
-        return check.Runner(check.session(where / file), graph.states, capacity, CHUNK, graph.align)
-
-    slow = runner(EXACT)
     say("checking the graph against torch ...")
-    exact = check.exact(slow, loaded.model, text, context)
-    say(f"  logits differ by at most {exact['logit_difference']:.1e}, "
-        f"{exact['greedy_equal']} of {exact['greedy_compared']} greedy tokens are equal")  # fmt: skip
+    graph, context = built.graph, built.context
+    if built.labels:
+        slow: Any = check.Labeller(check.session(where / EXACT))
+        exact = check.exact_labels(slow, loaded.model, text)
+    else:
+        slow = check.Runner(check.session(where / EXACT), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
+        exact = check.exact(slow, loaded.model, text, context)
+    same = "" if built.labels else f", {exact['greedy_equal']} of {exact['greedy_compared']} greedy tokens are equal"
+    say(f"  logits differ by at most {exact['logit_difference']:.1e}{same}")
+    nothing = {"kl_bits": 0.0, "top1": 1.0} | ({} if built.labels else {"first_differing_token": None})
     if not graph.has_codes:
-        return exact, {"kl_bits": 0.0, "top1": 1.0, "first_differing_token": None}, 0
-    fast = runner(MODEL)
-    at_zero, at_four = check.seconds([slow, fast], text)
-    ratio = at_zero / at_four
-    measured = {"seconds_per_token": {"0": at_zero, str(FAST): at_four}, "processor": machine.processor()}
-    if ratio <= check.AS_FAST:
+        return exact, nothing, 0
+    if built.labels:
+        fast: Any = check.Labeller(check.session(where / MODEL))
+        at_zero, at_four = check.label_seconds([slow, fast], text)
+    else:
+        fast = check.Runner(check.session(where / MODEL), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
+        at_zero, at_four = check.seconds([slow, fast], text)
+    ratio, unit = at_zero / at_four, "text" if built.labels else "token"
+    measured = {f"seconds_per_{unit}": {"0": at_zero, str(FAST): at_four}, "processor": machine.processor()}
+    if ratio <= AS_FAST:
         say(f"shipping accuracy level 0: level {FAST} is {ratio:.2f} times as fast here")
-        return exact, {"kl_bits": 0.0, "top1": 1.0, "first_differing_token": None, **measured}, 0
-    shipped = check.shipped(fast, slow, text, context)
+        return exact, nothing | measured, 0
+    shipped = check.shipped_labels(fast, slow, text) if built.labels else check.shipped(fast, slow, text, context)
     say(f"shipping accuracy level {FAST}, {ratio:.2f} times as fast as level 0 here: KL {shipped['kl_bits']:.2g} "
-        f"bits/token, first choice equal in {shipped['top1']:.2%}")  # fmt: skip
+        f"bits a {unit}, first choice equal in {shipped['top1']:.2%}")  # fmt: skip
     return exact, shipped | measured, FAST
 
 
@@ -136,24 +140,9 @@ def _write_texts(where: Path, loaded: Loaded, name: str) -> None:
         raise UnsupportedError(f"{name}: its tokenizer has no tokenizer.json, which the runtime needs; convert it to a "
                                "fast tokenizer first.")  # fmt: skip
     parent = {"name": Path(name).name, "sha256": folder.identity(loaded.path) if loaded.path else None}
-    lineage = loaded.lineage | {"format": 1, "packed": {"from": parent, "versions": versions()}}
+    versions = folder.versions() | {"onnxruntime": onnxruntime.__version__}
+    lineage = loaded.lineage | {"format": 1, "packed": {"from": parent, "versions": versions}}
     (where / LINEAGE).write_text(json.dumps(lineage, indent=1) + "\n", "utf-8")
-
-
-def versions() -> dict[str, str]:
-    return folder.versions() | {"onnxruntime": onnxruntime.__version__}
-
-
-def _manifest(loaded: Loaded, name: str, graph: Graph, spec: Any) -> dict[str, Any]:
-    settings, tokenizer = loaded.model.generation_config, loaded.tokenizer
-    eos = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
-    return {
-        "format": FORMAT, "shrew": folder.versions()["shrew"], "kind": "causal", "name": Path(name).resolve().name,
-        "files": {}, "vocabulary": spec.vocabulary, "width": spec.width, "context": spec.context,
-        "bos": tokenizer.bos_token_id, "eos": np.atleast_1d([] if eos is None else eos).tolist(),
-        "pad": tokenizer.pad_token_id, "chunk": CHUNK, "align": graph.align,
-        "states": [asdict(state) for state in graph.states], "labels": None,
-    }  # fmt: skip
 
 
 def _hashes(where: Path) -> dict[str, Any]:

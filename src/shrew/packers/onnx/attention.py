@@ -63,8 +63,9 @@ def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
     query, key, value = qkv if len(qkv) == 3 else (*qkv, "", "")
     window = getattr(block, "window", 0)
     window = 0 if window >= call.context else window
-    shape = (kv, window or "capacity", padded)
-    kind: Any = "recurrent" if window else "cache"
+    rolling = window > 0 and not call.whole
+    shape = (kv, window if rolling else "capacity", padded)
+    kind: Any = "recurrent" if rolling else "cache"
     (keys, next_keys), (values, next_values) = (call.state(f"{name}.{part}", shape, kind) for part in ("k", "v"))
     tables = ("", "")
     if block.rotated:
@@ -74,7 +75,7 @@ def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
     y, new_keys, new_values = g.node(
         "GroupQueryAttention", query, key, value, keys, values, call.last, call.longest, *tables, "", "", sinks,
         domain=MS, outputs=3, num_heads=heads, kv_num_heads=kv, do_rotary=int(block.rotated > 0), scale=block.scale,
-        softcap=spec.softcap, local_window_size=window or -1, sliding_window_cache=int(window > 0))  # fmt: skip
+        softcap=spec.softcap, local_window_size=window or -1, sliding_window_cache=int(rolling))  # fmt: skip
     next_keys(new_keys)
     next_values(new_values)
     if padded != place.width:

@@ -1,12 +1,13 @@
 """Two questions, kept apart: is the graph the model, and what does the faster arithmetic that is shipped change?
 
-Both are answered with what ONNX Runtime gives, in the plainest loop that can run a packed graph.
+Both are answered with what ONNX Runtime gives, in the plainest loop that can run a packed graph. A causal model answers
+with the logits of each position, a classifier with those of each text.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ LARGE = 64.0
 GREEDY = 200  # tokens
 PROMPT = 32
 WINDOW, COMPARED = 256, 2048  # tokens
+TEXTS, ROWS = 64, 8  # that a classifier gets, in all and at once
 ROUNDS, STEPS = 5, 24
-AS_FAST = 1.05
 
 
 @dataclass
@@ -104,17 +105,18 @@ def exact(runner: Runner, model: Any, text: Sequence[int], context: int) -> dict
     tokens, logits = runner.greedy(prompt, count)
     whole = torch.tensor([prompt + tokens[:-1]])
     wanted = model(input_ids=whole).logits[0].float().numpy()
-    difference, largest = float(np.abs(logits - wanted).max()), float(np.abs(wanted).max())
+    equal = int((wanted[len(prompt) - 1 :].argmax(-1) == tokens).cumprod().sum())
+    found = _close(logits, wanted, f"{equal} of {count} greedy tokens are equal", equal == count)
+    return found | {"greedy_compared": count, "greedy_equal": equal}
+
+
+def _close(found: np.ndarray, wanted: np.ndarray, more: str, equal: bool) -> dict[str, Any]:
+    difference, largest = float(np.abs(found - wanted).max()), float(np.abs(wanted).max())
     limit = TOLERANCE * max(1.0, largest / LARGE)
-    choices = wanted[len(prompt) - 1 :].argmax(-1)
-    equal = int((choices == tokens).cumprod().sum())
-    if not difference <= limit or equal < count:
-        raise ShrewError(
-            f"the packed graph is not the model: logits differ by {difference:.2g} (allowed {limit:.2g}), {equal} of "
-            f"{count} greedy tokens are equal; nothing was written, please report it."
-        )
-    return {"logit_difference": difference, "largest_logit": largest, "allowed": limit, "greedy_compared": count,
-            "greedy_equal": equal}  # fmt: skip
+    if not difference <= limit or not equal:
+        raise ShrewError(f"the packed graph is not the model: logits differ by {difference:.2g} (allowed {limit:.2g}), "
+                         f"{more}; nothing was written, please report it.")  # fmt: skip
+    return {"logit_difference": difference, "largest_logit": largest, "allowed": limit}
 
 
 def seconds(runners: Sequence[Runner], text: Sequence[int]) -> list[float]:
@@ -132,27 +134,80 @@ def seconds(runners: Sequence[Runner], text: Sequence[int]) -> list[float]:
 
 
 def shipped(fast: Runner, slow: Runner, text: Sequence[int], context: int) -> dict[str, Any]:
-    """The graph that is shipped against the exact one on a text: KL(exact || shipped) in bits a token, share of equal
-    first choices, and the place of the first greedy token that differs (None: none of them)."""
+    """The graph that is shipped against the exact one on a text: see `_apart`; and the place of the first greedy token
+    that differs (None: none of them)."""
     size = min(WINDOW, context)
-    tokens = np.asarray(text[:COMPARED])
+    pieces = [text[first : first + size] for first in range(0, len(text), size)]
+    one: list[np.ndarray] = []
+    other: list[np.ndarray] = []
+    for piece in pieces:
+        for runner, logits in ((slow, one), (fast, other)):
+            runner.start()
+            logits.append(runner.feed(piece))
+    prompt, count = lengths(context, text)
+    pairs = zip(slow.greedy(prompt, count)[0], fast.greedy(prompt, count)[0], strict=True)
+    differing = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+    found = _apart(zip(one, other, strict=True))
+    return {**found, "first_differing_token": differing, "greedy_compared": count}
+
+
+def _apart(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """KL(exact || shipped) in bits, mean over rows of logits, and the share of rows of equal first choice."""
     total, same, count = 0.0, 0, 0
-    for first in range(0, len(tokens), size):
-        piece = tokens[first : first + size]
-        slow.start()
-        fast.start()
-        p, q = (_log_softmax(runner.feed(piece)) for runner in (slow, fast))
+    for exact_, shipped_ in pairs:
+        p, q = _log_softmax(exact_), _log_softmax(shipped_)
         total += float((np.exp(p) * (p - q)).sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        count += len(piece)
-    prompt, greedy = lengths(context, text)
-    one, other = slow.greedy(prompt, greedy)[0], fast.greedy(prompt, greedy)[0]
-    differing = next((at for at, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), None)
-    return {"kl_bits": total / count / math.log(2), "top1": same / count, "tokens": count,
-            "first_differing_token": differing, "greedy_compared": greedy}  # fmt: skip
+        count += len(p)
+    return {"kl_bits": total / count / math.log(2), "top1": same / count, "compared": count}
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return np.asarray(wide - np.log(np.exp(wide).sum(-1, keepdims=True)))
+
+
+# Classifiers
+
+
+@dataclass
+class Labeller:
+    """A packed classifier."""
+
+    session: onnxruntime.InferenceSession
+
+    def logits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 [texts, labels], of several texts at once."""
+        found = []
+        for first in range(0, len(texts), ROWS):
+            rows = texts[first : first + ROWS]
+            tokens = np.zeros((len(rows), max(map(len, rows))), np.int64)
+            for row, text in zip(tokens, rows, strict=True):
+                row[: len(text)] = text
+            lengths_ = np.array([len(text) for text in rows])
+            found.append(self.session.run(["logits"], {"tokens": tokens, "lengths": lengths_})[0])
+        return np.concatenate(found)
+
+
+@torch.no_grad()
+def exact_labels(labeller: Labeller, model: Any, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The graph, given several texts at once, against the torch model, given each alone. Raises ShrewError."""
+    wanted = np.concatenate([model(input_ids=torch.tensor([list(text)])).logits.float().numpy() for text in texts])
+    return _close(labeller.logits(texts), wanted, "of a text", True) | {"texts": len(texts)}
+
+
+def label_seconds(labellers: Sequence[Labeller], texts: Sequence[Sequence[int]]) -> list[float]:
+    """Median seconds for a text of each, one text after the other and taken in turns."""
+    found: list[list[float]] = [[] for _ in labellers]
+    for text in texts[:STEPS]:
+        for labeller, times in zip(labellers, found, strict=True):
+            begin = time.perf_counter()
+            labeller.logits([text])
+            times.append(time.perf_counter() - begin)
+    return [statistics.median(times) for times in found]
+
+
+def shipped_labels(fast: Labeller, slow: Labeller, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """See `_apart`."""
+    return _apart([(slow.logits(texts), fast.logits(texts))])

@@ -160,19 +160,17 @@ class Graph:
 
     # values
 
-    def node(self, op: str, *inputs: str, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
-        """One operator; the name of its output, or their names where `outputs` is more than one. An input or output
-        that is left out is ''. Attributes that are None are left out."""
+    def node(
+        self, op: str, *inputs: str, domain: str = "", outputs: int = 1, unused: Sequence[int] = (), **attributes: Any
+    ) -> Any:
+        """One operator; the name of its output, or their names where `outputs` is more than one, those at `unused`
+        empty. An input that is left out is '', an attribute that is None is left out."""
         self._count += 1
         names = [f"{op}.{self._count}" + (f".{at}" if at else "") for at in range(outputs)]
+        given = ["" if at in unused else name for at, name in enumerate(names)]
         kept = {key: value for key, value in attributes.items() if value is not None}
-        self._nodes.append(helper.make_node(op, list(inputs), names, names[0], domain=domain, **kept))
-        return names[0] if outputs == 1 else names
-
-    def rename(self, value: str, name: str) -> str:
-        """The same value under the name that an output has."""
-        self._nodes.append(helper.make_node("Identity", [value], [name], name))
-        return name
+        self._nodes.append(helper.make_node(op, list(inputs), given, names[0], domain=domain, **kept))
+        return names[0] if outputs == 1 else given
 
     def input(self, name: str, dtype: torch.dtype, shape: Sequence[int | str]) -> str:
         self._inputs.append(helper.make_tensor_value_info(name, TYPES[dtype], list(shape)))
@@ -336,8 +334,7 @@ class Graph:
     def add_norm(self, x: str, y: str, name: str, eps: float) -> tuple[str, str]:
         """The norm of x + y, and x + y."""
         found = self.node("SkipSimplifiedLayerNormalization", x, y, self.tensor(f"{name}.weight"), domain=MS,
-                          outputs=4, epsilon=eps)  # fmt: skip
-        self._nodes[-1].output[1] = self._nodes[-1].output[2] = ""
+                          outputs=4, unused=(1, 2), epsilon=eps)  # fmt: skip
         return found[0], found[3]
 
     # the files
@@ -393,12 +390,16 @@ class Call:
 
     Either batch or length is 1: a prompt in pieces, or one token for each of several rows."""
 
+    whole = False
+
     def __init__(self, graph: Graph, context: int, eps: float) -> None:
         self.graph, self.context, self.eps = graph, context, eps
         self.tokens = graph.input("tokens", torch.int64, ("batch", "length"))
-        self.start = graph.input("start", torch.int64, ("batch",))
-        self._setters: list[tuple[str, str]] = []
+        self.start = self._start()
         self.prefix = ""  # before the name of a state: tells the loops of a layer apart
+
+    def _start(self) -> str:
+        return self.graph.input("start", torch.int64, ("batch",))
 
     def _once(self, key: str, make: Callable[[], str]) -> str:
         return self.graph.once(("call", key), make)
@@ -479,3 +480,32 @@ class Call:
             self.graph.output(value, f"next.{name}", dtype, ("batch", *shape))
 
         return past, set_next
+
+
+class Whole(Call):
+    """A call of whole texts of `lengths` [batch], padded at the right: nothing came before, nothing is kept."""
+
+    whole = True
+
+    def _start(self) -> str:
+        self.lengths = self.graph.input("lengths", torch.int64, ("batch",))
+        return self._once("start", lambda: str(self.graph.node("Sub", self.lengths, self.lengths)))
+
+    @property
+    def last(self) -> str:
+        g = self.graph
+        return self._once("last", lambda: g.cast(str(g.node("Sub", self.lengths, g.ints(1))), torch.int32))
+
+    @property
+    def longest(self) -> str:
+        g = self.graph
+        return self._once("longest", lambda: g.cast(str(g.node("Squeeze", self.length)), torch.int32))
+
+    def state(self, name: str, shape: Sequence[int | str], kind: Literal["cache", "recurrent"] = "recurrent",
+              dtype: torch.dtype = torch.float32) -> tuple[str, Callable[[str], None]]:  # fmt: skip
+        """No cache, and zeros for what else an emitter wants to begin with."""
+        g = self.graph
+        if kind == "cache":
+            return "", lambda value: None
+        sizes = g.node("Concat", self.batch, g.ints(*(size for size in shape if isinstance(size, int))), axis=0)
+        return str(g.node("Expand", g.constant(0, dtype), sizes)), lambda value: None

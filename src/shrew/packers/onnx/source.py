@@ -4,6 +4,7 @@ Adapters between stock models and ours move, split and join rows, never single w
 way of the weights say where each row of codes has gone.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from shrew.blocks.model import ModelSpec, ShrewConfig, ShrewForCausalLM
 from shrew.blocks.stock import IDS, as_spec, in_our_names
+from shrew.errors import UnsupportedError
 from shrew.folder import Loaded, Packed
 from shrew.folder.packed import from_rows, to_rows
 from shrew.packers.onnx.graph import Weights
@@ -18,19 +20,26 @@ from shrew.spec import dump
 
 
 def ours(loaded: Loaded) -> tuple[ShrewForCausalLM, Weights]:
-    """The model in our blocks, sharing its weights with `loaded` where it can, and the weights by name.
+    """The model in our blocks, sharing its weights with `loaded` where it can, and the weights by name; of a classifier
+    its trunk, and the weights of its `score` too.
 
     Raises UnsupportedError where our blocks cannot say the model."""
     model = loaded.model
     if isinstance(model, ShrewForCausalLM):
         return model, Weights(_floats(model.state_dict()), dict(loaded.packed))
     spec = as_spec(model.config)
+    if loaded.is_classifier:
+        if not {"model", "score"} <= {name for name, _ in model.named_children()}:
+            raise UnsupportedError(f"{type(model).__name__}: such a classifier cannot be packed.")
+        spec = replace(spec, tied=True)  # there is no head to tie
     with torch.device("meta"):
         same = ShrewForCausalLM(ShrewConfig(dump(spec), **{key: getattr(model.config, key) for key in IDS}))
-    weights = {name: value.detach() for name, value in model.state_dict().items()}
-    same.load_state_dict(in_our_names(model.config, spec, weights), assign=True)
+    weights = _floats(model.state_dict())
+    renamed = in_our_names(model.config, spec, weights)
+    parts = same.state_dict().keys()
+    same.load_state_dict({name: value for name, value in renamed.items() if name in parts}, strict=False, assign=True)
     same.tie_weights()
-    return same.eval(), Weights(_floats(same.state_dict()), codes(loaded, spec, weights))
+    return same.eval(), Weights(renamed, codes(loaded, spec, weights))
 
 
 def _floats(weights: dict[str, Tensor]) -> dict[str, Tensor]:

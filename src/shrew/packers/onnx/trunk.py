@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from shrew.blocks.model import ShrewForCausalLM
+from shrew.errors import UnsupportedError
 from shrew.packers.onnx import attention, conv, delta, depth, linear, memory, mlp, moe, ngrams
-from shrew.packers.onnx.graph import Call, Graph, Weights
+from shrew.packers.onnx.graph import Call, Graph, Weights, Whole
 
 # (graph, block, name of its parameters, x [batch, length, width] normed, call) -> the same shape
 Emitter = Callable[[Graph, Any, str, str, Call], str]
@@ -29,19 +30,38 @@ def causal(model: ShrewForCausalLM, weights: Weights) -> Graph:
     spec, g = model.spec, Graph(weights)
     call = Call(g, spec.context, spec.eps)
     wanted = g.input("wanted", torch.int64, ("n",))
+    hidden = str(g.node("Gather", _hidden(g, model, call), wanted, axis=0))
+    logits = g.tied(hidden, "model.embed_tokens") if spec.tied else g.linear(hidden, "lm_head")
+    logits = g.capped(logits if spec.logit_scale == 1 else g.mul(logits, spec.logit_scale), spec.softcap)
+    g.output(logits, "logits", torch.float32, ("n", spec.vocabulary or 0))
+    g.output(hidden, "hidden", torch.float32, ("n", spec.width))
+    return g
+
+
+def classifier(model: ShrewForCausalLM, weights: Weights, labels: int) -> Graph:
+    """The graph of a causal trunk whose hidden state at the last token of a text is scored for each label."""
+    spec, g = model.spec, Graph(weights)
+    call = Whole(g, spec.context, spec.eps)
+    hidden = _hidden(g, model, call)
+    if g.align:
+        raise UnsupportedError("a classifier with memory mixers cannot be packed; take another mixer.")
+    rows = g.node("Range", g.constant(0, torch.int64), g.node("Squeeze", call.batch), g.constant(1, torch.int64))
+    ends = g.add(g.mul(str(rows), call.length), str(g.node("Sub", call.lengths, g.ints(1))))
+    logits = g.linear(str(g.node("Gather", hidden, ends, axis=0)), "score")
+    g.output(logits, "logits", torch.float32, ("batch", labels))
+    return g
+
+
+def _hidden(g: Graph, model: ShrewForCausalLM, call: Call) -> str:
+    """[batch * length, width]: the hidden states after the last norm."""
+    spec = model.spec
     x, added = _embedded(g, model, call), ""
     for number in range(spec.depth):
         at = number % spec.layers
         layer: Any = model.model.layers[at]
         call.prefix = f"loop.{number // spec.layers}." if spec.loops > 1 else ""
         x, added = _layer(g, layer, f"model.layers.{at}", x, added, call)
-    normed, _ = g.add_norm(x, added, "model.norm", spec.eps)
-    hidden = str(g.node("Gather", g.reshape(normed, -1, spec.width), wanted, axis=0))
-    logits = g.tied(hidden, "model.embed_tokens") if spec.tied else g.linear(hidden, "lm_head")
-    logits = g.capped(logits if spec.logit_scale == 1 else g.mul(logits, spec.logit_scale), spec.softcap)
-    g.output(logits, "logits", torch.float32, ("n", spec.vocabulary or 0))
-    g.output(hidden, "hidden", torch.float32, ("n", spec.width))
-    return g
+    return g.reshape(g.add_norm(x, added, "model.norm", spec.eps)[0], -1, spec.width)
 
 
 def _embedded(g: Graph, model: ShrewForCausalLM, call: Call) -> str:

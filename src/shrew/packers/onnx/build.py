@@ -1,0 +1,63 @@
+"""From a loaded model to its graph: which kind it is, and what the manifest says of it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shrew import folder
+from shrew.blocks.stock import ADAPTERS
+from shrew.errors import UnsupportedError
+from shrew.folder import Loaded
+from shrew.packers.onnx import modernbert, trunk
+from shrew.packers.onnx.graph import Graph, Weights
+from shrew.packers.onnx.source import ours
+
+FORMAT = 1
+CHUNK = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Built:
+    graph: Graph
+    vocabulary: int
+    width: int
+    context: int
+    labels: list[str] | None = None
+
+    @property
+    def weights(self) -> Weights:
+        return self.graph.weights
+
+    def manifest(self, loaded: Loaded, name: str) -> dict[str, Any]:
+        """What pack.json says of the model itself."""
+        eos = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+        eos = loaded.tokenizer.eos_token_id if eos is None else eos
+        return {
+            "format": FORMAT, "shrew": folder.versions()["shrew"], "kind": "classifier" if self.labels else "causal",
+            "name": Path(name).resolve().name, "vocabulary": self.vocabulary, "width": self.width,
+            "context": self.context, "bos": loaded.tokenizer.bos_token_id,
+            "eos": np.atleast_1d([] if eos is None else eos).tolist(), "pad": loaded.tokenizer.pad_token_id,
+            "chunk": CHUNK, "align": self.graph.align, "states": [asdict(state) for state in self.graph.states],
+            "labels": self.labels,
+        }  # fmt: skip
+
+
+def build(loaded: Loaded) -> Built:
+    """The graph of a model. Raises UnsupportedError, naming what can be packed, where there is none."""
+    config = loaded.model.config
+    if not loaded.is_classifier:
+        model, weights = ours(loaded)
+        return Built(trunk.causal(model, weights), model.spec.vocabulary or 0, model.spec.width, model.spec.context)
+    labels = [str(config.id2label[number]) for number in range(config.num_labels)]
+    if config.model_type == "modernbert":
+        weights = Weights({name: value.detach() for name, value in loaded.model.state_dict().items()}, loaded.packed)
+        graph = modernbert.classifier(config, weights)
+        return Built(graph, config.vocab_size, config.hidden_size, config.max_position_embeddings, labels)
+    if config.model_type not in ADAPTERS:
+        known = ", ".join(["modernbert", *ADAPTERS])
+        raise UnsupportedError(f"{config.model_type}: such a classifier cannot be packed; known: {known}.")
+    model, weights = ours(loaded)
+    graph = trunk.classifier(model, weights, len(labels))
+    return Built(graph, model.spec.vocabulary or 0, model.spec.width, model.spec.context, labels)
