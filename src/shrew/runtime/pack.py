@@ -14,6 +14,7 @@ from shrew.errors import FolderError, RequestError, UnsupportedError, UsageError
 from shrew.runtime import manifest as manifests
 from shrew.runtime.manifest import Manifest
 
+UNUSED = {"start"}  # inputs that a graph need not have: some mixers do not ask where a token stands
 ROWS = 8  # texts classified in one call
 # Threads that spin while they wait take the processor from everyone else, and on a shared machine from each other.
 SETTINGS = {"session" + ".intra_op.allow_spinning": "0"}
@@ -113,8 +114,7 @@ def _check_graph(model: Model) -> None:
         ("takes", takes, model.graph.get_inputs()),
         ("gives", gives, model.graph.get_outputs()),
     ):
-        if said.keys() != {item.name for item in found}:
-            names = sorted(said.keys() ^ {item.name for item in found})
+        if names := sorted((said.keys() ^ {item.name for item in found}) - UNUSED):
             raise FolderError(f"{model.path}: its graph {what} other things than {manifests.NAME} says ({names[0]}).")
         for item in found:
             kind, shape = said[item.name]

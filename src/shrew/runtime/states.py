@@ -70,6 +70,7 @@ class Runner:
             shape = (slots, *state.sized(self.capacity))
             sides = 1 if state.kind == "cache" else 2
             self._buffers.append([aligned_zeros(shape, state.dtype) for _ in range(sides)])
+        self._takes = {item.name for item in model.graph.get_inputs()}
         self._axes = [state.shape.index(CAPACITY) + 1 if state.kind == "cache" else None for state in manifest.states]
         self._steps: dict[tuple[int, int], Callable[[], None]] = {}
         self._rows: dict[tuple[int, int, bool], onnxruntime.IOBinding] = {}
@@ -89,7 +90,8 @@ class Runner:
     def _new_step(self, rows: int, side: int) -> Callable[[], None]:
         binding = self._bind(slice(0, rows), side)
         _input(binding, "tokens", self.tokens[:rows])
-        _input(binding, "start", self.start[:rows])
+        if "start" in self._takes:
+            _input(binding, "start", self.start[:rows])
         _input(binding, "wanted", self._wanted[:rows])
         _output(binding, "logits", self.logits[:rows])
         graph = self.model.graph
@@ -109,7 +111,8 @@ class Runner:
         binding = self._rows.get((row, side, hidden))
         if binding is None:
             binding = self._rows[row, side, hidden] = self._bind(slice(row, row + 1), side)
-            _input(binding, "start", self._chunk_start)
+            if "start" in self._takes:
+                _input(binding, "start", self._chunk_start)
         self._chunk[0, :length] = tokens
         self._chunk_start[0] = start
         binding.bind_ortvalue_input("tokens", self._value("tokens", length, 0))
