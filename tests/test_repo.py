@@ -163,7 +163,7 @@ def test_help_and_import_load_nothing_heavy() -> None:
     assert done.stdout.endswith("heavy: []\n"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", sorted(LIGHT - {"__init__", "scan", "runtime"}))
+@pytest.mark.parametrize("name", sorted(LIGHT - {"__init__", "scan"}))
 def test_light_modules_import_without_torch(name: str) -> None:
     blocked = "".join(f"sys.modules[{heavy!r}] = None\n" for heavy in sorted(HEAVY - {"pandas"}))
     done = _python(f"import sys\n{blocked}import shrew.{name}")

@@ -75,7 +75,8 @@ def test_joining_and_leaving_at_any_time(hybrid: tuple[tiny_pack.Tiny, Model], d
     made, model = hybrid
     counts = data.draw(st.lists(st.integers(1, 30), min_size=2, max_size=12))
     waits = data.draw(st.lists(st.sampled_from([0, 0.0005, 0.003]), min_size=12, max_size=12))
-    with Engine(model, slots=data.draw(st.integers(1, 5)), memory=data.draw(st.sampled_from([None, 3_000_000]))) as engine:
+    slots, memory = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([None, 3_000_000]))
+    with Engine(model, slots=slots, memory=memory) as engine:
         answers = []
         for prompt, count, wait in zip(PROMPTS, counts, waits, strict=False):
             answers.append(engine.submit(greedy(prompt, count)))
@@ -181,7 +182,8 @@ def test_embeddings(tiny: tuple[tiny_pack.Tiny, Model]) -> None:
             engine.embed([])
     assert np.array_equal(found[0], found[1])
     head = made.weights["head"].astype(np.float64)
-    hidden = [np.linalg.lstsq(head.T, made.logits(prompt).T, rcond=None)[0].T for prompt in (PROMPTS[2], PROMPTS[3], [9])]
+    texts = (PROMPTS[2], PROMPTS[3], [9])
+    hidden = [np.linalg.lstsq(head.T, made.logits(text).T, rcond=None)[0].T for text in texts]
     for vector, states in zip((found[0], found[2], found[3]), hidden, strict=True):
         mean = states.mean(axis=0)
         assert vector.dtype == np.float32
@@ -513,14 +515,14 @@ def test_memory_does_not_grow(hybrid: tuple[tiny_pack.Tiny, Model]) -> None:
             for answer in answers:
                 answer.result()
 
-        serve(500)
+        serve(300)
         before = resident()
-        serve(2000)
+        serve(1500)
         assert resident() - before < 8 << 20
         tracemalloc.start()
-        serve(100)
+        serve(50)
         traced = tracemalloc.get_traced_memory()[0]
-        serve(300)
+        serve(150)
         grown = tracemalloc.get_traced_memory()[0] - traced
         tracemalloc.stop()
     assert grown < 50_000

@@ -1,4 +1,4 @@
-"""What `shrew pack` writes, run by the engine, is what torch says of the same model: llama, every block, a classifier."""
+"""What `shrew pack` writes, run by the engine, is what torch says of the same model: llama, every block, a label."""
 
 from pathlib import Path
 from typing import Any

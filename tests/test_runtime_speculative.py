@@ -118,9 +118,9 @@ def test_everything_else_is_the_same_too(packs: Path, draft: str) -> None:
 
 
 def test_near_ties_are_left_to_single_steps(packs: Path, tmp_path: Path) -> None:
-    """Where everything is nearly equal no guess is believed, and the text is that of single steps."""
-    made = tiny_pack.write(tmp_path / "flat", sharpness=1e-4)
-    model = load(tmp_path / "flat")
+    """Where two tokens are always nearly equal no guess is believed, and the text is that of single steps."""
+    made = tiny_pack.write(tmp_path / "pairs", pairs=3e-4)
+    model = load(tmp_path / "pairs")
     with Engine(model, draft=model) as guessing:
         found = ids(guessing.submit(greedy(PROMPTS[1])).result())
         assert guessing.metrics()["guessed_right_tokens_total"] == 0

@@ -102,7 +102,7 @@ def _graph(tiny: Tiny, width: int) -> onnx.ModelProto:
         constants[name] = np.asarray(value, dtype)
         return name
 
-    one, two, zero = constant("one", [1]), constant("two", [2]), constant("zero", [0])
+    one, zero = constant("one", [1]), constant("zero", [0])
     zero_, one_ = constant("zero_", 0), constant("one_", 1)
     length = n("Gather", n("Shape", "tokens"), one_)
     steps = n("Range", zero_, length, one_)
@@ -166,11 +166,14 @@ def _graph(tiny: Tiny, width: int) -> onnx.ModelProto:
 
 def write(
     folder: Path, *, seed: int = 0, width: int = 32, context: int = 600, chunk: int = 16, align: int = 0,
-    recurrent: bool = True, sharpness: float = 1.0, poison: int | None = None, **changes: Any,
+    recurrent: bool = True, pairs: float = 0.0, poison: int | None = None, **changes: Any,
 ) -> Tiny:  # fmt: skip
-    """Write the packed folder. The embedding of the token `poison` is not a number; `changes` go into the manifest."""
+    """Write the packed folder. With `pairs`, every odd token's logit is that of the even one before it but for a share
+    of its own; the embedding of the token `poison` is not a number; `changes` go into the manifest."""
     weights = random_weights(seed, width, context)
-    weights["head"] = weights["head"] * np.float32(sharpness)
+    if pairs:
+        own = weights["head"][:, 1::2] * np.float32(pairs)
+        weights["head"][:, 1::2] = weights["head"][:, 0:-1:2] + own
     if poison is not None:
         weights["embed"][poison] = np.nan
     tiny = Tiny(weights, recurrent)

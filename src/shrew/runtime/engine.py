@@ -22,7 +22,7 @@ from shrew.runtime.job import FOREVER, Job
 from shrew.runtime.pack import Model, check_tokens
 from shrew.runtime.prefix import Prefixes
 from shrew.runtime.request import Finish, Request
-from shrew.runtime.speculative import MOST, TIE, Speculator, call_end, check_drawn
+from shrew.runtime.speculative import MOST, Speculator, call_end, check_drawn
 from shrew.runtime.states import Runner, sequence_bytes
 from shrew.runtime.text import Vocabulary
 
@@ -383,9 +383,10 @@ class Engine:
         logits, _ = runner.call(0, tokens, job.fed, len(tokens))
         self._counts["calls"] += 1
         used, end, error = 0, NO_END, ""
+        tie = self._speculator.tie * float(logits[0].std())
         try:
             while used < len(tokens) and end == NO_END:
-                if job.sampler.is_greedy and sampling.is_close(logits[used], TIE):
+                if job.sampler.is_greedy and sampling.is_close(logits[used], tie):
                     job.plain_next = True
                     break
                 token, is_right = self._checked(job, guesses, proposed, used, logits[used])

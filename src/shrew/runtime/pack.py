@@ -1,6 +1,7 @@
 """A packed folder in memory: the graph in ONNX Runtime with its weights mapped, the manifest, the tokenizer."""
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from shrew.runtime import manifest as manifests
 from shrew.runtime.manifest import Manifest
 
 UNUSED = {"start"}  # inputs that a graph need not have: some mixers do not ask where a token stands
+ROUNDS, CALLS = 4, 10
+FASTER = 1.1  # times as fast must more threads be to be worth the cores they keep from others
 ROWS = 8  # texts classified in one call
 # Threads that spin while they wait take the processor from everyone else, and on a shared machine from each other.
 SETTINGS = {"session" + ".intra_op.allow_spinning": "0"}
@@ -68,17 +71,13 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     """
     folder = Path(path)
     manifest = manifests.read(folder, verify)
-    count = choose_threads(threads)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = count, 1
-    options.log_severity_level = 4  # what fails is raised, and said in our words
-    options.enable_mem_pattern = False  # a plan would be kept for each shape, and shapes change all the time
-    for key, value in SETTINGS.items():
-        options.add_session_config_entry(key, value)
     try:
-        graph = onnxruntime.InferenceSession(folder / manifests.GRAPH, options, providers=["CPUExecutionProvider"])
+        count = _threads(threads, manifest, folder)
+        graph = _open(folder, count)
         tokenizer = Tokenizer.from_file(str(folder / manifests.TOKENIZER))
-    except Exception as error:  # both raise bare Exceptions of many kinds
+    except UsageError:
+        raise
+    except Exception as error:  # both libraries raise bare Exceptions of many kinds
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise FolderError(f"{folder} cannot be loaded ({reason}); pack the model again.") from None
     model = Model(folder, manifest, tokenizer, graph, count)
@@ -86,12 +85,50 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     return model
 
 
-def choose_threads(requested: int | None) -> int:
-    """As requested, as OMP_NUM_THREADS says, or one for each core. Raises UsageError below 1."""
+def _open(folder: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4  # what fails is raised, and said in our words
+    options.enable_mem_pattern = False  # a plan would be kept for each shape, and shapes change all the time
+    for key, value in SETTINGS.items():
+        options.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(folder / manifests.GRAPH, options, providers=["CPUExecutionProvider"])
+
+
+def _threads(requested: int | None, manifest: Manifest, folder: Path) -> int:
+    """As requested, as OMP_NUM_THREADS says, or the faster of one and one for each core, tried out once a day.
+
+    Raises UsageError below 1.
+    """
     if requested is not None and requested < 1:
         raise UsageError(f"{requested} threads cannot work; ask for 1 or more.")
     said = os.environ.get("OMP_NUM_THREADS", "")
-    return requested or (int(said) if said.isdecimal() and int(said) else machine.usable_cores())
+    chosen = requested or (int(said) if said.isdecimal() and int(said) else 0)
+    if chosen or (cores := machine.usable_cores()) == 1:
+        return chosen or 1
+    key = f"packed {manifest.files[manifests.GRAPH].sha256}, {cores} threads, onnxruntime {onnxruntime.__version__}"
+    one, many = machine.remember(key, lambda: _step_seconds(manifest, folder, (1, cores)))
+    return cores if many * FASTER < one else 1
+
+
+def _step_seconds(manifest: Manifest, folder: Path, counts: Sequence[int]) -> list[float]:
+    """Seconds of a call with one token at each number of threads, the best of interleaved rounds; of a text of a full
+    chunk for a model that does not go token by token."""
+    length = 1 if manifest.kind == "causal" else min(manifest.chunk, manifest.context)
+    feeds: dict[str, np.ndarray] = {"tokens": np.zeros((1, length), np.int64), "lengths": np.array([length]),
+                                    "start": np.zeros(1, np.int64), "wanted": np.zeros(1, np.int64)}  # fmt: skip
+    for state in manifest.states:
+        feeds[f"past.{state.name}"] = np.zeros((1, *state.sized(1)), state.dtype)
+    graphs = [_open(folder, count) for count in counts]
+    given = {item.name: feeds[item.name] for item in graphs[0].get_inputs()}
+    best = [float("inf")] * len(graphs)
+    for _ in range(ROUNDS):
+        for at, graph in enumerate(graphs):
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                graph.run(["logits"], given)
+            best[at] = min(best[at], (time.perf_counter() - start) / CALLS)
+    return best
 
 
 def _check_graph(model: Model) -> None:
