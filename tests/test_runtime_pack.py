@@ -203,6 +203,17 @@ def test_threads_are_tried_out_once(sound: Path, tmp_path: Path, monkeypatch: py
     assert load(sound, threads=3).threads == 3
 
 
+def test_a_program_that_ends_ends_its_engines(sound: Path) -> None:
+    script = f"""
+from shrew.runtime import Engine, Request, load
+engine = Engine(load({str(sound)!r}, verify=False))
+next(engine.submit(Request(prompt=[5, 6], max_tokens=500, ignore_eos=True)))
+raise SystemExit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+
+
 def test_it_runs_without_torch_and_maps_its_weights(tmp_path: Path) -> None:
     """100 MB of weights that no token asks for stay on the disk."""
     tiny_pack.write(tmp_path / "pack", width=64, context=400_000)

@@ -43,8 +43,8 @@ def test_probabilities_are_those_of_transformers(
         np.testing.assert_allclose(found, expected, atol=1e-5)
     else:  # rounding, or the order of equals, decides about the last one; never about another
         at_border = {float(logits[token]) for token in kept ^ others}
-        assert len(at_border) == 1
-        assert max(at_border) <= min((logits[token] for token in kept & others), default=math.inf)
+        assert max(at_border) - min(at_border) < 1e-4
+        assert max(at_border) <= min((logits[token] for token in kept & others), default=math.inf) + 1e-4
 
 
 @given(rows, st.floats(0.01, 0.999), st.floats(0.2, 2))

@@ -162,12 +162,14 @@ def test_a_draft_needs_the_same_tokens(packs: Path, tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 5))
 def test_lookup_by_definition(text: list[int], count: int) -> None:
-    lookup = Lookup()
+    lookup, same, growing = Lookup(), Lookup(), list[int]()
     for end in range(1, len(text) + 1):
         row = text[:end]
         places = [at for at in range(3, end) if row[at - 3 : at] == row[-3:]] if end >= 3 else []
         expected = row[max(places) :][:count] if places else []
         assert lookup.guess(row, count, None) == (expected, [])
+        growing.append(text[end - 1])
+        assert same.guess(growing, count, None) == (expected, [])
     assert lookup.guess(text[:1], 3, None) == Lookup().guess(text[:1], 3, None)
 
 

@@ -5,6 +5,7 @@ prompt nor many answers keep the others waiting for more than one call. Sequence
 the state buffers, without gaps: the last one moves where one has left. Prompts are computed in rows behind them.
 """
 
+import atexit
 import math
 import threading
 import time
@@ -84,6 +85,7 @@ class Engine:
         self._cpu_seconds = self._mean_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name=f"engine {manifest.name}", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread that computes while the interpreter goes away takes it down
 
     # for everyone
 
@@ -138,6 +140,7 @@ class Engine:
                 self._sweep = self._cancel_all = True
                 self._wake.notify()
             self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> "Engine":
         return self
@@ -386,10 +389,11 @@ class Engine:
         tie = self._speculator.tie * float(logits[0].std())
         try:
             while used < len(tokens) and end == NO_END:
-                if job.sampler.is_greedy and sampling.is_close(logits[used], tie):
+                shaped = job.sampler.shape(logits[used], job.left)
+                if job.sampler.is_greedy and sampling.is_close(shaped, tie):
                     job.plain_next = True
                     break
-                token, is_right = self._checked(job, guesses, proposed, used, logits[used])
+                token, is_right = _checked(job.sampler, guesses, proposed, used, shaped)
                 used += 1
                 end = job.add(*job.scored_as(token, logits[used - 1]), self._eos)
                 if not is_right:
@@ -410,18 +414,6 @@ class Engine:
             self._set_next(job)
             job.tell()
         return True
-
-    @staticmethod
-    def _checked(
-        job: Job, guesses: list[int], proposed: list[np.ndarray], at: int, logits: np.ndarray
-    ) -> tuple[int, bool]:
-        """The token at place `at` of the guesses by the logits there, and whether the guess was it."""
-        sampler = job.sampler
-        shaped = sampler.shape(logits, job.left)
-        if at == len(guesses) or not proposed:
-            token = sampler.pick(shaped)
-            return token, at < len(guesses) and token == guesses[at]
-        return check_drawn(guesses, proposed, sampler.dense(shaped), at, (sampler.draw(), sampler.draw()))
 
     def _leave(self, job: Job, finish: Finish, stopped: bool = False, error: str = "") -> None:
         """The end of a request, wherever it is."""
@@ -448,6 +440,16 @@ class Engine:
         if job.future is not None:
             _resolve(job.future, job.hidden if finish == "length" else np.zeros(0), error or finish)
         job.tell()
+
+
+def _checked(
+    sampler: sampling.Sampler, guesses: list[int], proposed: list[np.ndarray], at: int, shaped: np.ndarray
+) -> tuple[int, bool]:
+    """The token at place `at` of the guesses by the shaped logits there, and whether the guess was it."""
+    if at == len(guesses) or not proposed:
+        token = sampler.pick(shaped)
+        return token, at < len(guesses) and token == guesses[at]
+    return check_drawn(guesses, proposed, sampler.dense(shaped), at, (sampler.draw(), sampler.draw()))
 
 
 def _resolve(future: "Future[np.ndarray]", total: np.ndarray, reason: str) -> None:

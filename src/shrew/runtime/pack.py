@@ -20,7 +20,7 @@ ROUNDS, CALLS = 4, 10
 FASTER = 1.1  # times as fast must more threads be to be worth the cores they keep from others
 ROWS = 8  # texts classified in one call
 # Threads that spin while they wait take the processor from everyone else, and on a shared machine from each other.
-SETTINGS = {"session" + ".intra_op.allow_spinning": "0"}
+SETTINGS = {"session.intra_op.allow_spinning": "0"}
 
 
 @dataclass(frozen=True, eq=False)

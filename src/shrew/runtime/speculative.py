@@ -13,6 +13,7 @@ computed again by a single step, whose choice stands.
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -28,6 +29,7 @@ LENGTHS = (0, 1, 2, 4, MOST)
 TIES = {0: 1e-3, 4: 0.06}  # by accuracy level, in standard deviations of the logits
 GRAM = 3  # tokens that must be the same for what followed them to be a guess
 RECENT = 0.1  # weight of the newest measurement in a running mean
+TRIES = 3  # of each number of guesses, before the fastest is chosen
 PROBE = 64  # steps without guessing before it is tried again
 
 
@@ -52,17 +54,17 @@ class Lookup:
     """Guesses what followed the last GRAM tokens where they stood before, in prompt or answer."""
 
     def __init__(self) -> None:
-        self._text: list[int] = []
+        self._text: Sequence[int] = ()
+        self._known = 0  # tokens of it that are indexed
         self._places: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed it starts
 
     def guess(self, text: Sequence[int], count: int, sampler: Sampler | None) -> tuple[list[int], list[np.ndarray]]:
-        known = len(self._text)
-        if known > len(text) or list(text[:known]) != self._text:
-            self._text, self._places, known = [], {}, 0
+        if text is not self._text:  # the same one has only grown
+            self._text, self._places, self._known = text, {}, 0
         # the n-gram that the text ends with is not indexed before something follows it
-        for end in range(max(known, GRAM), len(text)):
+        for end in range(max(self._known, GRAM), len(text)):
             self._places[tuple(text[end - GRAM : end])] = end
-        self._text = list(text)
+        self._known = len(text)
         place = self._places.get(tuple(text[-GRAM:]))
         return ([], []) if place is None else (list(text[place : place + count]), [])
 
@@ -83,7 +85,7 @@ class Smaller:
         if count < 1:
             return [], []
         self._go_back(text)
-        logits = self._feed(text)
+        logits = self._feed(text[len(self._fed) :])
         if self._runner.has_recurrent:
             self._firm = len(text), self._runner.save(0, 0, 0)
         guesses: list[int] = []
@@ -97,7 +99,7 @@ class Smaller:
             guesses.append(token)
             if len(guesses) == count:
                 return guesses, proposed
-            logits = self._feed([*text, *guesses])
+            logits = self._feed([token])
 
     def _go_back(self, text: Sequence[int]) -> None:
         """Forget what is not the beginning of `text`, and at least its last token, whose logits are wanted."""
@@ -117,17 +119,18 @@ class Smaller:
             self._firm = None
         del self._fed[same:]
 
-    def _feed(self, text: Sequence[int]) -> np.ndarray:
-        """Logits [vocabulary] after the whole text."""
-        self._runner.reserve(len(text))
-        manifest = self.model.manifest
+    def _feed(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits [vocabulary] after more tokens."""
+        manifest, first, start = self.model.manifest, len(self._fed), len(self._fed)
+        last = start + len(tokens)
+        self._runner.reserve(last)
         while True:
-            end = call_end(len(self._fed), len(text), manifest.chunk, manifest.align)
-            is_last = end == len(text)
-            logits, _ = self._runner.call(0, text[len(self._fed) : end], len(self._fed), int(is_last))
-            self._fed.extend(text[len(self._fed) : end])
-            if is_last:
+            end = call_end(start, last, manifest.chunk, manifest.align)
+            logits, _ = self._runner.call(0, tokens[start - first : end - first], start, int(end == last))
+            self._fed += tokens[start - first : end - first]
+            if end == last:
                 return logits[0]
+            start = end
 
 
 def call_end(start: int, end: int, chunk: int, align: int) -> int:
@@ -143,13 +146,14 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._tries: Counter[int] = Counter()
         self._right = 0.6  # share of guesses that stand
         self._plain = 0  # steps since the last guess
 
     def choose(self, most: int) -> int:
         lengths = [length for length in LENGTHS if length <= most]
         for length in lengths:
-            if length not in self._seconds:
+            if self._tries[length] < TRIES:
                 return length
         best = max(lengths, key=lambda length: self._expected(length) / self._seconds[length])
         self._plain = self._plain + 1 if best == 0 else 0
@@ -161,7 +165,11 @@ class Pace:
 
     def note(self, length: int, right: int, seconds: float) -> None:
         known = self._seconds.get(length, seconds)
-        self._seconds[length] = known + RECENT * (min(seconds, 4 * known) - known)
+        self._tries[length] += 1
+        if self._tries[length] <= TRIES:  # the first ones also prepare what the others use
+            self._seconds[length] = min(known, seconds)
+        else:
+            self._seconds[length] = known + RECENT * (min(seconds, 4 * known) - known)
         if length:
             # each guess that was looked at tells: all that were right, and the first wrong one
             seen = min(right + 1, length)
