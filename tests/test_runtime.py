@@ -50,6 +50,18 @@ def ids(answer: Answer | Piece) -> list[int]:
     return [token.id for token in piece.tokens]
 
 
+class Slow:
+    """Allows everything, but not at once, so that there is time to do something meanwhile."""
+
+    finished = False
+
+    def mask(self, left: int) -> np.ndarray | None:
+        time.sleep(0.001)
+        return None
+
+    def advance(self, token: int) -> None: ...
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     most = logits.max(axis=-1, keepdims=True)
     return logits - most - np.log(np.exp(logits - most).sum(axis=-1, keepdims=True))
@@ -247,14 +259,14 @@ def test_stop_strings(hybrid: tuple[tiny_pack.Tiny, Model]) -> None:
 
 def test_pieces_come_as_they_are_made(engine: Engine) -> None:
     pieces = []
-    answer = engine.submit(greedy(PROMPTS[1], 300))
+    answer = engine.submit(greedy(PROMPTS[1], 500, constraint=Slow()))
     for piece in answer:
         pieces.append(piece)
         if len(pieces) == 5:
             answer.cancel()
     assert pieces[-1].finish == "cancelled"
     assert all(piece.finish is None and piece.usage is None for piece in pieces[:-1])
-    assert sum(len(piece.tokens) for piece in pieces) < 300
+    assert 5 <= sum(len(piece.tokens) for piece in pieces) < 500
     assert list(answer) == []
     assert answer.take() is None
 
@@ -281,12 +293,12 @@ def test_who_cannot_be_notified_is_cancelled(engine: Engine) -> None:
 
 def test_a_deadline(hybrid: tuple[tiny_pack.Tiny, Model]) -> None:
     with Engine(hybrid[1], slots=1) as engine:
-        running = engine.submit(greedy(PROMPTS[0], 500))
+        running = engine.submit(greedy(PROMPTS[0], 500, constraint=Slow()))
         waiting = engine.submit(greedy(PROMPTS[0], 500, seconds=0.005))
         end = waiting.result()
         assert (end.finish, end.tokens) == ("deadline", ())
         running.cancel()
-        begun = engine.submit(greedy(PROMPTS[0], 590, seconds=0.03)).result()
+        begun = engine.submit(greedy(PROMPTS[0], 590, seconds=0.2, constraint=Slow())).result()
         assert begun.finish == "deadline"
         assert 0 < len(begun.tokens) < 590
 
@@ -391,7 +403,7 @@ def test_a_full_queue_says_when_to_come_back(hybrid: tuple[tiny_pack.Tiny, Model
         answers: list[Answer] = []
         with pytest.raises(BusyError, match="waiting already") as caught:
             for _ in range(9):
-                answers.append(engine.submit(greedy(PROMPTS[0], 500)))
+                answers.append(engine.submit(greedy(PROMPTS[0], 500, constraint=Slow())))
         assert caught.value.retry_after >= 1
         assert 2 <= len(answers) <= 3
         assert engine.metrics()["refused_total"] == 1
@@ -403,7 +415,7 @@ def test_a_full_queue_says_when_to_come_back(hybrid: tuple[tiny_pack.Tiny, Model
 
 def test_closing_cancels_or_waits(hybrid: tuple[tiny_pack.Tiny, Model]) -> None:
     engine = Engine(hybrid[1], slots=1)
-    answers = [engine.submit(greedy(PROMPTS[0], 500)) for _ in range(3)]
+    answers = [engine.submit(greedy(PROMPTS[0], 500, constraint=Slow())) for _ in range(3)]
     engine.close()
     assert {answer.result().finish for answer in answers} == {"cancelled"}
     with pytest.raises(BusyError, match="shutting down"):
@@ -441,17 +453,21 @@ def test_a_long_prompt_does_not_keep_answers_waiting(hybrid: tuple[tiny_pack.Tin
         call, step = runner.call, runner.step
         runner.call = lambda *a, **k: (calls.append("prompt"), call(*a, **k))[1]  # type: ignore[method-assign]
         runner.step = lambda *a, **k: (calls.append("step"), step(*a, **k))[1]  # type: ignore[method-assign]
-        first = engine.submit(greedy(PROMPTS[0], 200))
+        first = engine.submit(greedy(PROMPTS[0], 500, constraint=Slow()))
         next(first)
         longs = [engine.submit(greedy([7 + seed] * 400, 5)) for seed in range(2)]
-        short = engine.submit(greedy(PROMPTS[8], 5))
-        end = short.result()
-        assert all(not long._is_done for long in longs)
-        assert end.finish == "length"
+        ended: list[float] = []
+        short = engine.submit(
+            greedy(PROMPTS[8], 5), notify=lambda: ended.append(engine.metrics()["requests_length_total"])
+        )
+        assert ids(short) == made.greedy(PROMPTS[8], 5)
+        assert ended[-1] == 1  # it did not wait for the long ones, which came first
         assert [ids(long) for long in longs] == [made.greedy([7 + seed] * 400, 5) for seed in range(2)]
-        assert ids(first)
-    text = "".join(what[0] for what in calls)
-    assert "pp" not in text.lstrip("p").rstrip("sp")
+        assert first.take() and not first._is_done
+        first.cancel()
+    text = "".join(what[0] for what in calls).lstrip("p")
+    assert text.count("p") == 25 + 25 + 3
+    assert "pp" not in text
 
 
 def test_usage_adds_up_to_the_processors_time(hybrid: tuple[tiny_pack.Tiny, Model]) -> None:
