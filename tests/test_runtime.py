@@ -129,6 +129,20 @@ def test_prefixes_are_shared_and_change_nothing(tiny: tuple[tiny_pack.Tiny, Mode
         assert ids(following) == made.greedy(turn, 20)
 
 
+def test_a_text_goes_on_only_from_where_every_state_is_known(tiny: tuple[tiny_pack.Tiny, Model]) -> None:
+    """Of what was answered a cache is known at every token, a recurrent state only at the end."""
+    made, model = tiny
+    with Engine(model, slots=2) as engine:
+        said = ids(engine.submit(greedy(PROMPTS[0], 60)))
+        half = [*PROMPTS[0], *said[:50], 9, 9]
+        other = engine.submit(greedy(half)).result()
+        assert ids(other) == made.greedy(half, 20)
+        assert other.usage and other.usage.cached_tokens == (4 if made.recurrent else 48)
+        again = engine.submit(greedy([*PROMPTS[0], *said, 9])).result()
+        assert again.usage and again.usage.cached_tokens == 64
+        assert ids(again) == made.greedy([*PROMPTS[0], *said, 9], 20)
+
+
 def test_the_same_prompt_at_once_is_computed_once(hybrid: tuple[tiny_pack.Tiny, Model]) -> None:
     made, model = hybrid
     prompt = [random.Random(3).randrange(3, 264) for _ in range(160)]
