@@ -163,7 +163,7 @@ def test_help_and_import_load_nothing_heavy() -> None:
     assert done.stdout.endswith("heavy: []\n"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", sorted(LIGHT - {"__init__", "scan", "runtime"}))
+@pytest.mark.parametrize("name", sorted(LIGHT - {"__init__", "scan"}))
 def test_light_modules_import_without_torch(name: str) -> None:
     blocked = "".join(f"sys.modules[{heavy!r}] = None\n" for heavy in sorted(HEAVY - {"pandas"}))
     done = _python(f"import sys\n{blocked}import shrew.{name}")
@@ -321,7 +321,7 @@ def test_every_direct_dependency_has_a_tried_version() -> None:
 FORBIDDEN = re.compile(
     "|".join([r"(?<![\w.])/" + "work/", r"(?<![\w.])/" + "root/", r"\b[Ss]ess" + r"ions?\b"])
 )
-ALLOWED = ('scope="sess' + 'ion"',)  # pytest's own word
+ALLOWED = ('scope="sess' + 'ion"', '"sess' + 'ion.intra_op')  # pytest's own word, and ONNX Runtime's
 
 
 def test_nothing_speaks_of_the_place_where_it_was_written() -> None:

@@ -164,10 +164,14 @@ def choose_precision(requested: str = "auto") -> Precision:
 
 
 def _remember(what: str, measure: Callable[[], list[float]]) -> list[float]:
-    """A measurement of this machine that is at most a day old, else a new one."""
     import torch
 
-    key = f"{what}, {platform.node()}, {processor()}, torch {torch.__version__}"
+    return remember(f"{what}, torch {torch.__version__}", measure)
+
+
+def remember(what: str, measure: Callable[[], list[float]]) -> list[float]:
+    """A measurement of this machine that is at most a day old, else a new one."""
+    key = f"{what}, {platform.node()}, {processor()}"
     path = files.cache_folder() / "machine.json"
     known: dict[str, Any] = {}
     with suppress(OSError, ValueError):
