@@ -1,43 +1,311 @@
-"""Constrained output: JSON of a schema, a regular expression, a grammar or one of some choices, that always closes."""
+"""Constrained output: JSON of a schema, a regular expression, a grammar or one of some choices, that always closes.
 
-from collections.abc import Mapping, Sequence
+llguidance (the extra `grammar`) says which tokens may come next. Here is what it leaves open: the end. Beside the state
+stands a text that would close it, and a token is allowed only if what it leads to can still be closed with the tokens
+that are left: by a bound on what one token can add to that (shrew.runtime.schema), or, near the end, by looking. With
+no more tokens left than the closing text needs, only that text is allowed.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
-from shrew.errors import UsageError
+from shrew.runtime import closing, schema
 from shrew.runtime.request import Constraint
+from shrew.runtime.schema import ConstraintError
+
+__all__ = ["ConstraintError", "Grammars"]
+
+PATTERN_BYTES, GRAMMAR_BYTES = 10_000, 100_000
+LARGEST = 100_000  # bytes that one choice may demand
+KEPT = 64  # compiled grammars of a model
+LOOKED_AT = 256  # tokens that are tried one by one in a step
+STATES = 400  # of the search for endings in a step
+WIDE = 512  # more tokens than this are allowed only within free text
+STRUCTURE = b'{[,:"\\'
+LIMITS = {"initial_lexer_fuel": 1_000_000, "max_lexer_states": 50_000, "max_grammar_size": 200_000,
+          "step_max_items": 50_000, "max_items_in_row": 2_000, "verbose_errors": False}  # fmt: skip
 
 
-class ConstraintError(UsageError):
-    """A schema, expression or grammar that cannot be used; the message says why."""
+@dataclass(frozen=True)
+class _Compiled:
+    """A grammar over the model's tokens and over bytes, what closes it at the start, and how much of that one token
+    can add: `jump` bytes for each choice it makes, `content` bytes if it is nothing but text within a text."""
+
+    matcher: Any
+    twin: Any
+    close: bytes
+    jump: int
+    content: int
 
 
 class Grammars:
     """Makes constraints for one model; one of these is made for each and shared by its requests (thread-safe)."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos: Sequence[int]) -> None:
-        raise NotImplementedError
+        from llguidance import LLTokenizer
 
-    def json_schema(self, schema: Any, max_tokens: int) -> Constraint:
-        """Compact JSON that fits `schema`. Raises ConstraintError, also where `max_tokens` cannot hold any answer."""
-        raise NotImplementedError
+        if not eos:
+            raise ConstraintError("this model has no end token, so its output cannot be constrained.")
+        bare = Tokenizer.from_str(tokenizer.to_str())
+        bare.no_padding()
+        bare.no_truncation()
+        try:
+            self.tokens = LLTokenizer(bare.to_str(), n_vocab=vocabulary, eos_token=list(eos))
+        except Exception as error:  # whatever the Rust side has to say about a tokenizer
+            raise ConstraintError(f"output cannot be constrained with this tokenizer ({error}).") from None
+        self.vocabulary, self.eos = vocabulary, tuple(eos)
+        texts = [b"" if self.tokens.is_special_token(at) else self.tokens.decode_bytes([at]) for at in range(vocabulary)]
+        self.texts = texts
+        self.lengths = np.array([len(text) for text in texts])
+        self.choices = np.array([1 + sum(text.count(mark) for mark in STRUCTURE) for text in texts])
+        self.single = {text: at for at, text in enumerate(texts) if len(text) == 1}
+        self._kept: OrderedDict[str, _Compiled] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def json_schema(self, wanted: Any, max_tokens: int) -> Constraint:
+        """Compact JSON that fits a schema. Raises ConstraintError, also where `max_tokens` cannot hold any answer."""
+        return self._start(f"schema {_canonical(wanted)}", lambda: self._of_schema(wanted), max_tokens)
 
     def json_object(self, max_tokens: int) -> Constraint:
         """Any JSON object, of bounded depth."""
-        raise NotImplementedError
+        return self.json_schema({"type": "object"}, max_tokens)
 
     def regex(self, pattern: str, max_tokens: int) -> Constraint:
-        raise NotImplementedError
+        """A text that matches the whole expression (Rust's syntax: no look-around, no back-references)."""
+        if len(pattern) > PATTERN_BYTES:
+            raise ConstraintError(f"the regular expression is longer than {PATTERN_BYTES:,} characters.")
+
+        def make() -> _Compiled:
+            cost = schema.written(pattern)
+            return self._compile(_matchers().grammar_from_regex(pattern), "regular expression", cost, cost)
+
+        return self._start(f"regex {pattern}", make, max_tokens)
 
     def lark(self, grammar: str, max_tokens: int) -> Constraint:
-        raise NotImplementedError
+        """A text of a context-free grammar in Lark's notation, from the rule `start`."""
+        if len(grammar) > GRAMMAR_BYTES:
+            raise ConstraintError(f"the grammar is longer than {GRAMMAR_BYTES:,} characters.")
+
+        def make() -> _Compiled:
+            cost = schema.written(grammar)
+            return self._compile(_matchers().grammar_from_lark(grammar), "grammar", cost, cost)
+
+        return self._start(f"lark {grammar}", make, max_tokens)
 
     def choice(self, options: Sequence[str], max_tokens: int) -> Constraint:
-        raise NotImplementedError
+        """One of some texts, whole."""
+        if not options or not all(isinstance(option, str) and option for option in options):
+            raise ConstraintError("there are no choices, or one of them is empty; give one text or more.")
+        if len(options) > schema.CHOICES or sum(map(len, options)) > GRAMMAR_BYTES:
+            raise ConstraintError(f"these are more than {schema.CHOICES:,} choices or {GRAMMAR_BYTES:,} characters.")
 
-    def tool_call(
-        self, tools: Sequence[Mapping[str, Any]], form: str, max_tokens: int, name: str | None = None
-    ) -> Constraint:
-        """One call of one of `tools` (of the one called `name`), written in the form `form` of shrew.runtime.tools."""
-        raise NotImplementedError
+        def make() -> _Compiled:
+            cost = max(len(option.encode()) for option in options)
+            text = "start: " + " | ".join(json.dumps(option, ensure_ascii=False) for option in dict.fromkeys(options))
+            return self._compile(_matchers().grammar_from_lark(text), "list of choices", cost, cost)
+
+        return self._start(f"choice {json.dumps(list(options))}", make, max_tokens)
+
+    def framed(self, parts: Sequence[tuple[str, Any, str]], max_tokens: int) -> Constraint:
+        """One of several JSON values, each of (text before, schema, text after)."""
+
+        def make() -> _Compiled:
+            lines, jump, content = [], 0, 0
+            for at, (before, wanted, after) in enumerate(parts):
+                made = schema.bound(wanted)
+                frame = len(before.encode()) + len(after.encode()) + made.least
+                jump, content = max(jump, made.jump, frame), max(content, made.content)
+                text = json.dumps({**made.schema, "x-guidance": JSON_FORM})
+                quoted = [json.dumps(side, ensure_ascii=False) if side else "" for side in (before, after)]
+                lines.append(f"part{at}: {quoted[0]} json{at} {quoted[1]}\njson{at}: %json {text}")
+            rules = "start: " + " | ".join(f"part{at}" for at in range(len(parts)))
+            grammar = _matchers().grammar_from_lark("\n".join([rules, *lines]))
+            return self._compile(grammar, "JSON Schema", jump, content)
+
+        return self._start(f"framed {_canonical(list(parts))}", make, max_tokens)
+
+    def _of_schema(self, wanted: Any) -> _Compiled:
+        made = schema.bound(wanted)
+        text = json.dumps(made.schema)
+        try:
+            grammar = _matchers().grammar_from_json_schema(text, overrides=JSON_FORM)
+        except ValueError as error:
+            raise ConstraintError(f"the JSON Schema cannot be used ({error}).") from None
+        return self._compile(grammar, "JSON Schema", made.jump, made.content)
+
+    def _compile(self, grammar: str, what: str, jump: int, content: int) -> _Compiled:
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(**LIMITS)
+        if max(jump, content) > LARGEST:
+            raise ConstraintError(f"the {what} repeats too much; ask for less at once.")
+        twin = LLMatcher(closing.byte_tokenizer(), grammar, log_level=0, limits=limits)
+        if twin.is_error():
+            raise ConstraintError(f"the {what} cannot be used: {_said(twin.get_error())}.")
+        probe = twin.deep_copy()
+        probe.compute_bitmask()
+        if probe.is_error():  # it can be written down but not begun
+            raise ConstraintError(f"no text fits the {what}.")
+        close = closing.ending(twin)
+        if close is None:
+            raise ConstraintError(f"the {what} has no end that could be found; make it smaller or bound what repeats.")
+        matcher = LLMatcher(self.tokens, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise ConstraintError(f"the {what} cannot be used: {_said(matcher.get_error())}.")
+        return _Compiled(matcher, twin, close, jump, content)
+
+    def _start(self, key: str, make: Callable[[], _Compiled], max_tokens: int) -> Constraint:
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+        if found is None:
+            found = make()
+            with self._lock:
+                self._kept[key] = found
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+        with self._lock:
+            begun = Closing(self, found)
+        if begun.needs > max_tokens:
+            raise ConstraintError(f"the shortest answer that fits takes {begun.needs} tokens, and max_tokens is "
+                                  f"{max_tokens}; allow more.")  # fmt: skip
+        return begun
+
+
+class Closing:
+    """A Constraint that ends in time; see the head of this file."""
+
+    def __init__(self, grammars: Grammars, compiled: _Compiled) -> None:
+        self._all = grammars
+        self._matcher, self._twin = compiled.matcher.deep_copy(), compiled.twin.deep_copy()
+        self._jump, self._content = compiled.jump, compiled.content
+        self._ended = False
+        self._set(compiled.close)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the text is complete and nothing may follow."""
+        return self._ended or bool(self._twin.is_stopped() and self._twin.is_accepting())
+
+    @property
+    def needs(self) -> int:
+        """Tokens that close the text as it stands, the end token included where one is needed."""
+        return len(self._tokens) + self._end
+
+    def mask(self, left: int) -> np.ndarray | None:
+        """bool [vocabulary]: what may come next so that `left` tokens, this one included, are enough to the end."""
+        if self.finished:
+            return self._only(self._all.eos)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check(self._matcher)
+        allowed = np.unpackbits(bits, bitorder="little")[: self._all.vocabulary].astype(bool)
+        spare = left - 1 - self.needs
+        wide = int(allowed.sum()) > WIDE
+        if wide:
+            plain = self._all.choices == 1
+            grows = np.where(plain, self._content, self._content + self._all.choices * self._jump)
+        else:
+            grows = (self._all.choices + 1) * self._jump
+        safe = allowed & (grows <= spare)
+        safe[list(self._all.eos)] = allowed[list(self._all.eos)]
+        unsure = np.flatnonzero(allowed & ~safe)
+        if not len(unsure):
+            return safe
+        if left > self.needs:
+            shortest = unsure[np.argsort(self._all.lengths[unsure], kind="stable")]
+            states = STATES
+            for token in map(int, shortest[: LOOKED_AT // 8 if wide else LOOKED_AT]):
+                safe[token], states = self._can_close(token, left - 1, states)
+        safe[self._tokens[0] if self._tokens else list(self._all.eos)] = True
+        return safe
+
+    def advance(self, token: int) -> None:
+        """The token was chosen. Raises ConstraintError for one that the grammar does not allow."""
+        if token in self._all.eos and self._twin.is_accepting():
+            self._ended = True
+            return
+        text = self._all.texts[token] if 0 <= token < self._all.vocabulary else b""
+        if self.finished or not text or not self._matcher.consume_token(token):
+            self._check(self._matcher)
+            raise ConstraintError(f"token {token} is not allowed here.")
+        self._twin.consume_tokens(list(text))
+        self._check(self._twin)
+        if self._tokens and token == self._tokens[0]:
+            self._tokens, self._close = self._tokens[1:], self._close[len(text) :]
+        else:
+            found, _ = closing.search(self._twin, self._close, STATES)
+            self._set(self._close if found is None else found)
+
+    def _set(self, close: bytes) -> None:
+        self._close, self._tokens, self._end = close, *self._in_tokens(self._twin, self._matcher, close)
+
+    def _in_tokens(self, twin: Any, matcher: Any, close: bytes) -> tuple[list[int], int]:
+        """The ending in as few tokens as a greedy split gives, and whether an end token must follow (1) or not (0)."""
+        tokens = self._all.tokens.greedy_tokenize(close.decode("utf-8", "replace")) if close else []
+        if matcher.validate_tokens(tokens) < len(tokens) or b"".join(self._all.texts[at] for at in tokens) != close:
+            if any(bytes([byte]) not in self._all.single for byte in close):
+                raise ConstraintError("the vocabulary of this model cannot write what this constraint demands.")
+            tokens = [self._all.single[bytes([byte])] for byte in close]
+        after = twin.deep_copy()
+        after.consume_tokens(list(close))
+        return tokens, 0 if after.is_stopped() else 1
+
+    def _can_close(self, token: int, left: int, states: int) -> tuple[bool, int]:
+        """Whether at most `left` tokens can close the text after `token`, and the states of search that are left."""
+        text = self._all.texts[token]
+        if len(self._close) + 1 <= left and closing.follows(self._twin, text, self._close):
+            return True, states
+        twin = self._twin.deep_copy()
+        if not text or states <= 0 or not twin.consume_tokens(list(text)):
+            return False, states
+        few = min(states, STATES // 8)
+        found, rest = closing.search(twin, self._close, few)
+        states -= few - rest
+        if found is None or len(found) + 1 <= left:
+            return found is not None, states
+        matcher = self._matcher.deep_copy()
+        matcher.consume_token(token)
+        tokens, end = self._in_tokens(twin, matcher, found)
+        return len(tokens) + end <= left, states
+
+    def _only(self, tokens: Sequence[int]) -> np.ndarray:
+        mask = np.zeros(self._all.vocabulary, bool)
+        mask[list(tokens)] = True
+        return mask
+
+    def _check(self, matcher: Any) -> None:
+        if matcher.is_error():
+            raise ConstraintError(f"the constraint became too complex: {_said(matcher.get_error())}.")
+
+
+JSON_FORM = {"whitespace_flexible": False, "coerce_one_of": True}
+
+
+def _matchers() -> Any:
+    from llguidance import LLMatcher
+
+    return LLMatcher
+
+
+def _canonical(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ConstraintError("the JSON Schema is no JSON.") from None
+
+
+def _said(error: str) -> str:
+    """The first line of what llguidance says, without the grammar it quotes."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    last = next((line for line in lines if line.startswith("error:")), lines[0] if lines else "it is not understood")
+    if "too big" in last or "TooComplex" in last:
+        return "it is too large"
+    return last.removeprefix("error:").strip()[:200].rstrip(".")
