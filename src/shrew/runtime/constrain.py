@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from shrew.runtime import closing, schema
 from shrew.runtime.request import Constraint
 from shrew.runtime.schema import ConstraintError
+from shrew.runtime.tools import demanded
 
 __all__ = ["ConstraintError", "Grammars"]
 
@@ -113,8 +114,11 @@ class Grammars:
 
         return self._start(f"choice {json.dumps(list(options))}", make, max_tokens)
 
-    def framed(self, parts: Sequence[tuple[str, Any, str]], max_tokens: int) -> Constraint:
-        """One of several JSON values, each of (text before, schema, text after)."""
+    def tool_call(
+        self, tools: Sequence[Mapping[str, Any]], form: str, max_tokens: int, name: str | None = None
+    ) -> Constraint:
+        """One call of one of `tools` (of the one called `name`), as the form `form` of shrew.runtime.tools writes it."""
+        parts = demanded(form, tools, name)
 
         def make() -> _Compiled:
             lines, jump, content = [], 0, 0
@@ -129,7 +133,7 @@ class Grammars:
             grammar = _matchers().grammar_from_lark("\n".join([rules, *lines]))
             return self._compile(grammar, "JSON Schema", jump, content)
 
-        return self._start(f"framed {_canonical(list(parts))}", make, max_tokens)
+        return self._start(f"call {_canonical(parts)}", make, max_tokens)
 
     def _of_schema(self, wanted: Any) -> _Compiled:
         made = schema.bound(wanted)

@@ -9,10 +9,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from shrew.errors import UsageError
+from shrew.errors import RequestError
 
 
-class ConstraintError(UsageError):
+class ConstraintError(RequestError):
     """A schema, expression or grammar that cannot be used, or that no answer of that length fits."""
 
 
@@ -62,11 +62,6 @@ def bound(schema: Any) -> Bounded:
     _check_size(schema)
     root = _Bounder().root(schema)
     return _measure(root)
-
-
-def any_object(depth: int = ANY_DEPTH) -> Bounded:
-    """Any JSON object of bounded depth."""
-    return bound({"type": "object"} if depth else {"type": "object", "maxProperties": 0})
 
 
 def _check_size(schema: dict[str, Any]) -> None:

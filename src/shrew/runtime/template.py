@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from shrew.errors import FolderError, UsageError
+from shrew.errors import FolderError, RequestError
+from shrew.runtime.tools import told
 
 Message = Mapping[str, Any]
 
@@ -28,7 +29,7 @@ PLAIN_STOP = ("\nUser:", "\nSystem:", "\nTool:", "\nAssistant:")
 PLAIN_NOTE = 'no chat template in this folder: the chat is put as lines "User: ..." and "Assistant: ..."'
 
 
-class TemplateError(UsageError):
+class TemplateError(RequestError):
     """A template that cannot be rendered, or that refuses these messages."""
 
 
@@ -71,10 +72,14 @@ class ChatTemplate:
         seconds: float = SECONDS,
         **variables: Any,
     ) -> str:
-        """The text of a conversation, ready to be encoded without adding special tokens.
+        """The text of a conversation, ready to be encoded without adding special tokens. Where the template knows no
+        tools, what there is to call is said in the system message.
 
         Raises TemplateError for a template that is wrong, too slow or too long, and where it refuses the messages.
         """
+        source = "" if self.plain else self.source(bool(tools), name)
+        if tools and "tools" not in source:
+            messages, tools = told(messages, tools), None
         prepared = _prepare(messages)
         if continue_final_message:
             add_generation_prompt = False
@@ -82,7 +87,7 @@ class ChatTemplate:
         if self.plain:
             text = _plain(prepared, add_generation_prompt)
         else:
-            text = self._rendered(self.source(bool(tools), name), seconds, {
+            text = self._rendered(source, seconds, {
                 **self.special, **_data(variables), "messages": prepared, "tools": _data(tools),
                 "documents": _data(documents), "add_generation_prompt": add_generation_prompt,
             })  # fmt: skip
