@@ -66,7 +66,8 @@ class ScriptedEngine:
         return {"running": float(self.running)}
 
     def token(self, number: int) -> Token:
-        return Token(number, self.tokenizer.decode([number], skip_special_tokens=False), -0.5, ((number, -0.5), (1, -2.0)))
+        text = self.tokenizer.decode([number], skip_special_tokens=False)
+        return Token(number, text, -0.5, ((number, -0.5), (1, -2.0)))
 
 
 def says(text: str, finish: str = "stop", error: str = "") -> Script:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shrew.errors import ShrewError
-from shrew.runtime.request import Finish, Token
+from shrew.runtime.request import Token
 from shrew.runtime.server.faults import Fault
 from shrew.runtime.server.schema import Sampling
 from shrew.runtime.server.state import Options, Served
@@ -126,11 +126,6 @@ def settings(served: Served, request: Sampling) -> dict[str, Any]:
 def choices(seed: int | None, count: int) -> list[int | None]:
     """A seed for each choice: the first has the one that was given."""
     return [None if seed is None else (seed + number) % 2**63 for number in range(count)]
-
-
-def reason(finish: Finish | None) -> str | None:
-    """`finish_reason` of an answer that ended well."""
-    return finish
 
 
 def alternatives(served: Served, token: Token) -> list[tuple[str, float]]:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from shrew.runtime.request import Piece, Request, Token
 from shrew.runtime.server import asked
-from shrew.runtime.server.constraints import constraints
+from shrew.runtime.server.constraints import constraint
 from shrew.runtime.server.faults import Fault, reply
 from shrew.runtime.server.schema import CompletionRequest
 from shrew.runtime.server.state import Served, State
@@ -87,12 +87,13 @@ def understand(state: State, served: Served, request: CompletionRequest) -> Job:
         raise Fault(400, "best_of other than n is not offered.", "best_of")
     given = asked.prompts(served, request.prompt, "prompt", state.options.max_choices)
     if count * len(given) > state.options.max_choices:
-        raise Fault(400, f"n × prompts is {count * len(given)}, and this server allows {state.options.max_choices}.", "n")
+        raise Fault(400, f"n × prompts is {count * len(given)}, and this server allows {state.options.max_choices}.",
+                    "n")  # fmt: skip
     if request.max_tokens == 0 and not request.echo:
         raise Fault(400, "max_tokens is 0: nothing would come back; that goes with echo only.", "max_tokens")
     common = asked.settings(served, request)
-    make = constraints(served, request)
-    scores = request.logprobs is not None
+    common["logprobs"] = request.logprobs
+    common["echo"] = bool(request.echo) and request.logprobs is not None
     texts, requests, total = [], [], 0
     for prompt in given:
         filled = request.suffix is not None
@@ -105,8 +106,8 @@ def understand(state: State, served: Served, request: CompletionRequest) -> Job:
             text = prompt if isinstance(prompt, str) else served.tokenizer.decode(ids, skip_special_tokens=False)
         for seed in asked.choices(request.seed, count):
             common["seed"] = seed
-            requests.append(Request(prompt=ids, logprobs=request.logprobs, echo=bool(request.echo) and scores,
-                                    constraint=make(), **common))  # fmt: skip
+            common["constraint"] = constraint(served, request, common["max_tokens"])
+            requests.append(Request(prompt=ids, **common))
             texts.append(text)
     return Job(served, request, texts, requests, total)
 

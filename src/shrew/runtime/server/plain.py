@@ -83,7 +83,7 @@ async def page(request: HttpRequest) -> Response:
     """The chat page, where it is installed."""
     found = resources.files("shrew.runtime") / "page" / "index.html"
     if not found.is_file():
-        raise Fault(404, "There is no page in this installation; the API is under /v1, its description at /openapi.json.")
+        raise Fault(404, "There is no page in this installation; /openapi.json describes the API.")
     headers = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
     return Response(found.read_bytes(), headers=headers, media_type="text/html")
 

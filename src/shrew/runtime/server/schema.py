@@ -163,8 +163,8 @@ def decode(body: bytes, kind: type[T]) -> T:
         found = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `$")
-        where = re.sub(r"\[\.\.\.\]", "[]", where.strip("`.")) or None
-        raise Fault(400, f"{where or 'body'}: {message.replace('`', '')}.", where) from None
+        where = re.sub(r"\[\.\.\.\]", "[]", where.strip("`."))
+        raise Fault(400, f"{where or 'body'}: {message.replace('`', '')}.", where or None) from None
     except RecursionError:
         raise Fault(400, "The JSON is nested too deep.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from shrew import spec
 from shrew.errors import UsageError, nearest
+from shrew.runtime import constrain, template, tools
 from shrew.runtime.server.faults import Fault, busy, fault_of
 from shrew.runtime.server.metrics import Metrics
 from shrew.spec import Meta, doc
@@ -93,6 +95,26 @@ class Served:
         self.created = int(time.time())
         self.gate = Gate(options.slots, options.queue)
         self.config = tokenizer_config(Path(model.path))
+        self.template = template.of_folder(Path(model.path))
+
+    @cached_property
+    def form(self) -> str:
+        """The form in which the model writes calls of tools."""
+        return tools.format_of(None if self.template.plain else self.template.source(tools=True))
+
+    @cached_property
+    def grammars(self) -> constrain.Grammars:
+        """What makes constraints. Raises Fault where it is not installed."""
+        try:
+            return constrain.Grammars(self.tokenizer, self.manifest.vocabulary, self.manifest.eos)
+        except ModuleNotFoundError as error:
+            raise Fault(400, f"This server has no constrained output, because {error.name} is not installed; whoever "
+                        "runs it can: pip install 'shrew[grammar]'.") from None  # fmt: skip
+
+    def text_of(self, token: int) -> str:
+        """The text of one token."""
+        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return text
 
     def special(self, name: str) -> str | None:
         """The text of a special token, by its name: "bos_token", "eos_token", "pad_token"."""

@@ -1,6 +1,7 @@
 """From the engine's thread to asyncio and out: no thread and no lock for each request.
 
-The engine's thread only wakes the event loop, which takes what has come. All sequences of one request meet in one queue. What is left of them when the request ends, however it ends, is cancelled.
+The engine's thread only wakes the event loop, which takes what has come. All sequences of one request meet in one
+queue. What is left of them when the request ends, however it ends, is cancelled.
 """
 
 import asyncio
