@@ -28,13 +28,14 @@ class ScriptedAnswer:
             if self.cancelled.is_set() or late:
                 finish = "cancelled" if self.cancelled.is_set() else "deadline"
                 piece = Piece("", finish=finish, usage=Usage(len(self.request.prompt), 0, 0, 0.0))
+            if piece.finish is not None:
+                with self.engine.lock:
+                    self.engine.running -= 1
+                    self.engine.cancelled += piece.finish == "cancelled"
             self.waiting.append(piece)
             self.notify()
             if piece.finish is not None:
                 break
-        with self.engine.lock:
-            self.engine.running -= 1
-            self.engine.cancelled += self.cancelled.is_set()
 
     def take(self) -> Piece | None:
         return self.waiting.popleft() if self.waiting else None

@@ -68,15 +68,21 @@ class Live:
         self.url = f"http://127.0.0.1:{self.port}"
         self.server = wire.server(application(self.state), self.state)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.client = httpx.Client(base_url=self.url, timeout=20)
+        self.opened: list[socket.socket] = []
 
     def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=20, **more)
+        return self.client.post(path, json=body, **more)
+
+    def send(self, path: str, body: bytes, **headers: str) -> httpx.Response:
+        return self.client.post(path, content=body, headers={"content-type": "application/json", **headers})
 
     def get(self, path: str, **more: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=20, **more)
+        return self.client.get(path, **more)
 
     def raw(self, text: bytes, timeout: float = 10.0) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout)
+        self.opened.append(connection)
         connection.sendall(text)
         return connection
 
@@ -102,6 +108,8 @@ def start(folder: Path, tokenizer: Any) -> Any:
             live.server.should_exit = True
             live.thread.join(20)
             assert not live.thread.is_alive()
+            for item in (live.client, *live.opened):
+                item.close()
             live.state.pool.shutdown(wait=False)
 
     return started
@@ -282,7 +290,7 @@ def test_the_official_client_raises_its_own_errors(client: openai.OpenAI) -> Non
     ],
 )  # fmt: skip
 def test_bad_requests_are_refused_in_words(live: Live, path: str, body: bytes, words: str) -> None:
-    found = httpx.post(live.url + path, content=body, headers={"content-type": "application/json"})
+    found = live.send(path, body)
     assert found.status_code == 400, found.text
     error = found.json()["error"]
     assert words in error["message"] and set(error) == {"message", "type", "param", "code"}
@@ -294,9 +302,8 @@ def test_statuses(live: Live) -> None:
     refused = live.get("/v1/completions")
     assert refused.status_code == 405 and "POST" in refused.headers["allow"]
     assert live.post("/v1/completions", headers={"content-type": "text/plain"}).status_code == 415
-    assert httpx.post(live.url + "/v1/completions", data={"a": "b"}).status_code == 415
-    zipped = {"content-type": "application/json", "content-encoding": "gzip"}
-    assert httpx.post(live.url + "/v1/completions", content=b"x", headers=zipped).status_code == 415
+    assert live.client.post("/v1/completions", data={"a": "b"}).status_code == 415
+    assert live.send("/v1/completions", b"x", **{"content-encoding": "gzip"}).status_code == 415
     bare = live.raw(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\r\n")
     assert b" 411 " in bare.recv(4096)
     broken = live.raw(b"NOT HTTP\r\n\r\n")
@@ -312,7 +319,7 @@ def test_hostile_schemas_are_refused(live: Live, depth: int) -> None:
         b'{"messages":[{"role":"user","content":"a"}],"tools":[{"type":"function","function":{"name":"f",'
         b'"parameters":%s}}]}' % schema,
     ):
-        found = httpx.post(live.url + "/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        found = live.send("/v1/chat/completions", body)
         assert found.status_code == 400 and "nested" in found.json()["error"]["message"]
 
 
@@ -353,14 +360,14 @@ SANE: dict[str, Any] = {"/v1/completions": {"prompt": "a"}, "/v1/chat/completion
 @given(path=st.sampled_from(sorted(SANE)), changes=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=3))
 def test_no_json_makes_it_fail(live: Live, path: str, changes: dict[str, Any]) -> None:
     body = json.dumps({**SANE[path], **changes}).encode()  # NaN, Infinity and half characters too
-    found = httpx.post(live.url + path, content=body, headers={"content-type": "application/json"})
+    found = live.send(path, body)
     assert found.status_code in (200, 400, 404), found.text
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(sorted(SANE)), body=st.binary(max_size=60))
 def test_no_bytes_make_it_fail(live: Live, path: str, body: bytes) -> None:
-    found = httpx.post(live.url + path, content=body, headers={"content-type": "application/json"})
+    found = live.send(path, body)
     assert found.status_code == 400
 
 
@@ -392,8 +399,7 @@ def test_a_large_body_is_refused_before_it_is_read(start: Any) -> None:
         assert b" 413 " in told.recv(4096)  # not a byte of it was sent
         chunked = live.raw(head + b"transfer-encoding: chunked\r\n\r\n" + b"800\r\n" + b" " * 2048 + b"\r\n1\r\na\r\n")
         assert b" 413 " in chunked.recv(4096)
-        found = httpx.post(live.url + "/v1/completions", content=b" " * 100_000_000, timeout=20,
-                           headers={"content-type": "application/json"})  # fmt: skip
+        found = live.send("/v1/completions", b" " * 100_000_000)
         assert found.status_code == 413 and found.json()["error"]["code"] == "request_too_large"
         assert live.post("/v1/completions", {"prompt": "a"}).status_code == 200
 

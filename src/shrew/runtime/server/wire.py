@@ -5,6 +5,7 @@ for would hold memory for ever: each has `patience` seconds. (A body that comes 
 """
 
 import asyncio
+import math
 import socket
 import time
 from types import FrameType
@@ -137,6 +138,7 @@ def server(app: Any, state: State) -> Server:
         proxy_headers=False,
         server_header=False,
         h11_max_incomplete_event_size=HEAD,
+        timeout_keep_alive=math.ceil(options.patience),  # longer than clients keep theirs, so that they close first
         timeout_graceful_shutdown=2,
     )
     return Server(config, state)
