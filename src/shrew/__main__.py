@@ -16,6 +16,7 @@ VERBS = {
     "apply": ("shrew.moves", "run the moves of a recipe on a model folder"),
     "measure": ("shrew.measure", "compare models: quality, bytes, speed, memory, energy"),
     "train": ("shrew.train", "train a small model from a recipe, with exact resume"),
+    "pack": ("shrew.packers", "write a model in the form that another program runs"),
     "describe": ("shrew.blocks.describe", "print what a model is made of and what it costs"),
     "report": ("shrew.report", "make the page of a run from its records"),
 }

@@ -1,6 +1,7 @@
 """Runs packed models without torch: `load` one, give it to an `Engine`, `submit` requests, iterate over the answers."""
 
-from shrew.runtime.engine import Answer, Engine
+from shrew.runtime.answer import Answer
+from shrew.runtime.engine import Engine
 from shrew.runtime.manifest import Manifest
 from shrew.runtime.pack import Model, load
 from shrew.runtime.request import Constraint, Piece, Request, Token, Usage

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from shrew import machine
 from shrew.errors import FolderError, RequestError, UnsupportedError, UsageError
 from shrew.runtime import manifest as manifests
-from shrew.runtime.manifest import CAPACITY, Manifest
+from shrew.runtime.manifest import Manifest
 
 ROWS = 8  # texts classified in one call
 # Threads that spin while they wait take the processor from everyone else, and on a shared machine from each other.
@@ -71,7 +71,7 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = count, 1
     options.log_severity_level = 4  # what fails is raised, and said in our words
-    options.enable_mem_pattern = False  # a plan is kept for every shape seen, and lengths and batches change all the time
+    options.enable_mem_pattern = False  # a plan would be kept for each shape, and shapes change all the time
     for key, value in SETTINGS.items():
         options.add_session_config_entry(key, value)
     try:
@@ -98,11 +98,13 @@ def _check_graph(model: Model) -> None:
     manifest, batch, length = model.manifest, "batch", "length"
     types = {"float32": "tensor(float)", "int64": "tensor(int64)"}
     ints, floats = types["int64"], types["float32"]
+    gives: dict[str, tuple[str, tuple[int | str, ...]]]
+    takes: dict[str, tuple[str, tuple[int | str, ...]]] = {"tokens": (ints, (batch, length))}
     if manifest.labels is not None:
-        takes = {"tokens": (ints, (batch, length)), "lengths": (ints, (batch,))}
+        takes |= {"lengths": (ints, (batch,))}
         gives = {"logits": (floats, (batch, len(manifest.labels)))}
     else:
-        takes = {"tokens": (ints, (batch, length)), "start": (ints, (batch,)), "wanted": (ints, ("n",))}
+        takes |= {"start": (ints, (batch,)), "wanted": (ints, ("n",))}
         gives = {"logits": (floats, ("n", manifest.vocabulary)), "hidden": (floats, ("n", manifest.width))}
         for state in manifest.states:
             is_like = (types[state.dtype], (batch, *state.shape))
@@ -131,5 +133,3 @@ def _fits(found: Sequence[int | str | None], said: Iterable[int | str]) -> bool:
         for size, want in zip(found, said, strict=True)
     )
 
-
-__all__ = ["CAPACITY", "Model", "check_tokens", "choose_threads", "load"]
