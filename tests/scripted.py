@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from shrew.runtime.request import Piece, Request, Token, Usage
+from shrew.runtime.text import Vocabulary
 
 Script = Callable[["ScriptedEngine", Request], Iterator[Piece]]
 
@@ -47,6 +48,7 @@ class ScriptedAnswer:
 
 class ScriptedEngine:
     def __init__(self, tokenizer: Any, script: Script | None = None, delay: float = 0.0) -> None:
+        self.vocabulary = Vocabulary(tokenizer)
         self.tokenizer, self.script, self.delay = tokenizer, script or says("hello world"), delay
         self.lock = threading.Lock()
         self.running = self.most = self.cancelled = 0
@@ -67,8 +69,7 @@ class ScriptedEngine:
         return {"running": float(self.running)}
 
     def token(self, number: int) -> Token:
-        text = self.tokenizer.decode([number], skip_special_tokens=False)
-        return Token(number, text, -0.5, ((number, -0.5), (1, -2.0)))
+        return Token(number, self.vocabulary.text(number), -0.5, ((number, -0.5), (1, -2.0)))
 
 
 def says(text: str, finish: str = "stop", error: str = "") -> Script:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import re
 import signal
 import socket
@@ -110,7 +109,7 @@ def start(folder: Path, tokenizer: Any) -> Any:
             assert not live.thread.is_alive()
             for item in (live.client, *live.opened):
                 item.close()
-            live.state.pool.shutdown(wait=False)
+            live.state.close()
 
     return started
 
@@ -180,7 +179,7 @@ def test_echo_gives_the_scores_of_the_prompt(live: Live) -> None:
     assert [choice["index"] for choice in found["choices"]] == [0, 1]
     for row, choice in zip(rows, found["choices"], strict=True):
         scores = choice["logprobs"]
-        assert [len(scores[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")] == [len(row) + 1] * 4
+        assert [len(items) for items in scores.values()] == [len(row) + 1] * 4
         assert scores["token_logprobs"][0] is None and scores["top_logprobs"][0] is None
         for value, table in zip(scores["token_logprobs"][1:], scores["top_logprobs"][1:], strict=True):
             assert value in table.values()
@@ -268,7 +267,7 @@ def test_the_official_client_raises_its_own_errors(client: openai.OpenAI) -> Non
         ("/v1/completions", b'{"prompt": "a", "suffix": "b"}', "fill in the middle"),
         ("/v1/completions", b'{"prompt": "a", "best_of": 3}', "best_of"),
         ("/v1/completions", b'{"prompt": "a", "stop": [""]}', "stop"),
-        ("/v1/completions", b'{"prompt": "a", "stop": ["a","b","c","d","e","f","g","h","i","j","k","l","m","n","o","p","q"]}', "stop"),
+        ("/v1/completions", b'{"prompt": "a", "stop": [' + b'"a",' * 16 + b'"a"]}', "stop"),
         ("/v1/completions", b'{"prompt": "a", "n": 200}', "n:"),
         ("/v1/completions", b'{"prompt": ["a","b"], "n": 100}', "allows 128"),
         ("/v1/completions", b'{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
@@ -281,7 +280,7 @@ def test_the_official_client_raises_its_own_errors(client: openai.OpenAI) -> Non
         ("/v1/chat/completions", b'{"messages": [{"role": "user"}]}', "no content"),
         ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "text only"),
         ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": 5}]}', "content"),
-        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "a"}], "tool_choice": "required"}', "tool"),
+        ("/v1/chat/completions", b'{"messages": [{"role":"user", "content":"a"}], "tool_choice": "required"}', "tool"),
         ("/v1/embeddings", b'{"input": []}', "input"),
         ("/v1/embeddings", b'{"input": [[]]}', "input"),
         ("/detokenize", b'{"tokens": [-1]}', "tokens"),
@@ -332,9 +331,9 @@ def test_a_failing_engine_is_a_500_and_the_next_request_is_served(start: Any, ca
         assert (found.status_code, found.json()["error"]["message"]) == (500, "The planted failure.")
         streamed = live.post("/v1/completions", {"prompt": "a", "stream": True}).text
         assert '"error":{"message":"The planted failure."' in streamed and streamed.endswith("data: [DONE]\n\n")
-        with openai.OpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0) as client:
-            with pytest.raises(openai.APIError, match="planted"):
-                list(client.completions.create(model="tiny", prompt="a", stream=True))
+        client = openai.OpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0)
+        with client, pytest.raises(openai.APIError, match="planted"):
+            list(client.completions.create(model="tiny", prompt="a", stream=True))
         live.engine.submit = None  # type: ignore[method-assign, assignment]  # a bug of ours
         assert live.post("/v1/completions", {"prompt": "a"}).status_code == 500
         del live.engine.submit
@@ -367,8 +366,7 @@ def test_no_json_makes_it_fail(live: Live, path: str, changes: dict[str, Any]) -
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(sorted(SANE)), body=st.binary(max_size=60))
 def test_no_bytes_make_it_fail(live: Live, path: str, body: bytes) -> None:
-    found = live.send(path, body)
-    assert found.status_code == 400
+    assert live.send(path, body).status_code in (200, 400)  # b"{}" asks for something
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -376,15 +374,16 @@ def test_no_bytes_make_it_fail(live: Live, path: str, body: bytes) -> None:
 
 def test_the_key(start: Any) -> None:
     with start(key="secret") as live:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": b"Bearer \xff"}):
+        for key in (None, "Bearer wrong", "secret", b"Bearer \xff"):
+            headers = {"authorization": key} if key else {}
             assert live.post("/v1/completions", {"prompt": "a"}, headers=headers).status_code == 401
             assert live.get("/metrics", headers=headers).status_code == 401
         right = {"authorization": "Bearer secret", "host": "example.org"}
         assert live.post("/v1/completions", {"prompt": "a"}, headers=right).status_code == 200
         assert live.get("/health").status_code == 200
-        with openai.OpenAI(base_url=live.url + "/v1", api_key="wrong", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
+        client = openai.OpenAI(base_url=live.url + "/v1", api_key="wrong", max_retries=0)
+        with client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
 
 
 def test_another_sites_name_is_no_way_in(live: Live) -> None:
@@ -540,3 +539,116 @@ def test_it_does_not_wait_for_ever(start: Any, stream: bool) -> None:
         assert found.status_code == (200 if stream else 503)
         assert "The server is stopping." in found.text
         live.wait(lambda: live.engine.running == 0)
+
+
+# --- the verb, with a real model -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pack(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packs") / "tiny"
+    assert main(["pack", str(tiny_llama_folder), "--out", str(out)]) == 0
+    return out
+
+
+class Process:
+    """`shrew serve` as users start it."""
+
+    def __init__(self, *words: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "shrew", "serve", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.search(r"http://\S+:(\d+)/v1", line)
+        assert found, line + self.end()[1]
+        self.port = int(found[1])
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=20)
+
+    def end(self, how: int | None = None) -> tuple[int, str]:
+        """Exit code and what was written to stderr."""
+        if how is not None:
+            self.process.send_signal(how)
+        _, errors = self.process.communicate(timeout=30)
+        if hasattr(self, "client"):
+            self.client.close()
+        return self.process.returncode, errors
+
+
+def test_scores_and_greedy_tokens_are_those_of_torch(pack: Path, tiny_llama_folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    served = Process(str(pack), "--port", "0")
+    try:
+        rows = [[5, 60, 7, 200, 31], [9, 8, 100]]
+        body = {"prompt": rows, "echo": True, "logprobs": 3, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        choices = served.client.post("/v1/completions", json=body).json()["choices"]
+        vector = served.client.post("/v1/embeddings", json={"input": rows[0]}).json()["data"][0]["embedding"]
+    finally:
+        assert served.end(signal.SIGINT) == (0, "")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder).eval()
+    for row, choice in zip(rows, choices, strict=True):
+        with torch.inference_mode():
+            whole = model.generate(torch.tensor([row]), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+            found = model(whole).logits[0].double().log_softmax(1)
+        wanted = found[:-1].gather(1, whole[0, 1:, None])[:, 0].tolist()
+        assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(wanted, abs=2e-3)
+        for place, table in enumerate(choice["logprobs"]["top_logprobs"][1:]):
+            assert max(table.values()) == pytest.approx(found[place].max().item(), abs=2e-3)
+    with torch.inference_mode():
+        hidden = model.model(torch.tensor([rows[0]])).last_hidden_state[0].mean(0)
+    assert vector == pytest.approx((hidden / hidden.norm()).tolist(), abs=2e-3)
+
+
+def test_it_ends_when_told_and_starts_again_after_a_kill(pack: Path) -> None:
+    first = Process(str(pack), "--port", "0", "--host", "0.0.0.0")
+    long = {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with first.client.stream("POST", "/v1/completions", json=long) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        first.process.send_signal(signal.SIGKILL)
+        with pytest.raises(httpx.HTTPError):
+            list(lines)
+    code, errors = first.end()
+    assert code == -signal.SIGKILL and "anyone who can reach 0.0.0.0" in errors
+    again = Process(str(pack), "--port", str(first.port))
+    try:
+        with again.client.stream("POST", "/v1/completions", json=long) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            again.process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+    finally:
+        assert again.end() == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "nowhere is not a folder"),
+        (["{pack}", "{pack}"], "Two of the models are called"),
+        (["{pack}", "--port", "{taken}"], "Cannot listen at 127.0.0.1 port {taken}: Address already in use"),
+        (["{pack}", "--host", "no such host"], "Cannot listen at no such host"),
+        (["{pack}", "--max-body", "5 lines"], "'5 lines' is no size"),
+        (["{pack}", "--max-body", "1B"], "--max-body 1B is out of range"),
+        (["{pack}", "--key", "two words"], "--key must be printable"),
+        (["{pack}", "--slots", "0"], "slots"),
+    ],
+)
+def test_what_cannot_be_served(pack: Path, capfd: Any, words: list[str], said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = {"pack": str(pack), "taken": str(taken.getsockname()[1])}
+        assert main(["serve", *(word.format(**given) for word in words)]) == 2
+    assert said.format(**given) in capfd.readouterr().err
+
+
+def test_a_model_folder_is_packed_first(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHREW_KEY", "from-the-environment")
+    for wanted in ("packing it into", ""):
+        served = Process(str(tiny_llama_folder), "--port", "0")
+        found = served.client.get("/v1/models", headers={"authorization": "Bearer from-the-environment"})
+        assert [item["id"] for item in found.json()["data"]] == [tiny_llama_folder.name]
+        assert served.client.get("/v1/models").status_code == 401
+        code, errors = served.end(signal.SIGTERM)
+        assert code == 0 and (wanted in errors if wanted else errors == "")

@@ -48,7 +48,7 @@ def serve(packs: Sequence[Path], options: Options) -> None:
             engine = stack.enter_context(Engine(model, slots=options.slots, queue=2 * options.slots))
             models[name] = Served(name, model, engine, options)
         state = State(options, models)
-        stack.callback(state.pool.shutdown, wait=False, cancel_futures=True)
+        stack.callback(state.close)
         _say(state, listening.getsockname())
         wire.server(application(state), state).run(sockets=[listening])
 

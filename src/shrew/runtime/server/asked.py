@@ -101,8 +101,6 @@ def room(served: Served, options: Options, prompt: int, wanted: int | None, wher
 def settings(served: Served, request: Sampling) -> dict[str, Any]:
     """The sampling settings of an engine's Request; raises Fault for a token that the model does not have."""
     stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if any(not word for word in stop):
-        raise Fault(400, "stop has an empty text in it.", "stop")
     bias = {}
     for key, value in (request.logit_bias or {}).items():
         if not key.isascii() or not key.isdigit() or len(key) > 10:
@@ -118,14 +116,13 @@ def settings(served: Served, request: Sampling) -> dict[str, Any]:
         "presence_penalty": request.presence_penalty,
         "frequency_penalty": request.frequency_penalty,
         "ignore_eos": request.ignore_eos,
-        "seed": request.seed,
     }
     return {"stop": tuple(stop), "logit_bias": bias, **{key: item for key, item in found.items() if item is not None}}
 
 
 def choices(seed: int | None, count: int) -> list[int | None]:
     """A seed for each choice: the first has the one that was given."""
-    return [None if seed is None else (seed + number) % 2**63 for number in range(count)]
+    return [None if seed is None else (seed + number) % 2**64 for number in range(count)]
 
 
 def alternatives(served: Served, token: Token) -> list[tuple[str, float]]:

@@ -49,13 +49,14 @@ class Job:
         return {"content": [self._score(token) for token in tokens], "refusal": None}
 
     def _score(self, token: Token) -> dict[str, Any]:
-        top = [_scored(self.served.text_of(number), value) for number, value in token.top]
-        return {**_scored(token.text, token.logprob), "top_logprobs": top[: self.asked.top_logprobs or 0]}
+        top = [self._scored(number, value) for number, value in token.top]
+        return {**self._scored(token.id, token.logprob), "top_logprobs": top[: self.asked.top_logprobs or 0]}
 
-
-def _scored(text: str, logprob: float | None) -> dict[str, Any]:
-    whole = "\ufffd" not in text  # a part of a character is no text
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+    def _scored(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self.served.text_of(token)
+        known = self.served.engine.vocabulary
+        bytes_ = known.bytes(token) if known.is_bytes else b"" if "\ufffd" in text else text.encode()
+        return {"token": text, "logprob": logprob, "bytes": list(bytes_) or None}
 
 
 async def chat(state: State, request: ChatRequest) -> Response | Stream:

@@ -57,7 +57,7 @@ class Metrics:
             lines[name].append(f"{name}{_labels(tuple(labels.items()))} {value:.10g}")
         out = []
         for name, found_lines in lines.items():
-            kind, words = HELP.get(name, ("gauge", ""))
+            kind, words = HELP.get(name, ("counter" if name.endswith("_total") else "gauge", ""))
             out += [f"# HELP {name} {words}"] if words else []
             out += [f"# TYPE {name} {kind}", *found_lines]
         return "\n".join(out) + "\n"

@@ -112,9 +112,9 @@ async def embeddings(state: State, request: EmbeddingRequest) -> Response:
         raise Fault(400, f"dimensions is {request.dimensions}, and '{served.name}' gives {width}.", "dimensions")
     rows = await state.call(_rows, state, served, request)
     vectors = []
-    for ids in rows:  # one at a time: an engine has no lanes for them
+    for ids in rows:  # one at a time, so that one request does not take every place
         async with served.gate.sequence():
-            vectors.append(await state.call(served.engine.embed, ids))
+            vectors.append(await state.wait(served.engine.embed, ids))
     total = sum(map(len, rows))
     data = [
         {"object": "embedding", "index": number, "embedding": _written(vector, request.encoding_format)}

@@ -24,7 +24,8 @@ Token = Annotated[int, Meta(ge=0, le=2**31)]
 Tokens = Annotated[list[Token], Meta(min_length=1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Alternatives = Annotated[int, Meta(ge=0, le=20)]
-Stop = str | Annotated[list[str], Meta(max_length=16)] | None
+Ending = Annotated[str, Meta(min_length=1, max_length=1024)]
+Stop = Ending | Annotated[list[Ending], Meta(max_length=16)] | None
 Text = Annotated[str, Meta(max_length=65536)]
 T = TypeVar("T", bound="Sized")
 
@@ -69,7 +70,7 @@ class Sampling(Sized, kw_only=True):
     user: str | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31)] | None = None
     min_p: Fraction | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     ignore_eos: bool | None = None
     regex: Text | None = None
     grammar: Text | None = None

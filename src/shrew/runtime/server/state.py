@@ -22,7 +22,7 @@ from shrew.spec import Meta, doc
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 T = TypeVar("T")
-WORKERS = 2  # threads beside the event loop
+WORKERS = 2  # threads beside the event loop, of each kind
 BODIES = 16  # bodies of the largest size that may be in memory at once
 
 
@@ -113,7 +113,7 @@ class Served:
 
     def text_of(self, token: int) -> str:
         """The text of one token."""
-        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        text: str = self.engine.vocabulary.text(token)
         return text
 
     def special(self, name: str) -> str | None:
@@ -155,11 +155,21 @@ class State:
     bodies: int = 0  # bytes of request bodies in memory
     tasks: set[asyncio.Future[None]] = field(default_factory=set)
 
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WORKERS, "shrew-words"))
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WORKERS, "words"))
+    waits: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WORKERS, "waits"))
 
     async def call(self, work: Callable[..., T], *given: Any) -> T:
         """Run what takes a while (tokenizing, templates, grammars) beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work, *given)
+
+    async def wait(self, work: Callable[..., T], *given: Any) -> T:
+        """Run what waits for an engine, apart from what does not."""
+        return await asyncio.get_running_loop().run_in_executor(self.waits, work, *given)
+
+    def close(self) -> None:
+        """Leave the threads; what they do is bounded and nobody waits for it."""
+        for pool in (self.pool, self.waits):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def failed(self, error: BaseException) -> None:
         """An error that ends a request: a bug is shown to the one who runs the server, what was foreseen is not."""

@@ -76,8 +76,8 @@ async def _run_one(
         async with width, served.gate.sequence():
             left = max(0.001, end - time.monotonic())
             answer = served.engine.submit(replace(request, seconds=left), notify)
+            finish = None
             try:
-                finish = None
                 while finish is None:
                     await news.wait()
                     news.clear()
@@ -85,7 +85,8 @@ async def _run_one(
                         queue.put_nowait((number, piece))
                         finish = piece.finish
             finally:
-                answer.cancel()
+                if finish is None:
+                    answer.cancel()
     except Exception as error:
         queue.put_nowait((number, error))
 
