@@ -6,6 +6,8 @@
         ├── SpecError                a recipe, spec or flag: unknown key, wrong type, out of range
         ├── DataError                a text, JSONL or parquet file that cannot be used
         ├── FolderError              a model folder that is missing, truncated, hostile or inconsistent
+        ├── RequestError             what was asked of a running model cannot be served, whoever asks again
+        │   └── BusyError            not now: too much is asked at once; `retry_after` seconds may help
         ├── UnsupportedError         a move or format that does not fit this architecture
         └── MissingExtraError        a verb whose optional dependencies are not installed
 
@@ -38,6 +40,16 @@ class DataError(UsageError):
 
 class FolderError(UsageError):
     pass
+
+
+class RequestError(UsageError):
+    pass
+
+
+class BusyError(RequestError):
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class UnsupportedError(UsageError):

@@ -40,7 +40,7 @@ class Conv(nn.Module):
     def __init__(self, spec: ConvSpec, shape: Shape) -> None:
         super().__init__()
         width = shape.width
-        self.kernel = spec.kernel
+        self.spec, self.kernel = spec, spec.kernel
         self.in_proj = nn.Linear(width, 3 * width, bias=spec.bias)
         self.conv = nn.Conv1d(width, width, spec.kernel, groups=width, bias=spec.bias)
         self.out_proj = nn.Linear(width, width, bias=spec.bias)

@@ -71,14 +71,20 @@ def adopt(model: PreTrainedModel) -> ShrewForCausalLM:
     if isinstance(model, ShrewForCausalLM):
         return model
     spec = as_spec(model.config)
-    adapter = ADAPTERS[model.config.model_type]
     ours = build(spec, **{key: getattr(model.config, key) for key in IDS}).to(model.dtype)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    names = [{theirs: part for part, theirs in layer.items()} for layer in _names(adapter, spec)]
-    ours.load_state_dict(_renamed(adapter.back(spec, weights), names))
+    ours.load_state_dict(in_our_names(model.config, spec, model.state_dict()))  # which copies
     ours.tie_weights()
     ours.generation_config = model.generation_config
     return ours.eval()
+
+
+def in_our_names(config: Any, spec: ModelSpec, weights: Weights) -> Weights:
+    """The weights of a stock model as those of the model in our blocks that `spec` says, where possible without a copy.
+
+    Anything of the same shapes can go the same way: what moves rows of weights moves rows of their codes."""
+    adapter = ADAPTERS[config.model_type]
+    names = [{theirs: part for part, theirs in layer.items()} for layer in _names(adapter, spec)]
+    return _renamed(adapter.back(spec, dict(weights)), names)
 
 
 def _names(adapter: Adapter, spec: ModelSpec) -> list[dict[str, str]]:

@@ -1,0 +1,75 @@
+"""The whole model as nodes: embedding, layers, head; and the table of what each kind of block becomes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shrew.blocks.model import ShrewForCausalLM
+from shrew.packers.onnx import attention, conv, delta, depth, linear, memory, mlp, moe, ngrams
+from shrew.packers.onnx.graph import Call, Graph, Weights
+
+# (graph, block, name of its parameters, x [batch, length, width] normed, call) -> the same shape
+Emitter = Callable[[Graph, Any, str, str, Call], str]
+
+EMITTERS: dict[str, Emitter] = {
+    "attention": attention.emit,
+    "conv": conv.emit,
+    "delta": delta.emit,
+    "linear": linear.emit,
+    "memory": memory.emit,
+    "mlp": mlp.emit,
+    "moe": moe.emit,
+    "window": attention.emit,
+}
+
+
+def causal(model: ShrewForCausalLM, weights: Weights) -> Graph:
+    """The graph of a causal model: see `docs/pack.md` for its inputs and outputs."""
+    spec, g = model.spec, Graph(weights)
+    call = Call(g, spec.context, spec.eps)
+    wanted = g.input("wanted", torch.int64, ("n",))
+    x, added = _embedded(g, model, call), ""
+    for number in range(spec.depth):
+        at = number % spec.layers
+        layer: Any = model.model.layers[at]
+        call.prefix = f"loop.{number // spec.layers}." if spec.loops > 1 else ""
+        x, added = _layer(g, layer, f"model.layers.{at}", x, added, call)
+    normed, _ = g.add_norm(x, added, "model.norm", spec.eps)
+    hidden = str(g.node("Gather", g.reshape(normed, -1, spec.width), wanted, axis=0))
+    logits = g.tied(hidden, "model.embed_tokens") if spec.tied else g.linear(hidden, "lm_head")
+    logits = g.capped(logits if spec.logit_scale == 1 else g.mul(logits, spec.logit_scale), spec.softcap)
+    g.output(logits, "logits", torch.float32, ("n", spec.vocabulary or 0))
+    g.output(hidden, "hidden", torch.float32, ("n", spec.width))
+    return g
+
+
+def _embedded(g: Graph, model: ShrewForCausalLM, call: Call) -> str:
+    x = g.embed(call.tokens, "model.embed_tokens")
+    if model.model.ngrams is not None:
+        x = g.add(x, ngrams.emit(g, model.model.ngrams, "model.ngrams", call))
+    return x if model.spec.embedding_scale == 1 else g.mul(x, model.spec.embedding_scale)
+
+
+def _layer(g: Graph, layer: Any, name: str, x: str, added: str, call: Call) -> tuple[str, str]:
+    """x, and what is still to be added to it before the next norm."""
+
+    def enter(norm: str) -> tuple[str, str]:
+        if not added:
+            return g.norm(x, f"{name}.{norm}", call.eps), x
+        return g.add_norm(x, added, f"{name}.{norm}", call.eps)
+
+    def leave(y: str, after: str) -> str:
+        y = y if getattr(layer, after) is None else g.norm(y, f"{name}.{after}", call.eps)
+        return y if layer.scale == 1 else g.mul(y, layer.scale)
+
+    z, x = enter("mixer_norm")
+    added = leave(EMITTERS[layer.mixer.spec.kind](g, layer.mixer, f"{name}.mixer", z, call), "mixer_after")
+    if layer.ffn_norm is None:
+        return x, added
+    z, x = enter("ffn_norm")
+
+    def feed(z: str) -> str:
+        return leave(EMITTERS[layer.ffn.spec.kind](g, layer.ffn, f"{name}.ffn", z, call), "ffn_after")
+
+    return x, feed(z) if layer.router is None else depth.emit(g, layer.router, f"{name}.router", z, feed)

@@ -1,0 +1,135 @@
+"""A packed folder in memory: the graph in ONNX Runtime with its weights mapped, the manifest, the tokenizer."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+from shrew import machine
+from shrew.errors import FolderError, RequestError, UnsupportedError, UsageError
+from shrew.runtime import manifest as manifests
+from shrew.runtime.manifest import Manifest
+
+ROWS = 8  # texts classified in one call
+# Threads that spin while they wait take the processor from everyone else, and on a shared machine from each other.
+SETTINGS = {"session" + ".intra_op.allow_spinning": "0"}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model that is ready to run. It is never written to: engines and threads may share it."""
+
+    path: Path
+    manifest: Manifest
+    tokenizer: Tokenizer
+    graph: onnxruntime.InferenceSession
+    threads: int
+
+    def classify(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 [texts, labels]: the logits of each text, given as token ids.
+
+        Raises UnsupportedError for a model that completes, RequestError for an empty or over-long text.
+        """
+        if self.manifest.labels is None:
+            raise UnsupportedError(f"{self.path.name} completes texts; it has no labels to choose from.")
+        for number, text in enumerate(texts):
+            check_tokens(self.manifest, text, self.manifest.context, f"text {number}")
+        logits = np.empty((len(texts), len(self.manifest.labels)), np.float32)
+        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # so that little is padded
+        for first in range(0, len(order), ROWS):
+            numbers = order[first : first + ROWS]
+            tokens = np.full((len(numbers), len(texts[numbers[-1]])), self.manifest.pad or 0, np.int64)
+            for row, number in enumerate(numbers):
+                tokens[row, : len(texts[number])] = texts[number]
+            lengths = np.array([len(texts[number]) for number in numbers], np.int64)
+            logits[numbers] = self.graph.run(["logits"], {"tokens": tokens, "lengths": lengths})[0]
+        return logits
+
+
+def check_tokens(manifest: Manifest, tokens: Sequence[int], most: int, what: str) -> None:
+    """Raises RequestError unless there are 1 to `most` tokens, all within the vocabulary."""
+    if not tokens:
+        raise RequestError(f"The {what} is empty; give it at least one token.")
+    if len(tokens) > most:
+        raise RequestError(f"The {what} has {len(tokens):,} tokens and at most {most:,} fit; shorten it.")
+    if not 0 <= min(tokens) <= max(tokens) < manifest.vocabulary:
+        raise RequestError(f"The {what} has a token outside the vocabulary of {manifest.vocabulary:,}.")
+
+
+def load(path: str | Path, threads: int | None = None, verify: bool = True) -> Model:
+    """The packed model in the folder `path`. With `verify`, every file is read once to check its hash.
+
+    Raises FolderError for anything that is wrong with the folder, UsageError for fewer threads than one.
+    """
+    folder = Path(path)
+    manifest = manifests.read(folder, verify)
+    count = choose_threads(threads)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = count, 1
+    options.log_severity_level = 4  # what fails is raised, and said in our words
+    options.enable_mem_pattern = False  # a plan would be kept for each shape, and shapes change all the time
+    for key, value in SETTINGS.items():
+        options.add_session_config_entry(key, value)
+    try:
+        graph = onnxruntime.InferenceSession(folder / manifests.GRAPH, options, providers=["CPUExecutionProvider"])
+        tokenizer = Tokenizer.from_file(str(folder / manifests.TOKENIZER))
+    except Exception as error:  # both raise bare Exceptions of many kinds
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise FolderError(f"{folder} cannot be loaded ({reason}); pack the model again.") from None
+    model = Model(folder, manifest, tokenizer, graph, count)
+    _check_graph(model)
+    return model
+
+
+def choose_threads(requested: int | None) -> int:
+    """As requested, as OMP_NUM_THREADS says, or one for each core. Raises UsageError below 1."""
+    if requested is not None and requested < 1:
+        raise UsageError(f"{requested} threads cannot work; ask for 1 or more.")
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return requested or (int(said) if said.isdecimal() and int(said) else machine.usable_cores())
+
+
+def _check_graph(model: Model) -> None:
+    """Raises FolderError unless the graph takes and gives what the manifest says."""
+    manifest, batch, length = model.manifest, "batch", "length"
+    types = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+    ints, floats = types["int64"], types["float32"]
+    gives: dict[str, tuple[str, tuple[int | str, ...]]]
+    takes: dict[str, tuple[str, tuple[int | str, ...]]] = {"tokens": (ints, (batch, length))}
+    if manifest.labels is not None:
+        takes |= {"lengths": (ints, (batch,))}
+        gives = {"logits": (floats, (batch, len(manifest.labels)))}
+    else:
+        takes |= {"start": (ints, (batch,)), "wanted": (ints, ("n",))}
+        gives = {"logits": (floats, ("n", manifest.vocabulary)), "hidden": (floats, ("n", manifest.width))}
+        for state in manifest.states:
+            is_like = (types[state.dtype], (batch, *state.shape))
+            takes[f"past.{state.name}"] = gives[f"next.{state.name}"] = is_like
+    for what, said, found in (
+        ("takes", takes, model.graph.get_inputs()),
+        ("gives", gives, model.graph.get_outputs()),
+    ):
+        if said.keys() != {item.name for item in found}:
+            names = sorted(said.keys() ^ {item.name for item in found})
+            raise FolderError(f"{model.path}: its graph {what} other things than {manifests.NAME} says ({names[0]}).")
+        for item in found:
+            kind, shape = said[item.name]
+            if item.type != kind or not _fits(item.shape, shape):
+                raise FolderError(
+                    f"{model.path}: its graph {what} {item.name} as {item.type} {item.shape}, "
+                    f"which is not what {manifests.NAME} says; pack the model again."
+                )
+
+
+def _fits(found: Sequence[int | str | None], said: Iterable[int | str]) -> bool:
+    """Whether a graph's shape can be the one said: numbers equal numbers, and what varies has a name or none."""
+    said = list(said)
+    return len(found) == len(said) and all(
+        not isinstance(size, int) if isinstance(want, str) else size == want or (not isinstance(size, int))
+        for size, want in zip(found, said, strict=True)
+    )
+
