@@ -18,10 +18,10 @@ import numpy as np
 from shrew.errors import BusyError, RequestError, ShrewError, UnsupportedError, UsageError
 from shrew.runtime import sampling
 from shrew.runtime.answer import Answer
+from shrew.runtime.job import FOREVER, Job
 from shrew.runtime.pack import Model, check_tokens
 from shrew.runtime.prefix import Prefixes
 from shrew.runtime.request import Finish, Request
-from shrew.runtime.job import FOREVER, Job
 from shrew.runtime.speculative import MOST, TIE, Speculator, call_end, check_drawn
 from shrew.runtime.states import Runner, sequence_bytes
 from shrew.runtime.text import Vocabulary
@@ -361,8 +361,8 @@ class Engine:
             runner.tokens[row, 0] = job.text[-1]
             runner.start[row] = job.fed
             job.tell()
-        for job, finish, stopped, error in ended:
-            self._leave(job, finish, stopped, error)
+        for job, finish, stopped, reason in ended:
+            self._leave(job, finish, stopped, reason)
 
     def _speculate(self, job: Job) -> bool:
         """Several tokens for the only sequence being answered; False if it is to be moved on by a plain step."""

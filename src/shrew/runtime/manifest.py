@@ -44,7 +44,7 @@ class State:
     shape: tuple[Count | Literal["capacity"], ...]  # of one sequence, without the batch
 
     def sized(self, capacity: int) -> tuple[int, ...]:
-        return tuple(capacity if size == CAPACITY else size for size in self.shape)
+        return tuple(size if isinstance(size, int) else capacity for size in self.shape)
 
     def bytes(self, capacity: int) -> int:
         return math.prod(self.sized(capacity)) * WIDTHS[self.dtype]

@@ -70,7 +70,7 @@ class Runner:
             shape = (slots, *state.sized(self.capacity))
             sides = 1 if state.kind == "cache" else 2
             self._buffers.append([aligned_zeros(shape, state.dtype) for _ in range(sides)])
-        self._axes = [state.shape.index(CAPACITY) if state.kind == "cache" else None for state in manifest.states]
+        self._axes = [state.shape.index(CAPACITY) + 1 if state.kind == "cache" else None for state in manifest.states]
         self._steps: dict[tuple[int, int], Callable[[], None]] = {}
         self._rows: dict[tuple[int, int, bool], onnxruntime.IOBinding] = {}
         self._values: dict[tuple[str, int, int], onnxruntime.OrtValue] = {}

@@ -36,7 +36,7 @@ class Vocabulary:
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
 
-    def bytes(self, id: int) -> bytes:
+    def content(self, id: int) -> bytes:
         """What a token of a byte-level vocabulary adds to the text; nothing for a special one."""
         if (found := self._bytes.get(id)) is None:
             found = self._bytes[id] = b"" if id in self.special else self._spelt(id)
@@ -77,7 +77,7 @@ class ByteStream:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def feed(self, id: int) -> str:
-        return self._decode(self._vocabulary.bytes(id))
+        return self._decode(self._vocabulary.content(id))
 
     def end(self) -> str:
         """What is left of a character that was never completed."""
