@@ -19,6 +19,8 @@ VERBS = {
     "apply": ("shrew.moves", "run the moves of a recipe on a model folder"),
     "measure": ("shrew.measure", "compare models: quality, bytes, speed, memory, energy"),
     "train": ("shrew.train", "train a small model from a recipe, with exact resume"),
+    "complete": ("shrew.runtime.complete", "let a model go on with a text"),
+    "chat": ("shrew.runtime.chat", "talk with a model in the terminal"),
     "serve": ("shrew.runtime.server", "serve models over HTTP, to OpenAI's clients and a page"),
     "pack": ("shrew.packers", "write a model in the form that another program runs"),
     "describe": ("shrew.blocks.describe", "print what a model is made of and what it costs"),
@@ -105,9 +107,20 @@ def _run(arguments: list[str]) -> int:
         os.environ.setdefault(name, value)
     home = VERBS[verb][0]
     if home.startswith("shrew.runtime"):
-        rest = [_packed(word) for word in rest]
+        rest = _with_packs(rest, most=len(rest) if verb == "serve" else 1)
     code: int = importlib.import_module(home).main(rest)
     return code
+
+
+def _with_packs(words: list[str], most: int) -> list[str]:
+    """The words of a command with the first `most` models in it packed; a prompt may be named like a folder."""
+    found = list(words)
+    for at, word in enumerate(words):
+        found[at] = _packed(word)
+        most -= found[at] != word or os.path.exists(os.path.join(word, "pack.json"))  # noqa: PTH110, PTH118
+        if most < 1:
+            break
+    return found
 
 
 def _packed(word: str) -> str:

@@ -7,6 +7,7 @@ then by a search, shortest first, that stops where such a rest fits.
 
 import heapq
 import time
+from collections.abc import Sequence
 from functools import cache
 from itertools import count
 from math import inf
@@ -68,21 +69,25 @@ def _rest(matcher: Any, mask: bytes, old: list[int]) -> bytes | None:
     return None if best is None else bytes(old[best:-1])
 
 
-def ending(matcher: Any, seconds: float = 2.0) -> bytes | None:
-    """The shortest bytes that close the text from its start, as far as a search finds them.
+def ending(matcher: Any, pieces: Sequence[bytes] = (), seconds: float = 2.0) -> bytes | None:
+    """The shortest bytes that close the text from its start, as far as a search finds them; see `search`.
 
     None: there is no end, or it was not found in time. The matcher is not changed.
     """
+    if pieces and follows(matcher, b"", pieces[0]):
+        return pieces[0]
     limit = time.monotonic() + seconds
-    found = search(matcher, b"", STATES // 4, limit)[0]
+    found = search(matcher, b"", STATES // 4, pieces, limit)[0]
     if found is None:
         found = headlong(matcher, min(time.monotonic() + seconds / 4, limit))
-    return search(matcher, b"", STATES, limit)[0] if found is None else found
+    return search(matcher, b"", STATES, pieces, limit)[0] if found is None else found
 
 
-def search(matcher: Any, old: bytes, states: int, limit: float = inf) -> tuple[bytes | None, int]:
+def search(
+    matcher: Any, old: bytes, states: int, pieces: Sequence[bytes] = (), limit: float = inf
+) -> tuple[bytes | None, int]:
     """Bytes that close the text, a rest of `old` where one does or leads to one soon, else None; and how many states of
-    so many are left. `limit` is a time (monotonic)."""
+    so many are left. `pieces` are written as a whole where they fit; `limit` is a time (monotonic)."""
     order, rests = count(), [*old, END]
     seen: dict[tuple[int, bytes], int] = {}
     waiting: list[tuple[int, int, bytes, Any]] = [(0, 0, b"", matcher)]
@@ -101,8 +106,9 @@ def search(matcher: Any, old: bytes, states: int, limit: float = inf) -> tuple[b
         states -= 1
         if (rest := _rest(here, mask, rests)) is not None:
             return path + rest, states
-        for byte in _ways(mask):
-            if (step := _step(here, byte)) is not None:
+        fitting = [piece for piece in pieces if mask[piece[0] // 8] >> piece[0] % 8 & 1]
+        for text in (*(bytes([byte]) for byte in _ways(mask)), *fitting):
+            if (step := _step(here, text)) is not None:
                 longer = path + step[0]
                 heapq.heappush(waiting, (len(longer), next(order), longer, step[1]))
     return None, states
@@ -118,20 +124,20 @@ def headlong(matcher: Any, limit: float) -> bytes | None:
         mask = here.compute_bitmask()
         again, last = again + 1 if mask == last else 0, mask
         ways = _ways(mask)
-        step = _step(here, ways[again % len(ways)]) if ways else None
+        step = _step(here, bytes([ways[again % len(ways)]])) if ways else None
         if step is None:
             return None
         path, here = path + step[0], step[1]
     return None
 
 
-def _step(matcher: Any, byte: int) -> tuple[bytes, Any] | None:
-    """What was written, the byte and what must follow it, and the matcher after it; None if it is not allowed."""
-    there = matcher.deep_copy()
-    if not there.consume_token(byte):
+def _step(matcher: Any, text: bytes) -> tuple[bytes, Any] | None:
+    """What was written, the text and what must follow it, and the matcher after it; None if it is not allowed."""
+    if matcher.validate_tokens(list(text)) < len(text):
         return None
-    forced = there.compute_ff_bytes()
-    return (bytes([byte]) + forced, there) if not forced or there.consume_tokens(list(forced)) else None
+    there = matcher.deep_copy()
+    forced = there.compute_ff_bytes() if there.consume_tokens(list(text)) else b""
+    return (text + forced, there) if not forced or there.consume_tokens(list(forced)) else None
 
 
 def _ways(mask: bytes) -> list[int]:

@@ -30,20 +30,22 @@ LOOKED_AT = 256  # tokens that are tried one by one in a step
 STATES = 400  # of the search for endings in a step
 WIDE = 512  # more tokens than this are allowed only within free text
 STRUCTURE = b'{[,:"\\'
-LIMITS = {"initial_lexer_fuel": 1_000_000, "max_lexer_states": 50_000, "max_grammar_size": 200_000,
+LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "max_lexer_states": 50_000, "max_grammar_size": 200_000,
           "step_max_items": 50_000, "max_items_in_row": 2_000, "verbose_errors": False}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Compiled:
     """A grammar over the model's tokens and over bytes, what closes it at the start, and how much of that one token
-    can add: `jump` bytes for each choice it makes, `content` bytes if it is nothing but text within a text."""
+    can add: `jump` bytes for each choice it makes, `content` bytes if it is nothing but text within a text. `pieces` are
+    texts that parts of it may consist of."""
 
     matcher: Any
     twin: Any
     close: bytes
     jump: int
     content: int
+    pieces: tuple[bytes, ...]
 
 
 class Grammars:
@@ -122,8 +124,10 @@ class Grammars:
 
         def make() -> _Compiled:
             lines, jump, content = [], 0, 0
+            pieces: list[bytes] = []
             for at, (before, wanted, after) in enumerate(parts):
-                made = schema.bound(wanted)
+                made = schema.bound(wanted, _short_string)
+                pieces += [before.encode() + text + after.encode() for text in made.shortest[:1]] + [*made.shortest]
                 frame = len(before.encode()) + len(after.encode()) + made.least
                 jump, content = max(jump, made.jump, frame), max(content, made.content)
                 text = json.dumps({**made.schema, "x-guidance": JSON_FORM})
@@ -131,20 +135,19 @@ class Grammars:
                 lines.append(f"part{at}: {quoted[0]} json{at} {quoted[1]}\njson{at}: %json {text}")
             rules = "start: " + " | ".join(f"part{at}" for at in range(len(parts)))
             grammar = _matchers().grammar_from_lark("\n".join([rules, *lines]))
-            return self._compile(grammar, "JSON Schema", jump, content)
+            pieces.sort(key=lambda piece: piece[0] == ord("{"))
+            return self._compile(grammar, "JSON Schema", jump, content, tuple(pieces[: schema.PIECES]))
 
         return self._start(f"call {_canonical(parts)}", make, max_tokens)
 
     def _of_schema(self, wanted: Any) -> _Compiled:
-        made = schema.bound(wanted)
-        text = json.dumps(made.schema)
-        try:
-            grammar = _matchers().grammar_from_json_schema(text, overrides=JSON_FORM)
-        except ValueError as error:
-            raise ConstraintError(f"the JSON Schema cannot be used ({error}).") from None
-        return self._compile(grammar, "JSON Schema", made.jump, made.content)
+        made = schema.bound(wanted, _short_string)
+        grammar = _matchers().grammar_from_json_schema(json.dumps(made.schema), overrides=JSON_FORM)
+        return self._compile(grammar, "JSON Schema", made.jump, made.content, made.shortest)
 
-    def _compile(self, grammar: str, what: str, jump: int, content: int) -> _Compiled:
+    def _compile(
+        self, grammar: str, what: str, jump: int, content: int, pieces: tuple[bytes, ...] = ()
+    ) -> _Compiled:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(**LIMITS)
@@ -157,13 +160,13 @@ class Grammars:
         probe.compute_bitmask()
         if probe.is_error():  # it can be written down but not begun
             raise ConstraintError(f"no text fits the {what}.")
-        close = closing.ending(twin)
+        close = closing.ending(twin, pieces)
         if close is None:
             raise ConstraintError(f"the {what} has no end that could be found; make it smaller or bound what repeats.")
         matcher = LLMatcher(self.tokens, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise ConstraintError(f"the {what} cannot be used: {_said(matcher.get_error())}.")
-        return _Compiled(matcher, twin, close, jump, content)
+        return _Compiled(matcher, twin, close, jump, content, pieces)
 
     def _start(self, key: str, make: Callable[[], _Compiled], max_tokens: int) -> Constraint:
         with self._lock:
@@ -190,9 +193,10 @@ class Closing:
     def __init__(self, grammars: Grammars, compiled: _Compiled) -> None:
         self._all = grammars
         self._matcher, self._twin = compiled.matcher.deep_copy(), compiled.twin.deep_copy()
-        self._jump, self._content = compiled.jump, compiled.content
+        self._jump, self._content, self._pieces = compiled.jump, compiled.content, compiled.pieces
         self._ended = False
-        self._set(compiled.close)
+        self._close = compiled.close
+        self._tokens, self._end = self._in_tokens(self._twin, self._matcher, compiled.close)
 
     @property
     def finished(self) -> bool:
@@ -212,7 +216,7 @@ class Closing:
         self._check(self._matcher)
         allowed = np.unpackbits(bits, bitorder="little")[: self._all.vocabulary].astype(bool)
         spare = left - 1 - self.needs
-        wide = int(allowed.sum()) > WIDE
+        wide = int(allowed.sum()) > min(WIDE, self._all.vocabulary // 2)
         if wide:
             plain = self._all.choices == 1
             grows = np.where(plain, self._content, self._content + self._all.choices * self._jump)
@@ -245,16 +249,16 @@ class Closing:
         if self._tokens and token == self._tokens[0]:
             self._tokens, self._close = self._tokens[1:], self._close[len(text) :]
         else:
-            found, _ = closing.search(self._twin, self._close, STATES)
-            self._set(self._close if found is None else found)
-
-    def _set(self, close: bytes) -> None:
-        self._close, self._tokens, self._end = close, *self._in_tokens(self._twin, self._matcher, close)
+            found, _ = closing.search(self._twin, self._close, STATES, self._pieces)
+            self._close = self._close if found is None else found
+            self._tokens, self._end = self._in_tokens(self._twin, self._matcher, self._close)
 
     def _in_tokens(self, twin: Any, matcher: Any, close: bytes) -> tuple[list[int], int]:
         """The ending in as few tokens as a greedy split gives, and whether an end token must follow (1) or not (0)."""
-        tokens = self._all.tokens.greedy_tokenize(close.decode("utf-8", "replace")) if close else []
-        if matcher.validate_tokens(tokens) < len(tokens) or b"".join(self._all.texts[at] for at in tokens) != close:
+        whole = next((at for at, byte in enumerate(close) if byte & 0xC0 != 0x80), len(close))  # of the last character
+        tokens = [self._all.single.get(close[at : at + 1], -1) for at in range(whole)]
+        tokens += self._all.tokens.greedy_tokenize(close[whole:].decode("utf-8", "replace"))
+        if -1 in tokens or matcher.validate_tokens(tokens) < len(tokens) or b"".join(self._all.texts[at] for at in tokens) != close:
             if any(bytes([byte]) not in self._all.single for byte in close):
                 raise ConstraintError("the vocabulary of this model cannot write what this constraint demands.")
             tokens = [self._all.single[bytes([byte])] for byte in close]
@@ -271,7 +275,7 @@ class Closing:
         if not text or states <= 0 or not twin.consume_tokens(list(text)):
             return False, states
         few = min(states, STATES // 8)
-        found, rest = closing.search(twin, self._close, few)
+        found, rest = closing.search(twin, self._close, few, self._pieces)
         states -= few - rest
         if found is None or len(found) + 1 <= left:
             return found is not None, states
@@ -297,6 +301,15 @@ def _matchers() -> Any:
     from llguidance import LLMatcher
 
     return LLMatcher
+
+
+def _short_string(wanted: dict[str, Any]) -> bytes | None:
+    """A short string, in its quotes, for the schema of one."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    grammar = _matchers().grammar_from_json_schema(json.dumps(wanted), overrides=JSON_FORM)
+    twin = LLMatcher(closing.byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+    return None if twin.is_error() else closing.ending(twin, seconds=0.5)
 
 
 def _canonical(value: Any) -> str:

@@ -113,10 +113,10 @@ class Bounded(NodeTransformer):
         self.generic_visit(node)
         return self._call("made", [node], node.lineno) if node.ctx == "load" else node
 
-    def _ticking(self, node: Any) -> nodes.Node:
+    def _ticking(self, node: Any) -> Any:
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(self._call("tick", [], node.lineno), lineno=node.lineno))
-        return node  # type: ignore[no-any-return]
+        return node
 
     def _call(self, name: str, args: list[Any], line: int) -> nodes.Node:
         return nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None).set_lineno(line)
@@ -190,14 +190,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             finalize=self._printed,
         )  # fmt: skip
         self.filters["tojson"] = tojson
-        for name, function in self.filters.items():
-            self.filters[name] = self._paid(name, function)
-        for name, function in self.tests.items():
-            self.tests[name] = self._paid(name, function)
+        for table in (self.filters, self.tests):
+            table.update({name: self._paid(name, function) for name, function in table.items()})
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "dict": PlainDict(),
                          "namespace": PlainNamespace}  # fmt: skip
-        self.concat = self.joined_list  # type: ignore[assignment]
+        self.concat = self.joined_list  # type: ignore[method-assign]
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = Bounded().visit(super()._parse(source, name, filename))
@@ -249,7 +247,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         bound = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner = getattr(bound, "__self__", None)
         if isinstance(owner, Sandbox):
-            return __obj(*args, **kwargs)
+            return __obj(*args)  # what Jinja adds about loops is for its own
         if isinstance(owner, str):
             args = tuple(map(_held, args))
             self._check_growth(bound.__name__, (owner, *args), kwargs)
@@ -257,7 +255,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.meter.spend(size(result))
         return result
 
-    def _paid(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _paid(self, name: str, function: Any) -> Callable[..., Any]:
         """A filter or test that is refused where its result would be too long, and paid for."""
 
         def paid(*args: Any, **kwargs: Any) -> Any:

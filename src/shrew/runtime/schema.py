@@ -6,6 +6,8 @@ bytes, so that an answer can be brought to its end in time (shrew.runtime.constr
 """
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,33 +41,38 @@ ANY = "any-value-"
 FORMAT_BYTES = 64  # no format needs more to be brought to its end
 NUMBER_BYTES = 2 * DIGITS
 NEVER = 10**9
+LONG, PIECES = 4000, 64  # bytes of an answer that is written out, and answers that are
 
 
 @dataclass(frozen=True)
 class Bounded:
     """A finite schema. In bytes: `least` for an answer, `jump` that one choice may add to what is left to write at most,
-    and `content` that a piece of text within a string or a number may add."""
+    and `content` that a piece of text within a string or a number may add. `shortest`: answers as short as they get, of
+    the whole (first) and of its larger parts; not all of them need be right."""
 
     schema: dict[str, Any]
+    shortest: tuple[bytes, ...]
     least: int
     jump: int
     content: int
 
 
-def bound(schema: Any) -> Bounded:
+def bound(schema: Any, solve: Callable[[dict[str, Any]], bytes | None]) -> Bounded:
     """The finite form of a JSON Schema. Raises ConstraintError for one that is too large, refers to nothing or has no
-    finite answer; keywords that cannot be held are refused later, by llguidance."""
+    finite answer; keywords that cannot be held are refused later, by llguidance. `solve` finds a short string for the
+    schema of one with a pattern or a format."""
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
         raise ConstraintError("the JSON Schema is no object.")
     _check_size(schema)
     root = _Bounder().root(schema)
-    return _measure(root)
+    return _measure(root, solve)
 
 
 def _check_size(schema: dict[str, Any]) -> None:
-    nodes, waiting = 0, [(schema, 0)]
+    nodes = 0
+    waiting: list[tuple[Any, int]] = [(schema, 0)]
     while waiting:
         value, depth = waiting.pop()
         nodes += 1
@@ -89,18 +96,18 @@ class _Bounder:
     """Writes a schema anew with bounds. Where several schemas hold of one value (`open`), none of them may close it."""
 
     def root(self, schema: dict[str, Any]) -> dict[str, Any]:
-        done = self.node(schema, False)
+        done: dict[str, Any] = self.node(schema, False)
         for table in ("$defs", "definitions"):
             if isinstance(schema.get(table), dict):
                 done[table] = {name: self.node(item, False) for name, item in schema[table].items()}
         done["$defs"] = {**done.get("$defs", {}), **_any_values()}
         return done
 
-    def node(self, schema: Any, open_: bool) -> dict[str, Any]:
+    def node(self, schema: Any, open_: bool) -> Any:
         if schema is True:
             schema = {}
         if schema is False:
-            return False  # type: ignore[return-value]
+            return False
         if not isinstance(schema, dict):
             raise ConstraintError(f"the JSON Schema has {json.dumps(schema)[:40]} where a schema should be.")
         done = {key: item for key, item in schema.items() if key not in ABOUT and key != "x-guidance"}
@@ -167,7 +174,8 @@ class _Bounder:
         elif not open_:
             loose = not named or any(name not in named for name in required)
             done["additionalProperties"] = self.node({}, open_) if loose and "patternProperties" not in done else False
-        if done.get("additionalProperties") is not False or "patternProperties" in done:
+        more = done.get("additionalProperties") is not False or "patternProperties" in done
+        if more and named.keys() <= set(required):  # llguidance counts them only then
             done.setdefault("maxProperties", len(named) + max(ITEMS // 4, _number(done, "minProperties"), len(required)))
 
 
@@ -212,7 +220,7 @@ def _any_values() -> dict[str, Any]:
 # --- costs -----------------------------------------------------------------------------------------------------------
 
 
-def _measure(root: dict[str, Any]) -> Bounded:
+def _measure(root: dict[str, Any], solve: Callable[[dict[str, Any]], bytes | None]) -> Bounded:
     """Costs of every node: the least that finishes it, by iteration, since schemas may refer to themselves."""
     nodes: list[dict[str, Any]] = []
     waiting: list[Any] = [root]
@@ -238,7 +246,11 @@ def _measure(root: dict[str, Any]) -> Bounded:
         raise ConstraintError("the JSON Schema has no finite answer: a part of it always holds another of its kind.")
     jumps = [_jump(node, root, least) for node in nodes]
     contents = [_content(node, root, least) for node in nodes]
-    return Bounded(root, least[id(root)], max(jumps), max(contents) + 6)
+    shortest = _Shortest(root, least, solve)
+    parts = {shortest.of(node) for node in nodes if LONG > least[id(node)] > 8 or node is root}
+    longest = sorted((text for text in parts if text), key=len, reverse=True)[:PIECES]
+    whole = [text for text in [shortest.of(root)] if text]
+    return Bounded(root, tuple(dict.fromkeys(whole + longest)), least[id(root)], max(jumps), max(contents) + 6)
 
 
 def _parts(node: dict[str, Any]) -> list[Any]:
@@ -271,8 +283,12 @@ def _target(reference: Any, root: dict[str, Any]) -> Any:
     return found
 
 
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
 def _text(value: Any) -> int:
-    return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"))
+    return len(_json(value))
 
 
 def _least(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) -> int:
@@ -285,7 +301,7 @@ def _least(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) ->
         return min(map(_text, node["enum"]))
     total = 0
     if "$ref" in node:
-        total += _of(_target(node["$ref"], root), least)
+        total += _of(_target(node["$ref"], root), least) + 1  # so that a reference to itself is never the shortest
     for key in ("anyOf", "oneOf"):
         if key in node:
             total += min(_of(item, least) for item in node[key])
@@ -318,6 +334,10 @@ def _least_of_type(kind: str, node: dict[str, Any], least: dict[int, int]) -> in
             return 2 + written(str(node["pattern"])) + _number(node, "minLength")
         return FORMAT_BYTES if "format" in node else 2 + _number(node, "minLength")
     if kind in ("number", "integer"):
+        if node.get("minimum", 0) <= 0 <= node.get("maximum", 0) and not any(
+            node.get(key) == 0 for key in ("exclusiveMinimum", "exclusiveMaximum")
+        ):
+            return 1
         edges = [value for key, value in node.items() if key in OF_TYPE["number"] and isinstance(value, int | float)]
         return 1 if not edges else max(NUMBER_BYTES, *(len(str(edge)) + DIGITS for edge in edges))
     return 5
@@ -331,6 +351,58 @@ def _dearest(node: dict[str, Any], least: dict[int, int]) -> int:
     others += node.get("prefixItems", [])
     costs = [cost for cost in (*named, *(_of(item, least) + 6 for item in others)) if cost < NEVER]
     return max(costs, default=0) + sum(written(name) for name in node.get("patternProperties", {}))
+
+
+class _Shortest:
+    """Writes the shortest answers; None where schemas that hold at once make that hard."""
+
+    def __init__(self, root: dict[str, Any], least: dict[int, int], solve: Callable[[dict[str, Any]], bytes | None]):
+        self._root, self._least, self._solve = root, least, solve
+        self._known: dict[int, bytes | None] = {}
+
+    def of(self, node: Any) -> bytes | None:
+        if not isinstance(node, dict) or not node:
+            return b"0" if node is not False else None
+        if id(node) not in self._known:
+            self._known[id(node)] = self._made(node) if self._least[id(node)] < LONG else None
+        return self._known[id(node)]
+
+    def _made(self, node: dict[str, Any]) -> bytes | None:
+        if "const" in node or "enum" in node:
+            return min((_json(value) for value in node.get("enum", [node.get("const")])), key=len)
+        inner = [key for key in (*WHERE, "$ref") if key in node]
+        if len(inner) + ("type" in node) != 1 or "allOf" in node:
+            return None
+        if "$ref" in node:
+            return self.of(_target(node["$ref"], self._root))
+        if inner:
+            return self.of(min(node[inner[0]], key=lambda item: _of(item, self._least)))
+        kinds = [node["type"]] if isinstance(node["type"], str) else node["type"]
+        kind = min(kinds, key=lambda each: _least_of_type(each, node, self._least))
+        if kind == "object":
+            return self._object(node)
+        if kind == "array":
+            first, count = node.get("prefixItems", []), _number(node, "minItems")
+            items = [self.of(item) for item in first[:count]]
+            items += [self.of(node.get("items", True))] * (count - len(items))
+            return None if None in items else b"[" + b",".join(item or b"" for item in items) + b"]"
+        if kind == "string":
+            if "pattern" in node or "format" in node:
+                return self._solve({key: item for key, item in node.items() if key != "type"} | {"type": "string"})
+            return b'"' + b"a" * _number(node, "minLength") + b'"'
+        if kind in ("number", "integer"):
+            low, high = node.get("minimum", node.get("exclusiveMinimum", 0)), node.get("maximum", 0)
+            return _json(0 if low <= 0 <= high else math.ceil(low) if low > 0 else math.floor(high))
+        return b"null" if kind == "null" else b"true"
+
+    def _object(self, node: dict[str, Any]) -> bytes | None:
+        named, required = node.get("properties", {}), dict.fromkeys(node.get("required", ()))
+        names = [*(name for name in named if name in required), *(name for name in required if name not in named)]
+        items = [self.of(named.get(name, node.get("additionalProperties", True))) for name in names]
+        if None in items:
+            return None
+        pairs = (_json(name) + b":" + (item or b"") for name, item in zip(names, items, strict=True))
+        return b"{" + b",".join(pairs) + b"}"
 
 
 def _jump(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) -> int:

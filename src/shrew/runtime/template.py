@@ -52,8 +52,8 @@ class ChatTemplate:
 
     def source(self, tools: bool = False, name: str | None = None) -> str:
         """The template's text: the one of that name, or the one for tools if they are given, or the default."""
-        for wanted in (name, "tool_use" if tools else None, "default"):
-            if wanted is not None and wanted in self.sources:
+        for wanted in ("tool_use" if tools else "default", "default") if name is None else (name,):
+            if wanted in self.sources:
                 return self.sources[wanted]
         if name is None and len(self.sources) == 1:
             return next(iter(self.sources.values()))

@@ -66,22 +66,24 @@ def format_of(source: str | None) -> str:
     return PLAIN
 
 
-def functions(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def functions(tools: Any) -> dict[str, Any]:
     """The schemas of the arguments by the tools' names; raises ToolError for tools that are described otherwise."""
-    if not isinstance(tools, Sequence) or isinstance(tools, str) or len(tools) > MOST:
+    if not isinstance(tools, list | tuple) or len(tools) > MOST:
         raise ToolError(f"'tools' is no list of at most {MOST} tools.")
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     for tool in tools:
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        name = function.get("name") if isinstance(function, Mapping) else None
+        given = tool.get("function") if isinstance(tool, Mapping) else None
+        function: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+        name = function.get("name")
         if not isinstance(name, str) or not re.fullmatch(r"[\w.:-]{1,128}", name):
             raise ToolError('a tool is no {"type": "function", "function": {"name": ..., "parameters": ...}}.')
-        schema = function.get("parameters") or {"type": "object", "properties": {}}
-        if not isinstance(schema, Mapping):
+        given = function.get("parameters") or {"type": "object", "properties": {}}
+        if not isinstance(given, Mapping):
             raise ToolError(f"the parameters of the tool '{name}' are no JSON Schema.")
-        if not schema.get("properties") and schema.get("type", "object") == "object":
-            schema = {"additionalProperties": False, **schema}
-        found[name] = dict(schema)
+        schema: dict[str, Any] = {**given}
+        if not schema.get("properties") and not schema.keys() - {"type", "properties", "required", "description"}:
+            schema.setdefault("additionalProperties", False)
+        found[name] = schema
     return found
 
 
