@@ -28,14 +28,16 @@ CHATML = """\
 
 TURNS = """\
 {{ bos_token }}
-{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}
+{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}
+{%- set messages = messages[1:] %}
 {%- else %}{% set system = '' %}{% endif %}
 {%- for message in messages %}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
         {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
     {%- endif %}
     {%- if message['role'] == 'user' %}
-        {{- '[INST] ' ~ (system ~ '\\n\\n' if loop.index0 == 0 and system else '') ~ message['content'] | trim ~ ' [/INST]' }}
+        {{- '[INST] ' ~ (system ~ '\\n\\n' if loop.index0 == 0 and system else '') }}
+        {{- message['content'] | trim ~ ' [/INST]' }}
     {%- else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}
 {%- endfor %}
 """
@@ -73,7 +75,8 @@ TOOLS = """\
         {{- content }}
         {%- for call in message.tool_calls or [] %}
             {%- set call = call.function if call.function else call %}
-            {{- '\\n<tool_call>\\n{"name": "' + call.name + '", "arguments": ' + call.arguments | tojson + '}\\n</tool_call>' }}
+            {{- '\\n<tool_call>\\n{"name": "' + call.name + '", "arguments": ' }}
+            {{- call.arguments | tojson + '}\\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == "tool" %}
@@ -89,7 +92,8 @@ PARTS = """\
 {{ bos_token }}{% for message in messages %}{% if message.role == 'developer' %}{% continue %}{% endif %}
 <start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}
 {% if message.content is string %}{{ message.content | trim }}{% else %}
-{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% else %}<{{ part.type | upper }}>{% endif %}
+{% for part in message.content %}
+{% if part.type == 'text' %}{{ part.text }}{% else %}<{{ part.type | upper }}>{% endif %}
 {%- endfor %}{% endif %}<end_of_turn>
 {% if loop.index > 5 %}{% break %}{% endif %}{% endfor %}
 {% if documents %}{% for d in documents %}{{ loop.index }}. {{ d['title'] }}: {{ d.text }}

@@ -1,11 +1,12 @@
 """The shortest way to the end of a text under a grammar, found byte by byte.
 
-llguidance says what may come next, not how far the end is. A second matcher of the same grammar over 256 one-byte tokens
-answers in a microsecond, so the end can be looked for: first with what closed the text a moment ago, or a rest of it,
-then by a search, shortest first, that stops where such a rest fits.
+llguidance says what may come next, not how far the end is. A second matcher of the same grammar over 256 one-byte
+tokens answers in a microsecond, so the end can be looked for: first with what closed the text a moment ago, or a rest
+of it, then by a search, shortest first, that stops where such a rest fits.
 """
 
 import heapq
+import re
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -15,13 +16,15 @@ from typing import Any
 
 END = 256  # the token of the byte matcher that ends a text
 STATES = 3000  # of one search
-PER_LOOK = 3  # states of one length that look the same are kept so often
+ALIKE, ALIKE_BY_LENGTH = 3, 12  # so many states that look the same are gone on from
 WAYS = 12  # bytes tried in one state
 WIDE = 64  # more bytes than this are allowed only within a text
 CLOSERS = b'}]"'
+QUOTE = b'"'
 MARKS = (b"}", b"]", b'"')
 FIRST, FIRST_IN_TEXT = CLOSERS + b",:0@.a", b'"@.a'  # what usually leads to an end
 LONGEST = 20_000
+RUNS = 100
 NEAR = 12  # bytes
 
 
@@ -30,7 +33,7 @@ class _Bytes:
 
     eos_token_id = END
     bos_token_id = None
-    tokens = tuple(bytes([byte]) for byte in range(256)) + (b"</s>",)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"</s>")
     special_token_ids = (END,)
 
     def __call__(self, text: bytes | str) -> list[int]:
@@ -43,6 +46,13 @@ def byte_tokenizer() -> Any:
     from llguidance import LLTokenizer, TokenizerWrapper
 
     return LLTokenizer(TokenizerWrapper(_Bytes()), eos_token=END, slices=[])
+
+
+def literals(source: str) -> tuple[bytes, ...]:
+    """The runs of letters and the single characters of an expression or grammar: among a hundred characters that may
+    come next, those are the ones that lead somewhere else."""
+    runs = [*dict.fromkeys(re.findall(r"[^\W_]{2,40}", source)), *dict.fromkeys(source)]
+    return tuple(run.encode("utf-8", "replace") for run in runs[:RUNS])
 
 
 def follows(matcher: Any, text: bytes, close: bytes) -> bool:
@@ -69,22 +79,25 @@ def _rest(matcher: Any, mask: bytes, old: list[int]) -> bytes | None:
     return None if best is None else bytes(old[best:-1])
 
 
-def ending(matcher: Any, pieces: Sequence[bytes] = (), seconds: float = 2.0) -> bytes | None:
+def ending(matcher: Any, pieces: Sequence[bytes], is_json: bool, seconds: float = 2.0) -> bytes | None:
     """The shortest bytes that close the text from its start, as far as a search finds them; see `search`.
 
     None: there is no end, or it was not found in time. The matcher is not changed.
     """
-    if pieces and follows(matcher, b"", pieces[0]):
-        return pieces[0]
+    for piece in pieces:
+        if follows(matcher, b"", piece):
+            return piece
+    if matcher.is_error():
+        return None
     limit = time.monotonic() + seconds
-    found = search(matcher, b"", STATES // 4, pieces, limit)[0]
+    found = search(matcher, b"", STATES // 4, pieces, is_json, limit)[0]
     if found is None:
         found = headlong(matcher, min(time.monotonic() + seconds / 4, limit))
-    return search(matcher, b"", STATES, pieces, limit)[0] if found is None else found
+    return search(matcher, b"", STATES, pieces, is_json, limit)[0] if found is None else found
 
 
 def search(
-    matcher: Any, old: bytes, states: int, pieces: Sequence[bytes] = (), limit: float = inf
+    matcher: Any, old: bytes, states: int, pieces: Sequence[bytes], is_json: bool, limit: float = inf
 ) -> tuple[bytes | None, int]:
     """Bytes that close the text, a rest of `old` where one does or leads to one soon, else None; and how many states of
     so many are left. `pieces` are written as a whole where they fit; `limit` is a time (monotonic)."""
@@ -96,12 +109,13 @@ def search(
         if here.is_accepting():
             return path, states
         mask = here.compute_bitmask()
-        # States that look the same are taken for the same, where they could already go on: those within a text that
-        # may end, by what was closed on the way; all others by their length.
-        may_close = any(mask[mark // 8] >> mark % 8 & 1 for mark in CLOSERS)
+        # States that look the same are taken for the same: in JSON, where a text or a list may end, by what was closed
+        # on the way; all others by their length.
+        wide = sum(map(int.bit_count, mask)) > WIDE
+        may_close = is_json and any(mask[mark // 8] >> mark % 8 & 1 for mark in (QUOTE if wide else CLOSERS))
         look = (sum(map(path.count, MARKS)) if may_close else -len(path) - 1, mask)
         seen[look] = seen.get(look, 0) + 1
-        if seen[look] > PER_LOOK:
+        if seen[look] > (ALIKE if may_close else ALIKE_BY_LENGTH):
             continue
         states -= 1
         if (rest := _rest(here, mask, rests)) is not None:

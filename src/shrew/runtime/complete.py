@@ -28,9 +28,9 @@ class Sampling:
 
     max_tokens: Annotated[int, Meta(ge=1, le=1 << 24)] = doc("tokens at most", 256)
     temperature: Annotated[float, Meta(ge=0, le=10)] = doc("0: always the likeliest token; higher: more varied", 0.7)
-    top_p: Annotated[float, Meta(gt=0, le=1)] = doc("only the likeliest tokens that together have this probability", 1.0)
+    top_p: Annotated[float, Meta(gt=0, le=1)] = doc("only the likeliest tokens that together have it", 1.0)
     top_k: Annotated[int, Meta(ge=0)] = doc("only so many of the likeliest tokens; 0: all", 0)
-    min_p: Annotated[float, Meta(ge=0, le=1)] = doc("no token of less than this part of the likeliest's probability", 0.0)
+    min_p: Annotated[float, Meta(ge=0, le=1)] = doc("no token less likely than this part of the likeliest", 0.0)
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = doc("above 1: less of what has been there", 1.0)
     presence_penalty: Annotated[float, Meta(ge=-10, le=10)] = doc("taken from the logits of tokens that came", 0.0)
     frequency_penalty: Annotated[float, Meta(ge=-10, le=10)] = doc("the same, each time that they came", 0.0)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from shrew.runtime import closing, schema
+from shrew.runtime import closing, expression, schema
 from shrew.runtime.request import Constraint
 from shrew.runtime.schema import ConstraintError
 from shrew.runtime.tools import demanded
@@ -37,8 +37,8 @@ LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "max_lexer_states": 5
 @dataclass(frozen=True)
 class _Compiled:
     """A grammar over the model's tokens and over bytes, what closes it at the start, and how much of that one token
-    can add: `jump` bytes for each choice it makes, `content` bytes if it is nothing but text within a text. `pieces` are
-    texts that parts of it may consist of."""
+    can add: `jump` bytes for each choice it makes, `content` bytes if it is nothing but text within a text. `pieces`
+    are texts that parts of it may consist of."""
 
     matcher: Any
     twin: Any
@@ -46,6 +46,7 @@ class _Compiled:
     jump: int
     content: int
     pieces: tuple[bytes, ...]
+    is_json: bool
 
 
 class Grammars:
@@ -64,7 +65,8 @@ class Grammars:
         except Exception as error:  # whatever the Rust side has to say about a tokenizer
             raise ConstraintError(f"output cannot be constrained with this tokenizer ({error}).") from None
         self.vocabulary, self.eos = vocabulary, tuple(eos)
-        texts = [b"" if self.tokens.is_special_token(at) else self.tokens.decode_bytes([at]) for at in range(vocabulary)]
+        known = self.tokens
+        texts = [b"" if known.is_special_token(at) else known.decode_bytes([at]) for at in range(vocabulary)]
         self.texts = texts
         self.lengths = np.array([len(text) for text in texts])
         self.choices = np.array([1 + sum(text.count(mark) for mark in STRUCTURE) for text in texts])
@@ -86,8 +88,11 @@ class Grammars:
             raise ConstraintError(f"the regular expression is longer than {PATTERN_BYTES:,} characters.")
 
         def make() -> _Compiled:
-            cost = schema.written(pattern)
-            return self._compile(_matchers().grammar_from_regex(pattern), "regular expression", cost, cost)
+            short, cost = expression.read(pattern)
+            grammar, texts = _matchers().grammar_from_regex(pattern), closing.literals(pattern)
+            if short:
+                texts = (short.encode("utf-8", "replace"), *texts)
+            return self._compile(grammar, "regular expression", cost, cost, texts)
 
         return self._start(f"regex {pattern}", make, max_tokens)
 
@@ -97,8 +102,9 @@ class Grammars:
             raise ConstraintError(f"the grammar is longer than {GRAMMAR_BYTES:,} characters.")
 
         def make() -> _Compiled:
-            cost = schema.written(grammar)
-            return self._compile(_matchers().grammar_from_lark(grammar), "grammar", cost, cost)
+            cost = expression.read(grammar)[1]
+            made, texts = _matchers().grammar_from_lark(grammar), closing.literals(grammar)
+            return self._compile(made, "grammar", cost, cost, texts)
 
         return self._start(f"lark {grammar}", make, max_tokens)
 
@@ -119,7 +125,7 @@ class Grammars:
     def tool_call(
         self, tools: Sequence[Mapping[str, Any]], form: str, max_tokens: int, name: str | None = None
     ) -> Constraint:
-        """One call of one of `tools` (of the one called `name`), as the form `form` of shrew.runtime.tools writes it."""
+        """One call of one of `tools` (of the one called `name`), as the form `form` of shrew.runtime.tools has it."""
         parts = demanded(form, tools, name)
 
         def make() -> _Compiled:
@@ -148,25 +154,25 @@ class Grammars:
     def _compile(
         self, grammar: str, what: str, jump: int, content: int, pieces: tuple[bytes, ...] = ()
     ) -> _Compiled:
+        is_json = what == "JSON Schema"
         from llguidance import LLMatcher, LLParserLimits
 
-        limits = LLParserLimits(**LIMITS)
         if max(jump, content) > LARGEST:
             raise ConstraintError(f"the {what} repeats too much; ask for less at once.")
-        twin = LLMatcher(closing.byte_tokenizer(), grammar, log_level=0, limits=limits)
+        twin = _twin(grammar)
         if twin.is_error():
             raise ConstraintError(f"the {what} cannot be used: {_said(twin.get_error())}.")
         probe = twin.deep_copy()
         probe.compute_bitmask()
         if probe.is_error():  # it can be written down but not begun
             raise ConstraintError(f"no text fits the {what}.")
-        close = closing.ending(twin, pieces)
+        close = closing.ending(twin, pieces, is_json)
         if close is None:
             raise ConstraintError(f"the {what} has no end that could be found; make it smaller or bound what repeats.")
-        matcher = LLMatcher(self.tokens, grammar, log_level=0, limits=limits)
+        matcher = LLMatcher(self.tokens, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
         if matcher.is_error():
             raise ConstraintError(f"the {what} cannot be used: {_said(matcher.get_error())}.")
-        return _Compiled(matcher, twin, close, jump, content, pieces)
+        return _Compiled(matcher, twin, close, jump, content, pieces, is_json)
 
     def _start(self, key: str, make: Callable[[], _Compiled], max_tokens: int) -> Constraint:
         with self._lock:
@@ -193,7 +199,8 @@ class Closing:
     def __init__(self, grammars: Grammars, compiled: _Compiled) -> None:
         self._all = grammars
         self._matcher, self._twin = compiled.matcher.deep_copy(), compiled.twin.deep_copy()
-        self._jump, self._content, self._pieces = compiled.jump, compiled.content, compiled.pieces
+        self._jump, self._content = compiled.jump, compiled.content
+        self._pieces, self._is_json = compiled.pieces, compiled.is_json
         self._ended = False
         self._close = compiled.close
         self._tokens, self._end = self._in_tokens(self._twin, self._matcher, compiled.close)
@@ -249,7 +256,7 @@ class Closing:
         if self._tokens and token == self._tokens[0]:
             self._tokens, self._close = self._tokens[1:], self._close[len(text) :]
         else:
-            found, _ = closing.search(self._twin, self._close, STATES, self._pieces)
+            found, _ = closing.search(self._twin, self._close, STATES, self._pieces, self._is_json)
             self._close = self._close if found is None else found
             self._tokens, self._end = self._in_tokens(self._twin, self._matcher, self._close)
 
@@ -258,7 +265,8 @@ class Closing:
         whole = next((at for at, byte in enumerate(close) if byte & 0xC0 != 0x80), len(close))  # of the last character
         tokens = [self._all.single.get(close[at : at + 1], -1) for at in range(whole)]
         tokens += self._all.tokens.greedy_tokenize(close[whole:].decode("utf-8", "replace"))
-        if -1 in tokens or matcher.validate_tokens(tokens) < len(tokens) or b"".join(self._all.texts[at] for at in tokens) != close:
+        written = b"".join(self._all.texts[at] for at in tokens)
+        if -1 in tokens or written != close or matcher.validate_tokens(tokens) < len(tokens):
             if any(bytes([byte]) not in self._all.single for byte in close):
                 raise ConstraintError("the vocabulary of this model cannot write what this constraint demands.")
             tokens = [self._all.single[bytes([byte])] for byte in close]
@@ -275,7 +283,7 @@ class Closing:
         if not text or states <= 0 or not twin.consume_tokens(list(text)):
             return False, states
         few = min(states, STATES // 8)
-        found, rest = closing.search(twin, self._close, few, self._pieces)
+        found, rest = closing.search(twin, self._close, few, self._pieces, self._is_json)
         states -= few - rest
         if found is None or len(found) + 1 <= left:
             return found is not None, states
@@ -305,11 +313,21 @@ def _matchers() -> Any:
 
 def _short_string(wanted: dict[str, Any]) -> bytes | None:
     """A short string, in its quotes, for the schema of one."""
+    pattern = str(wanted.get("pattern", ""))
+    texts = closing.literals(pattern)
+    # A pattern may begin anywhere in the string, which hides from a search how far it has come; a text that matches by
+    # itself is found by reading it.
+    short = expression.read(pattern)[0]
+    quoted = () if short is None else (json.dumps(short, ensure_ascii=False).encode("utf-8", "replace"),)
+    grammar = _matchers().grammar_from_json_schema(json.dumps(wanted), overrides=JSON_FORM)
+    return closing.ending(_twin(grammar), (*quoted, *texts), True, 0.5)
+
+
+def _twin(grammar: str) -> Any:
+    """A matcher over bytes."""
     from llguidance import LLMatcher, LLParserLimits
 
-    grammar = _matchers().grammar_from_json_schema(json.dumps(wanted), overrides=JSON_FORM)
-    twin = LLMatcher(closing.byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(**LIMITS))
-    return None if twin.is_error() else closing.ending(twin, seconds=0.5)
+    return LLMatcher(closing.byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(**LIMITS))
 
 
 def _canonical(value: Any) -> str:

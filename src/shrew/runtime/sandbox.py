@@ -29,9 +29,9 @@ WIDTH = re.compile(r"\d{5}|[%{][^}%]*[*{]")  # a width in a format string that o
 
 # Filters and methods whose result can be far longer than what they are given: subject times the largest of the rest.
 MULTIPLYING = frozenset(
-    "batch center expandtabs format format_map indent join ljust replace rjust slice tojson translate truncate urlize "
-    "wordwrap xmlattr zfill".split()
-)
+    ["batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "slice",
+     "tojson", "translate", "truncate", "urlize", "wordwrap", "xmlattr", "zfill"]
+)  # fmt: skip
 SIZED = (str, int, float, Mapping, list, tuple, range, KeysView, ValuesView, ItemsView)
 
 
@@ -125,7 +125,7 @@ class Bounded(NodeTransformer):
 class GenerationTag(Extension):
     """`{% generation %}...{% endgeneration %}` marks what a model is trained on; here it is what it holds."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012  (so says Jinja)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -242,7 +242,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.meter.tick()
         return result
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         self = __self
         bound = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner = getattr(bound, "__self__", None)

@@ -1,8 +1,8 @@
 """JSON Schemas made finite: checked, bounded where they leave something open, and what their parts cost to finish.
 
-A grammar promises a prefix, not an end: a small model that may write `[[[[` or a number of any length writes it until its
-tokens are gone. So whatever a schema leaves open is bounded here, and the least that any part of it needs is counted, in
-bytes, so that an answer can be brought to its end in time (shrew.runtime.constrain).
+A grammar promises a prefix, not an end: a small model that may write `[[[[` or a number of any length writes it until
+its tokens are gone. So whatever a schema leaves open is bounded here, and the least that any part of it needs is
+counted, in bytes, so that an answer can be brought to its end in time (shrew.runtime.constrain).
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shrew.errors import RequestError
+from shrew.runtime.expression import read
 
 
 class ConstraintError(RequestError):
@@ -46,7 +47,7 @@ LONG, PIECES = 4000, 64  # bytes of an answer that is written out, and answers t
 
 @dataclass(frozen=True)
 class Bounded:
-    """A finite schema. In bytes: `least` for an answer, `jump` that one choice may add to what is left to write at most,
+    """A finite schema. In bytes: `least` for an answer, `jump` that one choice may add at most to what is left to write,
     and `content` that a piece of text within a string or a number may add. `shortest`: answers as short as they get, of
     the whole (first) and of its larger parts; not all of them need be right."""
 
@@ -176,7 +177,8 @@ class _Bounder:
             done["additionalProperties"] = self.node({}, open_) if loose and "patternProperties" not in done else False
         more = done.get("additionalProperties") is not False or "patternProperties" in done
         if more and named.keys() <= set(required):  # llguidance counts them only then
-            done.setdefault("maxProperties", len(named) + max(ITEMS // 4, _number(done, "minProperties"), len(required)))
+            most = max(ITEMS // 4, _number(done, "minProperties"), len(required))
+            done.setdefault("maxProperties", len(named) + most)
 
 
 def _number(schema: dict[str, Any], key: str) -> int:
@@ -270,7 +272,8 @@ def _of(node: Any, least: dict[int, int]) -> int:
 
 def _target(reference: Any, root: dict[str, Any]) -> Any:
     if not isinstance(reference, str) or not reference.startswith("#"):
-        raise ConstraintError(f"the JSON Schema refers to {str(reference)[:60]}; only '#...' within it can be followed.")
+        where = str(reference)[:60]
+        raise ConstraintError(f"the JSON Schema refers to {where}; only '#...' within it can be followed.")
     found: Any = root
     for part in reference[1:].split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
@@ -331,7 +334,7 @@ def _least_of_type(kind: str, node: dict[str, Any], least: dict[int, int]) -> in
         return cost + max(count - len(first), 0) * (_of(node.get("items", True), least) + 1)
     if kind == "string":
         if "pattern" in node:
-            return 2 + written(str(node["pattern"])) + _number(node, "minLength")
+            return 2 + read(str(node["pattern"]))[1] + _number(node, "minLength")
         return FORMAT_BYTES if "format" in node else 2 + _number(node, "minLength")
     if kind in ("number", "integer"):
         if node.get("minimum", 0) <= 0 <= node.get("maximum", 0) and not any(
@@ -346,11 +349,11 @@ def _least_of_type(kind: str, node: dict[str, Any], least: dict[int, int]) -> in
 def _dearest(node: dict[str, Any], least: dict[int, int]) -> int:
     """The most that one more property or item of a node may cost, name included."""
     named = [_text(name) + 2 + _of(item, least) for name, item in node.get("properties", {}).items()]
-    others = [item for item in node.get("patternProperties", {}).values()]
+    others = list(node.get("patternProperties", {}).values())
     others += [node[key] for key in ("additionalProperties", "items") if key in node]
     others += node.get("prefixItems", [])
     costs = [cost for cost in (*named, *(_of(item, least) + 6 for item in others)) if cost < NEVER]
-    return max(costs, default=0) + sum(written(name) for name in node.get("patternProperties", {}))
+    return max(costs, default=0) + sum(read(name)[1] for name in node.get("patternProperties", {}))
 
 
 class _Shortest:
@@ -409,7 +412,8 @@ def _jump(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) -> 
     own = least[id(node)] if least[id(node)] < NEVER else 0
     choices = [_of(item, least) for key in ("anyOf", "oneOf") for item in node.get(key, ())]
     choices = [cost for cost in choices if cost < NEVER]
-    return max(own if not node.get("properties") else 0, *choices, _dearest(node, least), _content(node, root, least), 6)
+    own = 0 if node.get("properties") else own
+    return max(own, *choices, _dearest(node, least), _content(node, root, least), 6)
 
 
 def _content(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) -> int:
@@ -420,7 +424,7 @@ def _content(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) 
     kinds = node.get("type", ())
     found = 0
     if "pattern" in node:
-        found = written(str(node["pattern"])) + _number(node, "minLength")
+        found = read(str(node["pattern"]))[1] + _number(node, "minLength")
     elif "format" in node:
         found = FORMAT_BYTES
     if "number" in kinds or "integer" in kinds:
@@ -429,37 +433,3 @@ def _content(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) 
         if isinstance(node.get(key), dict):
             found = max(found, min(_dearest(node, least), NEVER))
     return found
-
-
-def written(pattern: str) -> int:
-    """Bytes that are left to write at most, anywhere in a regular expression: all of it once, `{n}` n times."""
-    stack, last = [0], 0
-    at = 0
-    while at < len(pattern):
-        character = pattern[at]
-        if character == "\\":
-            at, last = at + 2, 2
-            stack[-1] += last
-        elif character == "[":
-            end = pattern.find("]", at + 2)
-            end = end if end > 0 else len(pattern)
-            last = 2 if pattern[at:end].isascii() else 4
-            at = end + 1
-            stack[-1] += last
-        elif character == "(":
-            stack.append(0)
-            at += 1
-        elif character == ")" and len(stack) > 1:
-            last = stack.pop()
-            stack[-1] += last
-            at += 1
-        elif character == "{" and (end := pattern.find("}", at)) > 0 and pattern[at + 1 : at + 2].isdigit():
-            count = pattern[at + 1 : end].partition(",")[0]
-            times = int(count) if count.isdigit() and len(count) < 7 else 1
-            stack[-1] += last * max(times - 1, 0)
-            at = end + 1
-        else:
-            last = len(character.encode("utf-8", "replace"))
-            stack[-1] += last
-            at += 1
-    return min(sum(stack), NEVER // 2)

@@ -120,7 +120,8 @@ class ChatTemplate:
         except TemplateError:
             raise
         except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"the chat template is no valid Jinja (line {error.lineno}: {error.message}).") from None
+            words = f"line {error.lineno}: {_short(error)}"
+            raise TemplateError(f"the chat template is no valid Jinja ({words}).") from None
         except jinja2.exceptions.SecurityError as error:
             raise TemplateError(f"the chat template was stopped: {_short(error)}.") from None
         except jinja2.TemplateError as error:  # its own raise_exception as well

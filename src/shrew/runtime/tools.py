@@ -1,7 +1,7 @@
 """Tool calls: the forms in which models write them, found in the text while it streams, or demanded by a grammar.
 
-A form is a row of FORMS: the tag before a call, the tag behind it, and the key that its arguments stand under. Which one
-a model knows is read off its chat template; a model without any is told about the tools in plain words.
+A form is a row of FORMS: the tag before a call, the tag behind it, and the key that its arguments stand under. Which
+one a model knows is read off its chat template; a model without any is told about the tools in plain words.
 """
 
 import json
@@ -138,7 +138,8 @@ class Parser:
         self._tag: str | None = None  # of the call that `_held` begins with
         self._tried = 0  # so much of it is known to hold no whole call
         self._begun = False  # whether anything but space has come
-        self._calls = 0
+        self._called = False
+        self._space = ""  # behind a call
 
     def feed(self, text: str) -> Found:
         """What is sure by now."""
@@ -159,14 +160,20 @@ class Parser:
             if found is None:
                 break
             text, made = found
-            texts.append(text)
+            if made:
+                self._called, self._space = True, ""
+            else:
+                self._say(texts, text)
             calls += made
-            self._calls += len(made)
             self._tag, self._tried = None, 0
-        text = "".join(texts)
-        if self._calls and not text.strip():
-            text = ""  # the space around calls is no answer
-        return Found(text, tuple(calls))
+        return Found("".join(texts), tuple(calls))
+
+    def _say(self, texts: list[str], text: str) -> None:
+        """Give out text; the space behind a call only when more than space follows it."""
+        self._space += text
+        if not self._called or self._space.strip():
+            texts.append(self._space)
+            self._space = ""
 
     def _open(self, texts: list[str], ended: bool) -> bool:
         """Give out what stands before the next tag; whether there is a call to take."""
@@ -181,13 +188,13 @@ class Parser:
         places = [(at, tag) for tag in tags if (at := self._held.find(tag)) >= 0]
         if places:
             at, self._tag = min(places)
-            texts.append(self._held[:at])
+            self._say(texts, self._held[:at])
             self._held = self._held[at:]
             self._begun = True
             return True
         keep = 0 if ended else max((_overlap(self._held, tag) for tag in tags), default=0)
         cut = len(self._held) - keep
-        texts.append(self._held[:cut])
+        self._say(texts, self._held[:cut])
         self._begun = self._begun or bool(self._held[:cut].strip())
         self._held = self._held[cut:]
         return False
