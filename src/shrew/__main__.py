@@ -1,12 +1,15 @@
 """The command line: one table of verbs, imported only when asked for, and every expected failure as one sentence."""
 
 import errno
+import hashlib
 import importlib
 import importlib.metadata
 import os
 import re
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from types import FrameType
 
 from shrew.errors import MissingExtraError, ShrewError, UsageError, nearest
@@ -16,6 +19,9 @@ VERBS = {
     "apply": ("shrew.moves", "run the moves of a recipe on a model folder"),
     "measure": ("shrew.measure", "compare models: quality, bytes, speed, memory, energy"),
     "train": ("shrew.train", "train a small model from a recipe, with exact resume"),
+    "complete": ("shrew.runtime.complete", "let a model go on with a text"),
+    "chat": ("shrew.runtime.chat", "talk with a model in the terminal"),
+    "serve": ("shrew.runtime.server", "serve models over HTTP, to OpenAI's clients and a page"),
     "pack": ("shrew.packers", "write a model in the form that another program runs"),
     "describe": ("shrew.blocks.describe", "print what a model is made of and what it costs"),
     "report": ("shrew.report", "make the page of a run from its records"),
@@ -99,8 +105,43 @@ def _run(arguments: list[str]) -> int:
         raise UsageError(f"unknown verb '{verb}'; {nearest(verb, VERBS)}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    code: int = importlib.import_module(VERBS[verb][0]).main(rest)
+    home = VERBS[verb][0]
+    if home.startswith("shrew.runtime"):
+        rest = _with_packs(rest, most=len(rest) if verb == "serve" else 1)
+    code: int = importlib.import_module(home).main(rest)
     return code
+
+
+def _with_packs(words: list[str], most: int) -> list[str]:
+    """The words of a command with the first `most` models in it packed; a prompt may be named like a folder."""
+    found = list(words)
+    for at, word in enumerate(words):
+        found[at] = _packed(word)
+        most -= found[at] != word or os.path.exists(os.path.join(word, "pack.json"))  # noqa: PTH110, PTH118
+        if most < 1:
+            break
+    return found
+
+
+def _packed(word: str) -> str:
+    """The packed form of a model folder (or of 'starter'), made in the cache if it is not there; other words stay.
+
+    The runtime takes packed folders only and could not make one: it knows neither torch nor our blocks.
+    """
+    place = Path(__file__).parent / "models" / word if word == "starter" else Path(word)
+    if not (place / "config.json").is_file() or (place / "pack.json").exists():
+        return word
+    from shrew import files
+
+    parts = [f"{item.name} {files.sha256(item)}" for item in sorted(place.iterdir()) if item.is_file()]
+    key = hashlib.sha256("\n".join([importlib.metadata.version("shrew"), *parts]).encode()).hexdigest()
+    packed = files.cache_folder() / "packs" / f"{place.resolve().name}-{key[:16]}"
+    if not (packed / "pack.json").exists():
+        print(f"shrew: {word} is no packed folder; packing it into {packed}, once.", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "shrew", "pack", word, "--out", str(packed)]
+        if code := subprocess.run(command, stdout=sys.stderr, check=False).returncode:  # a process of its own, because
+            raise SystemExit(code)  # torch would stay in this one's memory
+    return str(packed)
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

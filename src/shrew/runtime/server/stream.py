@@ -1,0 +1,140 @@
+"""From the engine's thread to asyncio and out: no thread and no lock for each request.
+
+The engine's thread only wakes the event loop, which takes what has come. All sequences of one request meet in one
+queue. What is left of them when the request ends, however it ends, is cancelled.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from shrew.runtime.request import Piece, Request, Usage
+from shrew.runtime.server.faults import Fault, fault_of
+from shrew.runtime.server.metrics import Metrics
+from shrew.runtime.server.state import Served
+
+DONE = b"data: [DONE]\n\n"
+FAILED = {
+    "deadline": (504, "The answer took longer than this server allows; ask for less, or raise --timeout."),
+    "cancelled": (503, "The server is stopping."),
+    "error": (500, "The model failed on this request."),
+}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An answer in server-sent events."""
+
+    events: AsyncIterator[bytes]
+
+
+async def run(served: Served, requests: Sequence[Request], seconds: float) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of several sequences as they come, with the number of the sequence.
+
+    Raises Fault when one of them fails, or when all of them are not done in so many seconds.
+    """
+    end = time.monotonic() + seconds
+    queue: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
+    width = asyncio.Semaphore(served.gate.slots)  # so that one request cannot take every place in the gate
+    jobs = [
+        asyncio.ensure_future(_run_one(served, number, request, queue, width, end))
+        for number, request in enumerate(requests)
+    ]
+    try:
+        left = len(jobs)
+        async with asyncio.timeout(seconds + 1):  # the engine keeps the deadline itself; this is if it is stuck
+            while left:
+                number, piece = await queue.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                if piece.finish in FAILED:
+                    status, message = FAILED[piece.finish]
+                    raise Fault(status, piece.error or message)
+                yield number, piece
+                left -= piece.finish is not None
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+
+async def _run_one(
+    served: Served, number: int, request: Request, queue: asyncio.Queue[Any], width: asyncio.Semaphore, end: float
+) -> None:
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+    def notify() -> None:  # called from the engine's thread
+        with suppress(RuntimeError):  # the loop has ended: nobody listens any more
+            loop.call_soon_threadsafe(news.set)
+
+    try:
+        async with width, served.gate.sequence():
+            left = max(0.001, end - time.monotonic())
+            answer = served.engine.submit(replace(request, seconds=left), notify)
+            finish = None
+            try:
+                while finish is None:
+                    await news.wait()
+                    news.clear()
+                    while finish is None and (piece := answer.take()) is not None:
+                        queue.put_nowait((number, piece))
+                        finish = piece.finish
+            finally:
+                if finish is None:
+                    answer.cancel()
+    except Exception as error:
+        queue.put_nowait((number, error))
+
+
+def event(content: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def error_event(error: BaseException) -> bytes:
+    """The event that ends a stream which failed after it had begun."""
+    fault = fault_of(error) or Fault(500, "The server failed; its log says more.")
+    return event(fault.body()) + DONE
+
+
+def usage_dict(usages: Sequence[Usage], prompts: int) -> dict[str, Any]:
+    """Sums over the choices of a request; a prompt with several choices counts once. `prompts` is their tokens."""
+    written = sum(item.completion_tokens for item in usages)
+    cached = min(prompts, sum(item.cached_tokens for item in usages))
+    return {
+        "prompt_tokens": prompts,
+        "completion_tokens": written,
+        "total_tokens": prompts + written,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "cpu_seconds": round(sum(item.cpu_seconds for item in usages), 6),
+    }
+
+
+class Meter:
+    """Counts what one request uses, for its own answer and for the server's counters."""
+
+    def __init__(self, served: Served, metrics: Metrics) -> None:
+        self.served, self.metrics = served, metrics
+        self.start: float | None = time.monotonic()
+        self.usages: list[Usage] = []
+
+    def piece(self, piece: Piece) -> None:
+        if self.start is not None:
+            seconds = time.monotonic() - self.start
+            self.metrics.observe("shrew_first_token_seconds", seconds, model=self.served.name)
+            self.start = None
+        if piece.usage is not None:
+            self.usages.append(piece.usage)
+            counts: Mapping[str, float] = {
+                "prompt_tokens": piece.usage.prompt_tokens,
+                "cached_tokens": piece.usage.cached_tokens,
+                "completion_tokens": piece.usage.completion_tokens,
+                "cpu_seconds": piece.usage.cpu_seconds,
+            }
+            for name, count in counts.items():
+                self.metrics.add(f"shrew_{name}_total", count, model=self.served.name)

@@ -1,0 +1,92 @@
+"""An engine that says what a test wants it to say, when it wants it, behind the real engine's interface."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from shrew.runtime.request import Piece, Request, Token, Usage
+from shrew.runtime.text import Vocabulary
+
+Script = Callable[["ScriptedEngine", Request], Iterator[Piece]]
+
+
+class ScriptedAnswer:
+    def __init__(self, engine: "ScriptedEngine", request: Request, notify: Callable[[], Any] | None) -> None:
+        self.engine, self.request, self.notify = engine, request, notify or (lambda: None)
+        self.waiting: deque[Piece] = deque()
+        self.cancelled = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        start = time.monotonic()
+        for piece in self.engine.script(self.engine, self.request):
+            late = self.request.seconds is not None and time.monotonic() - start > self.request.seconds
+            if self.cancelled.is_set() or late:
+                finish = "cancelled" if self.cancelled.is_set() else "deadline"
+                piece = Piece("", finish=finish, usage=Usage(len(self.request.prompt), 0, 0, 0.0))
+            if piece.finish is not None:
+                with self.engine.lock:
+                    self.engine.running -= 1
+                    self.engine.cancelled += piece.finish == "cancelled"
+            self.waiting.append(piece)
+            self.notify()
+            if piece.finish is not None:
+                break
+
+    def take(self) -> Piece | None:
+        return self.waiting.popleft() if self.waiting else None
+
+    def cancel(self) -> None:
+        if self.thread.is_alive():
+            self.cancelled.set()
+
+
+class ScriptedEngine:
+    def __init__(self, tokenizer: Any, script: Script | None = None, delay: float = 0.0) -> None:
+        self.vocabulary = Vocabulary(tokenizer)
+        self.tokenizer, self.script, self.delay = tokenizer, script or says("hello world"), delay
+        self.lock = threading.Lock()
+        self.running = self.most = self.cancelled = 0
+        self.requests: list[Request] = []
+
+    def submit(self, request: Request, notify: Callable[[], Any] | None = None) -> ScriptedAnswer:
+        with self.lock:
+            self.requests.append(request)
+            self.running += 1
+            self.most = max(self.most, self.running)
+        return ScriptedAnswer(self, request, notify)
+
+    def embed(self, tokens: list[int]) -> np.ndarray:
+        vector = np.bincount(tokens, minlength=16)[:16].astype(np.float32) + 1
+        return vector / np.linalg.norm(vector)
+
+    def metrics(self) -> dict[str, float]:
+        return {"running": float(self.running)}
+
+    def token(self, number: int) -> Token:
+        return Token(number, self.vocabulary.text(number), -0.5, ((number, -0.5), (1, -2.0)))
+
+
+def says(text: str, finish: str = "stop", error: str = "") -> Script:
+    """Writes the text a token at a time, then ends as told."""
+
+    def script(engine: ScriptedEngine, request: Request) -> Iterator[Piece]:
+        prompt = tuple(engine.token(number) for number in request.prompt) if request.echo else ()
+        if prompt:
+            prompt = (Token(prompt[0].id, prompt[0].text), *prompt[1:])
+        ids = engine.tokenizer.encode(text, add_special_tokens=False).ids
+        written = ids[: request.max_tokens]
+        for place, number in enumerate(written):
+            time.sleep(engine.delay)
+            token = engine.token(number)
+            yield Piece(token.text, (token,), prompt if place == 0 else ())
+        end = finish if len(ids) <= request.max_tokens else "length"
+        usage = Usage(len(request.prompt), len(written), 0, 0.001 * len(written))
+        yield Piece("", prompt=() if written else prompt, finish=end, usage=usage, error=error)  # type: ignore[arg-type]
+
+    return script
