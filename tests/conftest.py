@@ -7,6 +7,7 @@ import socket
 import string
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,33 @@ def trained_llama_folder(
         optimizer.step()
         optimizer.zero_grad()
     return _save(model.to(torch.bfloat16), tiny_tokenizer, tmp_path_factory.mktemp("models") / "trained")
+
+
+@pytest.fixture(scope="session")
+def start_server(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A context manager that serves a scripted engine: `start_server(script, delay, names, **options)`."""
+    from scripted import CHATML, Live, ScriptedEngine
+
+    folder = tmp_path_factory.mktemp("served")
+    tiny_tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHATML, "utf-8")
+    tokenizer = tiny_tokenizer.backend_tokenizer
+
+    @contextmanager
+    def started(
+        script: Any = None, delay: float = 0.0, names: tuple[str, ...] = ("tiny",), **options: Any
+    ) -> Iterator[Live]:
+        live = Live(folder, tokenizer, ScriptedEngine(tokenizer, script, delay), names, **options)
+        live.thread.start()
+        live.wait(lambda: live.server.started)
+        try:
+            yield live
+        finally:
+            live.server.should_exit = True
+            live.thread.join(20)
+            assert not live.thread.is_alive()
+            for item in (live.client, *live.opened):
+                item.close()
+            live.state.close()
+
+    return started

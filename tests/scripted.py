@@ -1,15 +1,26 @@
-"""An engine that says what a test wants it to say, when it wants it, behind the real engine's interface."""
+"""A server whose engine says what a test wants it to say, when it wants it, behind the real engine's interface."""
 
+import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
+import openai
 
 from shrew.runtime.request import Piece, Request, Token, Usage
+from shrew.runtime.server import Options, Served, State, application, wire
 from shrew.runtime.text import Vocabulary
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}<|assistant|>"
+)
 
 Script = Callable[["ScriptedEngine", Request], Iterator[Piece]]
 
@@ -90,3 +101,52 @@ def says(text: str, finish: str = "stop", error: str = "") -> Script:
         yield Piece("", prompt=() if written else prompt, finish=end, usage=usage, error=error)  # type: ignore[arg-type]
 
     return script
+
+
+def official(live: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0)
+
+
+def model_at(folder: Path, tokenizer: Any, name: str = "tiny") -> Any:
+    manifest = SimpleNamespace(
+        kind="causal", name=name, vocabulary=300, width=16, context=1024, bos=0, eos=(1,), pad=2, labels=None
+    )
+    return SimpleNamespace(path=folder, manifest=manifest, tokenizer=tokenizer)
+
+
+class Live:
+    """A server in a thread of this process, at a free port."""
+
+    def __init__(self, folder: Path, tokenizer: Any, engine: ScriptedEngine, names: tuple[str, ...], **given: Any):
+        self.options = Options(host="127.0.0.1", port=0, **given)
+        self.engine = engine
+        models = {name: Served(name, model_at(folder, tokenizer, name), engine, self.options) for name in names}
+        self.state = State(self.options, models)
+        self.socket = wire.listen(self.options)
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = wire.server(application(self.state), self.state)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+        self.client = httpx.Client(base_url=self.url, timeout=20)
+        self.opened: list[socket.socket] = []
+
+    def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
+        return self.client.post(path, json=body, **more)
+
+    def send(self, path: str, body: bytes, **headers: str) -> httpx.Response:
+        return self.client.post(path, content=body, headers={"content-type": "application/json", **headers})
+
+    def get(self, path: str, **more: Any) -> httpx.Response:
+        return self.client.get(path, **more)
+
+    def raw(self, text: bytes, timeout: float = 10.0) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout)
+        self.opened.append(connection)
+        connection.sendall(text)
+        return connection
+
+    def wait(self, condition: Any, seconds: float = 5.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not happen in time"
+            time.sleep(0.01)

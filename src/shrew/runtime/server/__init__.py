@@ -37,6 +37,7 @@ def serve(packs: Sequence[Path], options: Options) -> None:
     """Serve until told to stop; returns when what ran has finished or `grace` is over."""
     with ExitStack() as stack:
         listening = stack.enter_context(wire.listen(options))  # first: a port in use is known before models are read
+        draft = load(options.draft) if options.draft not in (None, "lookup") else options.draft
         models: dict[str, Served] = {}
         for pack in packs:
             model = load(pack, threads=options.threads or None)
@@ -45,7 +46,9 @@ def serve(packs: Sequence[Path], options: Options) -> None:
                 raise UsageError(f"{pack} is a classifier, which writes no text; give a model that does.")
             if name in models:
                 raise UsageError(f"Two of the models are called '{name}'; pack one of them under another name.")
-            engine = stack.enter_context(Engine(model, slots=options.slots, queue=2 * options.slots))
+            # The queue that counts is the gate's; this one also holds, for a moment, those that were cancelled
+            queue = 4 * options.slots + options.queue
+            engine = stack.enter_context(Engine(model, slots=options.slots, draft=draft, queue=queue))
             models[name] = Served(name, model, engine, options)
         state = State(options, models)
         stack.callback(state.close)

@@ -19,11 +19,10 @@ from shrew.runtime.server import plain, schema
 from shrew.runtime.server.chat import chat
 from shrew.runtime.server.completions import completions
 from shrew.runtime.server.faults import Fault, fault_of
-from shrew.runtime.server.state import State
+from shrew.runtime.server.state import OPEN, State
 from shrew.runtime.server.stream import Stream, error_event
 
 Handler = Callable[[State, Any], Awaitable[Response | Stream]]
-OPEN = {"/", "/health"}  # without a key
 GETS = {
     "/": plain.page,
     "/health": plain.health,

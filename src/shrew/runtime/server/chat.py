@@ -55,7 +55,7 @@ class Job:
     def _scored(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self.served.text_of(token)
         known = self.served.engine.vocabulary
-        bytes_ = known.bytes(token) if known.is_bytes else b"" if "\ufffd" in text else text.encode()
+        bytes_ = known.content(token) if known.is_bytes else b"" if "\ufffd" in text else text.encode()
         return {"token": text, "logprob": logprob, "bytes": list(bytes_) or None}
 
 

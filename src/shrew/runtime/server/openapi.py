@@ -7,7 +7,7 @@ import msgspec
 
 from shrew.runtime.server import schema
 from shrew.runtime.server.faults import KINDS
-from shrew.runtime.server.state import State
+from shrew.runtime.server.state import OPEN, State
 
 TEXT, NUMBER, COUNT = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 ANYTHING = {"type": "object"}
@@ -55,16 +55,23 @@ WITHOUT: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def describe(state: State) -> dict[str, Any]:
     """OpenAPI 3.1 of the server as it runs: with its key if it has one, and the names of its models."""
+    options = state.options
     kinds = [kind for _, kind, _, _ in WITH_BODY.values()]
     _, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in kinds:
-        components[kind.__name__]["properties"]["model"] = {"enum": [*state.models, None]}
+        settings = components[kind.__name__]["properties"]
+        settings["model"] = {"enum": [*state.models, None]}
+        for name, most in (("max_tokens", options.max_tokens), ("max_completion_tokens", options.max_tokens),
+                           ("n", options.max_choices)):  # fmt: skip
+            for part in settings.get(name, {}).get("anyOf", ()):
+                if most and "maximum" in part:
+                    part["maximum"] = most
     components["Error"] = FAULT
     paths: dict[str, Any] = {}
     for path, (words, kind, answer, streams) in WITH_BODY.items():
         content: dict[str, Any] = {"application/json": {"schema": answer}}
         if streams:
-            content["text/event-stream"] = {"schema": TEXT}
+            content["text/event-stream"] = {"schema": ANYTHING}
         body = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
         paths[path] = {
             "post": {
@@ -85,9 +92,11 @@ def describe(state: State) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": components},
     }
-    if state.options.key:
+    if options.key:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         found["security"] = [{"key": []}]
+        for path in OPEN & set(paths):
+            paths[path]["get"]["security"] = []
     return found
 
 

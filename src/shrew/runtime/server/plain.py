@@ -2,13 +2,13 @@
 
 import base64
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from shrew.runtime.page import html, policy
 from shrew.runtime.server import asked
 from shrew.runtime.server.faults import Fault, reply
 from shrew.runtime.server.metrics import metric_name
@@ -16,11 +16,6 @@ from shrew.runtime.server.openapi import describe
 from shrew.runtime.server.schema import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from shrew.runtime.server.state import Served, State
 
-# The page is one file with its script and style inside; it may talk to nobody but the server it came from.
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -37,6 +32,7 @@ def _card(served: Served) -> dict[str, Any]:
         "owned_by": "shrew",
         "context_length": served.manifest.context,
         "vocabulary": served.manifest.vocabulary,
+        "chat": not served.template.plain,
     }
 
 
@@ -80,12 +76,10 @@ async def openapi(request: HttpRequest) -> Response:
 
 
 async def page(request: HttpRequest) -> Response:
-    """The chat page, where it is installed."""
-    found = resources.files("shrew.runtime") / "page" / "index.html"
-    if not found.is_file():
-        raise Fault(404, "There is no page in this installation; /openapi.json describes the API.")
-    headers = {"content-security-policy": PAGE_POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
-    return Response(found.read_bytes(), headers=headers, media_type="text/html")
+    """The page, under a policy that lets it run what it holds itself and talk to this server alone."""
+    text = html()
+    headers = {"content-security-policy": policy(text), "referrer-policy": "no-referrer", "cache-control": "no-cache"}
+    return Response(text, headers=headers, media_type="text/html")
 
 
 # --- with a body -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from shrew.spec import Meta, doc
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 T = TypeVar("T")
 WORKERS = 2  # threads beside the event loop, of each kind
+OPEN = {"/", "/health"}  # paths that need no key
 BODIES = 16  # bodies of the largest size that may be in memory at once
 
 
@@ -32,10 +33,11 @@ class Options:
 
     host: str = doc("address to listen at; anything but loopback should have a --key", default="127.0.0.1")
     port: Annotated[int, Meta(ge=0, le=65535)] = doc("port; 0 takes a free one and prints it", default=8000)
-    key: str = doc("what clients must send as 'Authorization: Bearer KEY' ($SHREW_KEY is read too)", default="")
+    key: str | None = doc("what clients send as 'Authorization: Bearer KEY' (or $SHREW_KEY)", default=None)
     slots: Annotated[int, Meta(ge=1, le=1024)] = doc("sequences computed at once, for each model", default=8)
     queue: Annotated[int, Meta(ge=0, le=65536)] = doc("requests that may wait for a slot; more get 429", default=64)
     threads: Annotated[int, Meta(ge=0, le=1024)] = doc("threads for each model; 0 asks the machine", default=0)
+    draft: str | None = doc("guess ahead where one client is served: 'lookup', or a smaller packed model", default=None)
     max_tokens: Annotated[int, Meta(ge=0)] = doc("most tokens of an answer; 0: what the context holds", default=0)
     max_body: str = doc("largest request", default="4MB")
     max_choices: Annotated[int, Meta(ge=1, le=128)] = doc("most choices (n) or prompts in one request", default=128)
