@@ -22,6 +22,7 @@ PACKERS = {
     "onnx": ("shrew.packers.onnx", "a folder for ONNX Runtime: what `shrew serve`, `chat` and `complete` run"),
     "gguf": ("shrew.packers.gguf", "a file for llama.cpp"),
     "folder": ("shrew.packers.gguf.back", "a model folder again, from a GGUF file"),
+    "web": ("shrew.packers.web", "a folder of static files: the model runs inside the browser, offline"),
 }
 
 
