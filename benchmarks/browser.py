@@ -40,7 +40,9 @@ class Browser:
     def __enter__(self) -> "Browser":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.send("Browser.close")
             self.process.wait(10)
@@ -113,7 +115,8 @@ class Page:
 
     def eval(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""
-        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True,
+                          userGesture=True)  # fmt: skip
         if "exceptionDetails" in found:
             details = found["exceptionDetails"]
             raise RuntimeError(details.get("exception", {}).get("description", details["text"]))
@@ -154,7 +157,9 @@ class Page:
         return str(self.eval(f"document.querySelector({json.dumps(selector)})?.textContent ?? ''"))
 
     def offline(self, cut: bool) -> None:
-        self.send("Network.emulateNetworkConditions", offline=cut, latency=0, downloadThroughput=-1, uploadThroughput=-1)
+        """Cut the network, or give it back."""
+        self.send("Network.emulateNetworkConditions", offline=cut, latency=0, downloadThroughput=-1,
+                  uploadThroughput=-1)  # fmt: skip
 
     def picture(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,13 +18,17 @@ from shrew.packers.web import pattern, tokenizer
 
 SOURCE = Path(shrew.__file__).parent
 SCRIPT = SOURCE / "packers" / "web" / "js" / "tokenizer.js"
-TEXT = (
-    ["def f(x):\n    return x + 1\n", "  indented\t\ttabs  \r\n\r\nand lines\n\n\n", "I'll we've it's DON'T can't", "naïve café"]
-    + ["Zażółć gęślą jaźń", "你好,世界。今天天气很好", "こんにちは世界 カタカナ", "한국어 문장", "Привет, мир!", "שלום עולם", "مرحبا"]
-    + ["3.14159 1234567 12 ½ ٣٤", "a_b.c-d/e\\f <html> {x: [1, 2]} $%^&*", "🙂🙃 👩‍👩‍👧 🇩🇪", "e\u0301 \u212b ﬁ ﬀ Ⅷ"]
-) * 3
+TEXT = """def f(x):
+    return x + 1
+
+  indented\t\ttabs \r\n\r\nand lines\n\n
+I'll we've it's DON'T can't naïve café Zażółć gęślą jaźń 3.14159 1234567 12 ½ ٣٤ a_b.c-d/e\\f <html> {x: [1, 2]} $%^&*
+你好,世界。今天天气很好 こんにちは世界 カタカナ 한국어 문장 Привет, мир! שלום עולם مرحبا
+🙂🙃 👩‍👩‍👧 🇩🇪 e\u0301 \u212b ﬁ ﬀ Ⅷ
+""".splitlines(True) * 3
 LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT4O = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
@@ -55,7 +59,8 @@ def starter() -> Tokenizer:
 def byte_level(split: str) -> Tokenizer:
     made = Tokenizer(models.BPE())
     by = pre_tokenizers.Split(Regex(split), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([by, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    visible = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([by, visible])
     made.decoder = decoders.ByteLevel()
     trained(made, 600)
     made.add_special_tokens(["<|begin|>", "<|end|>", AddedToken("<mask>", lstrip=True, rstrip=True, special=True)])
@@ -196,27 +201,25 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 # Letters that were assigned years ago: a newer Unicode in node than in tokenizers may give another normal form.
 LETTERS = st.characters(codec="utf-8", exclude_categories=("Cn", "Cs"))
-HARD = st.sampled_from(
-    [" ", "  ", "\n", "\r\n", "\t", "\u3000", "\xa0", "\x85", "\ufeff", "\u200b", "'s", "'LL", "'ſ", "e\u0301", "\u0345", "İ", "Σ"]
-    + ["ẞ", "ﬁ", "Ⅷ", "½", "٣", "你好", "한국", "🙂", "👩‍👩‍👧", "🇩🇪", "\U0001f1e6", "▁", "\ufffd", "def ", "self.", "12345", "<|end|>", "<|begin|>"]
-    + ["<|To", "<|tool|>", "<mask>", "word", "wordy", "It", "[X]", "café", "CAFÉ", "<0x41>", "<unk>", "<s>", "-", "...", "Hello", "ÿ", "\0"]
-)
-TEXTS = st.one_of(st.text(LETTERS, max_size=40), st.lists(st.one_of(HARD, st.text(LETTERS, max_size=3)), max_size=12).map("".join))
+WORDS = """'s 'LL 'ſ e\u0301 \u0345 \u3000 \u200b \ufeff İ Σ ẞ ﬁ Ⅷ ½ ٣ ÿ 你好 한국 🙂 👩‍👩‍👧 🇩🇪 \U0001f1e6 ▁ \ufffd def
+self. 12345 - ... <|end|> <|begin|> <|To <|tool|> <mask> word wordy It [X] café CAFÉ <0x41> <unk> <s> Hello \0"""
+HARD = st.sampled_from([*WORDS.replace("\n", " ").split(" "), " ", "  ", "\n", "\r\n", "\t", "\xa0", "\x85"])
+MIXED = st.lists(st.one_of(HARD, st.text(LETTERS, max_size=3)), max_size=12).map("".join)
+TEXTS = st.one_of(st.text(LETTERS, max_size=40), MIXED)
 
 
-@settings(max_examples=600, deadline=None)
-@given(text=TEXTS)
-@example(text="".join(TEXT))
-@example(text=SCRIPT.read_text("utf-8"))
-@example(text="a" * 3000 + " " * 3000 + "é" * 100)
-def test_same_tokens_and_same_text(pair: tuple[Tokenizer, Node], text: str) -> None:
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(TEXTS, max_size=8))
+@example(texts=["".join(TEXT), SCRIPT.read_text("utf-8"), "a" * 3000 + " " * 3000 + "é" * 100, "", " "])
+def test_same_tokens_and_same_text(pair: tuple[Tokenizer, Node], texts: list[str]) -> None:
     oracle, node = pair
-    ids = oracle.encode(text).ids
-    assert node.ask(encode=text) == [ids, oracle.encode(text, add_special_tokens=False).ids]
-    assert node.ask(decode=ids) == [oracle.decode(ids), oracle.decode(ids, skip_special_tokens=False)]
+    for text in texts:
+        ids = oracle.encode(text).ids
+        assert node.ask(encode=text) == [ids, oracle.encode(text, add_special_tokens=False).ids]
+        assert node.ask(decode=ids) == [oracle.decode(ids), oracle.decode(ids, skip_special_tokens=False)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_tokens_give_the_same_text_whole_or_in_pieces(pair: tuple[Tokenizer, Node], data: st.DataObject) -> None:
     oracle, node = pair
@@ -225,9 +228,9 @@ def test_any_tokens_give_the_same_text_whole_or_in_pieces(pair: tuple[Tokenizer,
     assert node.ask(decode=ids) == [oracle.decode(ids), oracle.decode(ids, skip_special_tokens=False)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=TEXTS, more=TEXTS)
-def test_pieces_join_to_the_text_and_never_split_a_character(pair: tuple[Tokenizer, Node], text: str, more: str) -> None:
+def test_pieces_join_to_the_text_and_split_no_character(pair: tuple[Tokenizer, Node], text: str, more: str) -> None:
     oracle, node = pair
     before, after = (oracle.encode(part, add_special_tokens=False).ids for part in (text, more))
     pieces = node.ask(prompt=before, decode=after)
@@ -239,11 +242,14 @@ def test_pieces_join_to_the_text_and_never_split_a_character(pair: tuple[Tokeniz
 
 def test_half_a_surrogate_pair_is_read_as_a_replacement_character(pair: tuple[Tokenizer, Node]) -> None:
     oracle, node = pair
-    for text, plain in [("a\ud83d", "a\ufffd"), ("\udc00b\ud83d\ude42", "\ufffdb🙂"), ("\udc00\ud800x", "\ufffd\ufffdx")]:
-        assert node.ask(encode=text)[0] == oracle.encode(plain).ids
+    for text in ("a\ud83d", "\udc00b\ud83d\ude42", "\udc00\ud800x"):
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert node.ask(encode=text)[0] == oracle.encode(whole).ids
 
 
-@pytest.mark.parametrize("source", [LLAMA3, GPT4O, POSSESSIVE, r"[^\w\s]|\d{2,}?|\\[a-z&&[^b]]", r"[]x]|(?i)é[[:upper:]]"])
+@pytest.mark.parametrize(
+    "source", [LLAMA3, GPT4O, POSSESSIVE, r"[^\w\s]|\d{2,}?|\\[a-z&&[^b]]", r"[]x]|(?i)é[[:upper:]]"]
+)
 def test_patterns_split_alike(source: str) -> None:
     """Every character alone between two others, in both engines."""
     if shutil.which("node") is None:
@@ -270,8 +276,9 @@ process.stdout.write(JSON.stringify(found));
 
 @pytest.mark.parametrize(
     ("source", "words"),
-    [("^a", "'^'"), ("a$", "'$'"), (r"(a)\1", r"'\1'"), (r"\bfoo", r"'\b'"), ("(?<name>a)", "'(?<n"), ("a**", "repeated"), ("a)", "stray ')'")],
-)
+    {"^a": "'^'", "a$": "'$'", r"(a)\1": r"'\1'", r"\bfoo": r"'\b'", "(?<name>a)": "'(?<n", "a**": "repeated",
+     "a)": "stray ')'", "(a": "open '('", "[a": "open '['"}.items(),
+)  # fmt: skip
 def test_a_pattern_without_a_form_here_is_refused(source: str, words: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         pattern.translate(source)

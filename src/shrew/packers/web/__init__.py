@@ -1,12 +1,13 @@
-"""`--to web`: a folder of static files in which the model runs inside the browser, offline, without a server of its own.
+"""`--to web`: a folder of static files in which the model runs inside the browser, offline, without a server.
 
-The graph is the packed one (see `graph`), the runtime is ONNX Runtime's WebAssembly build from the npm registry, and the
-rest is JavaScript from `js/`, as it stands: modules that every browser loads, and nothing to build.
+The graph is the packed one (see `graph`), the runtime is ONNX Runtime's WebAssembly build from the npm registry, and
+the rest is JavaScript from `js/`, as it stands: modules that every browser loads, and nothing to build.
 """
 
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib import resources
@@ -71,16 +72,18 @@ JINJA = vendor.Package(
 )
 # Everything the page runs comes from its own folder; WebAssembly is compiled from there as well.
 POLICY = (
-    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; worker-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; manifest-src 'self'; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; worker-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; manifest-src 'self'; base-uri 'none'; form-action 'none'"
 )
-UNSERVED = "This page has to come from a web server: run python3 -m http.server in its folder and open the address it prints."
+UNSERVED = (
+    "This page has to come from a web server: run python3 -m http.server in its folder, then open http://localhost:8000."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    registry: str = doc("npm registry that ONNX Runtime's browser build is fetched from, once; default: as npm is set up, "
-                        "else the public one", "")  # fmt: skip
+    registry: str = doc("npm registry that ONNX Runtime's browser build is fetched from, once; default: as npm is set "
+                        "up, else the public one", "")  # fmt: skip
 
 
 def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
@@ -99,41 +102,48 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
 def _write(packed: Path, out: Path, options: Options, say: Say) -> dict[str, Any]:
     held = manifests.read(packed)
     if held.kind != "causal":
-        raise UnsupportedError(f"{packed} is a classifier, and the page is for models that write; use `shrew serve`'s API.")
+        raise UnsupportedError(f"{packed} is a classifier, and the page is for models that write; pack it --to onnx.")
     weights = {name: file.bytes for name, file in held.files.items() if Path(name).suffix == ".bin"}
     if sum(weights.values()) > LARGEST:
         raise UnsupportedError(f"{packed} has {sum(weights.values()):,} bytes of weights, and a page can hold "
-                               f"{LARGEST:,}; make it smaller with `shrew shrink` or `shrew apply ... quantize`.")  # fmt: skip
+                               f"{LARGEST:,}; make it smaller with `shrew shrink`.")  # fmt: skip
     parts = {"model/tokenizer.json": _json(tokenizer.compiled(packed / manifests.TOKENIZER)),
              "model/chat.json": _json(chat := _chat(packed))}  # fmt: skip
-    parts["model/model.onnx"], unpacked = _graph(packed / manifests.GRAPH, say)
-    parts |= {f"vendor/onnxruntime/{name}": content for name, content in vendor.fetch(RUNTIME, options.registry).items()}
-    if chat["template"]:
-        parts |= {f"vendor/jinja/{name}": content for name, content in vendor.fetch(JINJA, options.registry).items()}
+    model = _read(packed / manifests.GRAPH)
+    unpacked = _unpack(model, say)
+    parts["model/model.onnx"] = model.SerializeToString()
+    packages = {"onnxruntime": RUNTIME} | ({"jinja": JINJA} if chat["template"] else {})
+    for where, package in packages.items():
+        fetched = vendor.fetch(package, options.registry)
+        parts |= {f"vendor/{where}/{name}": content for name, content in fetched.items()}
     parts |= _program(held.name)
     manifest = {
-        "format": FORMAT, "shrew": held.shrew, "name": held.name, "vocabulary": held.vocabulary, "context": held.context,
-        "eos": held.eos, "chunk": held.chunk, "align": held.align, "unpacked": unpacked,
+        "format": FORMAT, "shrew": held.shrew, "name": held.name, "vocabulary": held.vocabulary,
+        "context": held.context, "eos": held.eos, "chunk": held.chunk, "align": held.align, "unpacked": unpacked,
+        "takes_start": any(item.name == "start" for item in model.graph.input),  # not every block asks where it stands
         "states": [{"name": state.name, "kind": state.kind, "dtype": state.dtype, "shape": state.shape}
                    for state in held.states],
-        "runtime": {package.name: package.version for package in (RUNTIME, JINJA)[: 1 + bool(chat["template"])]},
+        "packages": {package.name: package.version for package in packages.values()},
     }  # fmt: skip
     try:
-        with files.new_folder(out, MARK) as where:
+        with files.new_folder(out, MARK) as made:
             for path, content in parts.items():
-                (where / path).parent.mkdir(parents=True, exist_ok=True)
-                (where / path).write_bytes(content)
+                (made / path).parent.mkdir(parents=True, exist_ok=True)
+                (made / path).write_bytes(content)
             for path in weights:
-                (where / "model" / path).write_bytes((packed / path).read_bytes())
-            return _finish(where, manifest, weights, say)
+                shutil.copyfile(packed / path, made / "model" / path)
+            return _finish(made, manifest, weights, say)
     except OSError as error:
         raise ShrewError(f"{out} could not be written ({error}); make room and run again.") from None
 
 
 def _finish(where: Path, manifest: dict[str, Any], weights: dict[str, int], say: Say) -> dict[str, Any]:
     """The lists of files: for the page, which loads the model, and for the service worker, which keeps all of it."""
-    listed = {path.relative_to(where).as_posix(): {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
-              for path in sorted(where.rglob("*")) if path.is_file() and path.name != SERVICE}  # fmt: skip
+    listed: dict[str, Any] = {
+        path.relative_to(where).as_posix(): {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        for path in sorted(where.rglob("*"))
+        if path.is_file() and path.name != SERVICE
+    }
     manifest = {**manifest, "weights": list(weights), "files": listed}
     (where / MARK).write_bytes(_json(manifest))
     loaded = ("model/", "index.html", f"vendor/onnxruntime/{WASM}")  # the worker keeps the first and last
@@ -159,23 +169,26 @@ def _chat(packed: Path) -> dict[str, Any]:
     return {"template": source, "special": held.special, "stop": PLAIN_STOP if held.plain else [], "roles": PLAIN_ROLES}
 
 
-def _graph(path: Path, say: Say) -> tuple[bytes, bool]:
-    """The graph for WebAssembly, and whether its weights are unpacked when it is loaded."""
+def _read(path: Path) -> onnx.ModelProto:
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        return onnx.load(str(path), load_external_data=False)
     except Exception as error:
         raise FolderError(f"{path} is not an ONNX graph ({error}); pack the model again.") from None
+
+
+def _unpack(model: onnx.ModelProto, say: Say) -> bool:
+    """Make the graph one for WebAssembly; whether its weights are unpacked when it is loaded."""
     size = graph.unpacked_bytes(model)
     if not size:
-        return path.read_bytes(), False
+        return False
     if size > UNPACKED:
-        say(f"its matrices stay packed, as {size:,} bytes unpacked are too many for a page: each token takes several times "
-            "as long")  # fmt: skip
-        return path.read_bytes(), False
+        say(f"its matrices stay packed, as {size:,} bytes unpacked are too many for a page: each token takes several "
+            "times as long")  # fmt: skip
+        return False
     graph.unpack(model)
-    say(f"matrices are unpacked when the page loads them ({size:,} bytes of memory): WebAssembly has no fast product with "
-        "packed ones")  # fmt: skip
-    return bytes(model.SerializeToString()), True
+    say(f"matrices are unpacked when the page loads them ({size:,} bytes of memory): WebAssembly has no fast product "
+        "with packed ones")  # fmt: skip
+    return True
 
 
 def _program(name: str) -> dict[str, bytes]:
@@ -190,7 +203,8 @@ def _program(name: str) -> dict[str, bytes]:
         '<link rel="manifest" href="manifest.webmanifest">\n<link rel="stylesheet" href="style.css">'
     )
     html = html.replace(style[0], head).replace(script[0], '<script src="ui.js" defer></script>')
-    html = re.sub(r'<script id="server">.*?</script>', '<script type="module" src="browser.js"></script>', html, flags=re.S)
+    backend = '<script type="module" src="browser.js"></script>'
+    html = re.sub(r'<script id="server">.*?</script>', backend, html, flags=re.S)
     html = html.replace("One moment …", UNSERVED)
     app = {"name": name, "short_name": name[:12], "start_url": "./", "scope": "./", "display": "standalone",
            "background_color": "#ffffff", "theme_color": "#0a6c66",

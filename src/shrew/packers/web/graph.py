@@ -1,8 +1,8 @@
 """The packed graph for WebAssembly, where MatMulNBits has no kernels of its own.
 
-It is there, but unpacks the whole matrix at every call. So its weights are unpacked once, when the page loads the model,
-by nodes that ONNX Runtime folds: the same bytes are downloaded, and products take 4 bytes a weight of memory instead.
-Values are those of accuracy level 0: inputs of products are not rounded to 8 bits, in the browser as little as here.
+It is there, but unpacks the whole matrix at every call. So weights are unpacked once, when the page loads the model, by
+nodes that ONNX Runtime folds: the same bytes are downloaded, and matrices take 4 bytes a weight of memory instead.
+Values are those of accuracy level 0: inputs of products are not rounded to 8 bits.
 """
 
 from typing import Any

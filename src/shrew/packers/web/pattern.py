@@ -1,8 +1,8 @@
 """The split patterns of tokenizers as JavaScript regular expressions that match the same text.
 
-tokenizers runs them with Oniguruma, browsers with their own engine and another version of Unicode, and the two disagree
-on what a letter or a space is. So the characters that a class or a case-insensitive letter matches are not translated but
-asked for: every code point is put through tokenizers itself, and the class is written out as ranges.
+tokenizers runs them with Oniguruma, browsers with their own engine and another version of Unicode, and the two
+disagree on what a letter or a space is. So the characters that a class or a case-insensitive letter matches are not
+translated but asked for: every code point is put through tokenizers itself, and the class is written out as ranges.
 """
 
 import re
@@ -39,7 +39,8 @@ def ranges(numbers: Iterable[int]) -> Ranges:
     found: list[tuple[int, int]] = []
     for number in sorted(numbers):
         run = LIKE.get(number, range(number, number + 1))
-        if found and run.start in (found[-1][1] + 1, found[-1][1] + 1 + len(SURROGATES) * (run.start == SURROGATES.stop)):
+        before = SURROGATES.start if run.start == SURROGATES.stop else run.start
+        if found and found[-1][1] + 1 == before:
             found[-1] = found[-1][0], run[-1]
         else:
             found.append((run[0], run[-1]))
@@ -113,8 +114,8 @@ class _Reader:
         self.pattern, self.at, self.groups = pattern, 0, 0
 
     def fail(self, what: str) -> UnsupportedError:
-        return UnsupportedError(f"the tokenizer splits text by a pattern with {what}, which the browser's tokenizer does "
-                                f"not have: {self.pattern}")  # fmt: skip
+        return UnsupportedError(f"the tokenizer splits text by a pattern with {what}, which the browser's tokenizer "
+                                f"does not have: {self.pattern}")  # fmt: skip
 
     def peek(self, text: str) -> bool:
         return self.pattern.startswith(text, self.at)

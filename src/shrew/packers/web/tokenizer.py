@@ -47,8 +47,8 @@ def compiled(path: Path) -> Part:
 
 
 def _refused(what: str) -> UnsupportedError:
-    return UnsupportedError(f"the tokenizer has {what}, which the browser's tokenizer does not know; serve this model with "
-                            "`shrew serve` instead.")  # fmt: skip
+    return UnsupportedError(f"the tokenizer has {what}, which the browser's tokenizer does not know; use `shrew serve` "
+                            "for this model.")  # fmt: skip
 
 
 def _parts(part: Part | None, key: str) -> Iterable[Part]:
@@ -166,7 +166,9 @@ def _around(part: Part | None) -> tuple[list[int], list[int]]:
             continue  # moves offsets only
         if item["type"] != "TemplateProcessing":
             raise _refused(f"the post-processor {item['type']}")
-        where, first, last = 0, [], []
+        first: list[int] = []
+        last: list[int] = []
+        where = 0
         for piece in item["single"]:
             if "Sequence" in piece:
                 where += 1

@@ -1,4 +1,4 @@
-"""Packages of the npm registry, by version and hash: fetched once, kept in the cache, trusted only if the hash is right."""
+"""Packages of the npm registry, by version and hash: fetched once, then kept; used only if the hash is right."""
 
 import base64
 import hashlib
@@ -37,7 +37,8 @@ class Package:
 
 def registry(asked: str) -> str:
     """The registry's address: as asked, else as npm is set up, else the public one."""
-    said = asked or os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY") or _npm() or PUBLIC
+    names = ("npm_config_registry", "NPM_CONFIG_REGISTRY")  # npm takes both
+    said = asked or next((os.environ[name] for name in names if os.environ.get(name)), "") or _npm() or PUBLIC
     if urllib.parse.urlsplit(said).scheme not in ("http", "https"):
         raise UsageError(f"'{said}' is no address of an npm registry; it begins with https://.")
     return said.rstrip("/") + "/"
@@ -79,6 +80,8 @@ def _download(address: str) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
             content: bytes = answer.read(LARGEST + 1)
+            if len(content) < min(int(answer.headers.get("content-length", 0)), LARGEST):
+                raise OSError("the connection broke off")
     except urllib.error.HTTPError as error:
         raise ShrewError(f"{address} answered {error.code} ({error.reason}); check --registry.") from None
     except (OSError, ssl.SSLError, http.client.HTTPException) as error:
@@ -86,7 +89,7 @@ def _download(address: str) -> bytes:
         raise ShrewError(f"{address} cannot be reached ({reason}). The browser's ONNX Runtime is fetched once and then "
                          "kept: connect this machine, or name a mirror with --registry.") from None  # fmt: skip
     if len(content) > LARGEST:
-        raise ShrewError(f"{address} is larger than {LARGEST:,} bytes, which the package is not; use another --registry.")
+        raise ShrewError(f"{address} is larger than {LARGEST:,} bytes, and no package of ours; use another --registry.")
     return content
 
 

@@ -13,7 +13,7 @@ def html() -> str:
 
 
 def policy(page: str) -> str:
-    """The Content-Security-Policy under which `page` works: its own inline blocks by their hashes, and its own server."""
+    """The Content-Security-Policy under which `page` works: its inline blocks by their hashes, and its own server."""
     hashes: dict[str, list[str]] = {"script": [], "style": []}
     for kind, content in INLINE.findall(page):
         digest = base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode()

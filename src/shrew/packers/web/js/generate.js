@@ -14,7 +14,7 @@ function beginning(text, stops) {
 }
 
 /**
- * Yields {text, count} and at the end {finish, usage}.
+ * Yields {text, count, token} and at the end {finish, usage}.
  * @param model Model; @param ids the prompt's tokens; @param settings temperature, top_k, top_p, seed, max_tokens, stop
  * @param stopped a function: whether to end now
  */
@@ -49,7 +49,7 @@ export async function* generate(model, tokenizer, ids, settings, stopped = () =>
     const last = count === most || stopped();
     if (ended || at.length || last) {
       if (!ended && last) held += stream.end();
-      yield { text: at.length ? held.slice(0, Math.min(...at)) : held, count };
+      yield { text: at.length ? held.slice(0, Math.min(...at)) : held, count, token };
       const finish = ended || at.length ? "stop" : stopped() ? "stopped" : "length";
       return yield { finish, usage: usage(count) };
     }

@@ -49,7 +49,8 @@ export class Model {
     const { session } = this;
     const given = session.tensor("int64", [1, tokens.length]).set(tokens);
     const asked = wanted ? this.last.set([tokens.length - 1]) : this.nothing.wanted;
-    const inputs = { tokens: given, start: this.start.set([this.seen.length]), wanted: asked };
+    const inputs = { tokens: given, wanted: asked };
+    if (this.manifest.takes_start) inputs.start = this.start.set([this.seen.length]);
     const outputs = { logits: wanted ? this.logits : this.nothing.logits };
     for (const { name, buffers } of this.states) {
       inputs[`past.${name}`] = buffers[0];
