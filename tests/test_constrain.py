@@ -181,7 +181,8 @@ def test_any_json_object(most: int) -> None:
 @pytest.mark.parametrize(
     "pattern",
     ["[a-z]+@[a-z]+[.](com|org)", "(a|aa|aaa)*b{30}", "((a*)*)*b", "(?:[01]?[0-9]|2[0-3]):[0-5][0-9]", ".*",
-     "é|你好", "a.*b.*[^c]", r"\d{3}-\w\x41?(?P<n>xyz){2,3}", "(yes|a very long way to say no)", "([a-z]{5}[0-9]{40}|[a-z]{6}x)"],
+     "é|你好", "a.*b.*[^c]", r"\d{3}-\w\x41?(?P<n>xyz){2,3}", "(yes|a very long way to say no)",
+     "([a-z]{5}[0-9]{40}|[a-z]{6}x)"],
 )  # fmt: skip
 def test_regular_expressions(pattern: str) -> None:
     among = grammars()

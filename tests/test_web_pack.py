@@ -321,7 +321,7 @@ def test_an_answer_ends_where_it_should_and_reads_in_pieces() -> None:
 
 STATES = """
 let made = 0;
-const session = {
+const graph = {
   tensor: (type, shape) => ({
     id: made++, shape, zero() { return this; }, set(values) { this.values = values; return this; },
     floats: () => [], free() {},
@@ -336,7 +336,7 @@ const kv = { name: "kv", kind: "cache", dtype: "float32", shape: [2, "capacity",
 const r = { name: "r", kind: "recurrent", dtype: "float32", shape: [3, 4] };
 const answers = [];
 for (const states of [[kv], [kv, r]]) {
-  const model = new js.Model(session, { takes_start: true, context: 1000, vocabulary: 9, chunk: 64, align: 0, states });
+  const model = new js.Model(graph, { takes_start: true, context: 1000, vocabulary: 9, chunk: 64, align: 0, states });
   model.reserve(10);
   const shapes = model.states.map(({ buffers }) => [buffers.length, buffers[0].shape]);
   runs.length = 0;

@@ -5,17 +5,17 @@ const STEP = 256; // caches grow by so many positions
 
 /** The state of one sequence. A cache is written in place; a recurrent state has two buffers that take turns. */
 export class Model {
-  constructor(session, manifest) {
-    this.session = session;
+  constructor(graph, manifest) {
+    this.graph = graph;
     this.manifest = manifest;
     this.capacity = 0;
     this.seen = []; // the tokens that the state has taken in
     this.states = [];
     this.rewindable = manifest.states.every((state) => state.kind === "cache");
-    this.start = session.tensor("int64", [1]);
-    this.logits = session.tensor("float32", [1, manifest.vocabulary]);
-    this.nothing = { wanted: session.tensor("int64", [0]), logits: session.tensor("float32", [0, manifest.vocabulary]) };
-    this.last = session.tensor("int64", [1]);
+    this.start = graph.tensor("int64", [1]);
+    this.logits = graph.tensor("float32", [1, manifest.vocabulary]);
+    this.nothing = { wanted: graph.tensor("int64", [0]), logits: graph.tensor("float32", [0, manifest.vocabulary]) };
+    this.last = graph.tensor("int64", [1]);
   }
 
   /** Room for `positions` tokens; what was cached is dropped when it has to grow. */
@@ -28,7 +28,7 @@ export class Model {
     this.capacity = Math.min(this.manifest.context, Math.ceil(positions / STEP) * STEP);
     this.states = this.manifest.states.map(({ name, kind, dtype, shape }) => {
       const sizes = [1, ...shape.map((size) => (size === "capacity" ? this.capacity : size))];
-      const buffers = Array.from({ length: kind === "cache" ? 1 : 2 }, () => this.session.tensor(dtype, sizes).zero());
+      const buffers = Array.from({ length: kind === "cache" ? 1 : 2 }, () => this.graph.tensor(dtype, sizes).zero());
       return { name, buffers };
     });
     this.seen = [];
@@ -46,8 +46,8 @@ export class Model {
 
   /** Take in `tokens` (as many as one call may hold); the logits after the last of them if `wanted`. */
   async call(tokens, wanted) {
-    const { session } = this;
-    const given = session.tensor("int64", [1, tokens.length]).set(tokens);
+    const { graph } = this;
+    const given = graph.tensor("int64", [1, tokens.length]).set(tokens);
     const asked = wanted ? this.last.set([tokens.length - 1]) : this.nothing.wanted;
     const inputs = { tokens: given, wanted: asked };
     if (this.manifest.takes_start) inputs.start = this.start.set([this.seen.length]);
@@ -57,7 +57,7 @@ export class Model {
       outputs[`next.${name}`] = buffers[buffers.length - 1];
     }
     try {
-      await session.run(inputs, outputs);
+      await graph.run(inputs, outputs);
     } finally {
       given.free();
     }

@@ -78,7 +78,7 @@ function text(wasm, string) {
 }
 
 /** A loaded graph. `run` takes and gives tensors made by `tensor`; names are looked up once. */
-export class Session {
+export class Graph {
   /**
    * @param factory the default export of onnxruntime-web's ort-wasm-simd-threaded.mjs
    * @param graph Uint8Array of model.onnx; @param weights {name: Uint8Array} its external data
@@ -108,7 +108,7 @@ export class Session {
     wasm._free(at);
     wasm._OrtReleaseSessionOptions(settings);
     if (!handle) throw new Error(lastError(wasm));
-    return new Session(wasm, handle);
+    return new Graph(wasm, handle);
   }
 
   constructor(wasm, handle) {

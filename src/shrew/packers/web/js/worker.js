@@ -2,7 +2,7 @@
 
 import { generate } from "./generate.js";
 import { Model } from "./model.js";
-import { Session, usefulThreads } from "./ort.js";
+import { Graph, usefulThreads } from "./ort.js";
 import { renderer } from "./template.js";
 import { Tokenizer } from "./tokenizer.js";
 
@@ -59,11 +59,11 @@ async function tidy(files) {
   for (const request of (await cache?.keys()) ?? []) if (!known.has(request.url)) await cache.delete(request);
 }
 
-async function session(parts) {
+async function opened(parts) {
   const { default: factory } = await import(new URL(`${RUNTIME}.mjs`, HERE));
   const size = Object.values(parts.weights).reduce((sum, bytes) => sum + bytes.length, 0);
   const threads = usefulThreads(size);
-  const begin = (count) => Session.create(factory, { ...parts, threads: count });
+  const begin = (count) => Graph.create(factory, { ...parts, threads: count });
   if (threads === 1) return begin(1);
   const late = new Promise((resolve) => setTimeout(resolve, PATIENCE));
   return (await Promise.race([begin(threads).catch(() => null), late])) ?? begin(1);
@@ -90,7 +90,7 @@ async function open() {
   render = renderer(chat, Template);
   stops = chat.stop;
   tokenizer = new Tokenizer(read("model/tokenizer.json"));
-  const made = await session({
+  const made = await opened({
     binary: parts[`${RUNTIME}.wasm`],
     graph: parts["model/model.onnx"],
     weights: Object.fromEntries(manifest.weights.map((name) => [name, parts[`model/${name}`]])),
