@@ -1,5 +1,6 @@
 """`shrew complete` and `shrew chat`: piped, in a terminal, stopped by Ctrl-C."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -221,3 +222,19 @@ def test_ctrl_c_ends_a_completion_with_what_it_has(endless: Path) -> None:
     assert done.wait(30) == 1
     assert json.loads(lines[-1])["finish"] == "cancelled" and json.loads(lines[0])["text"]
     done.stdout.close()
+
+
+def test_only_what_is_used_is_imported(pack: Path) -> None:
+    """Starting is most of what a short completion takes, so a plain one needs none of these."""
+    blocked = ["torch", "transformers", "jinja2", "llguidance", "rich", "starlette", "onnx"]
+    script = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nfrom shrew.__main__ import main\n"
+    script += f"sys.exit(main(['complete', {str(pack)!r}, 'the', '--max-tokens', '3']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+def test_a_missing_extra_is_named(pack: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ['llguidance>=1.7; extra == "grammar"'])
+    code, out, errors = run("complete", "the", "--regex", "a")
+    assert (code, out) == (2, "") and "pip install 'shrew[grammar]'" in errors

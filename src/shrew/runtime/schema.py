@@ -47,8 +47,8 @@ LONG, PIECES = 4000, 64  # bytes of an answer that is written out, and answers t
 
 @dataclass(frozen=True)
 class Bounded:
-    """A finite schema. In bytes: `least` for an answer, `jump` that one choice may add at most to what is left to
-    write, and `content` that a piece of text within a string or a number may add. `shortest`: answers as short as they get, of
+    """A finite schema. In bytes: `least` for an answer, `jump` that one choice may add to what is left at most, and
+    `content` that a piece of text within a string or a number may add. `shortest`: answers as short as they get, of
     the whole (first) and of its larger parts; not all of them need be right."""
 
     schema: dict[str, Any]
