@@ -6,8 +6,9 @@ Recall (after Arora et al. 2023, MQAR): length / 16 pairs of a key and a value, 
 another order; counted is the value named after each. Copy: tokens drawn at random, a mark, and the
 same tokens again; counted is each of them. The first layer is a short convolution for all, so that a value can be next
 to its key: without it attention needs ten times the steps to find that out, and what is asked here is what is kept. A
-mixer of two kinds, as linear+attention, is a layer of each. One model a probe and mixer learns rows of all lengths in
-turn, with the same draws, steps and rate as the others, and answers rows that it has not seen.
+mixer of two kinds, as linear+attention, is a layer of each. One model a probe, mixer and learning rate learns rows of
+all lengths in turn, with the same draws and steps as the others; of the rates, the same for all, the one counts whose
+model answers best on rows that are not counted.
 """
 
 import argparse
@@ -131,16 +132,23 @@ def binomial(right: int, asked: int, level: float = 0.95) -> tuple[float, float]
 
 
 def measure(name: str, mixers: str, args: argparse.Namespace, seed: int) -> list[Record]:
-    """Train one model on one probe; a record for each length."""
-    machine.set_seed(seed)
-    model = make(mixers, args.width, max(args.lengths))
-    seconds = learn(model, PROBES[name], args.lengths, args.steps, args.batch_tokens, args.rate, seed)
+    """Train a model on one probe at each rate; a record for each length from the best of them."""
+    tried: dict[float, tuple[float, float, ShrewForCausalLM]] = {}
+    for rate in args.rates:
+        machine.set_seed(seed)
+        model = make(mixers, args.width, max(args.lengths))
+        seconds = learn(model, PROBES[name], args.lengths, args.steps, args.batch_tokens, rate, seed)
+        pairs = [answers(model, PROBES[name], length, args.answers // 4, 2**20 + seed) for length in args.lengths]
+        tried[rate] = sum(right / asked for right, asked in pairs) / len(pairs), seconds, model
+    rate = max(tried, key=lambda rate: tried[rate][0])
+    _, seconds, model = tried[rate]
     found = []
     for length in args.lengths:
         right, asked = answers(model, PROBES[name], length, args.answers, seed)
         low, high = binomial(right, asked)
         detail: dict[str, Any] = {"length": length, "steps": args.steps, "batch_tokens": args.batch_tokens,
-                                  "rate": args.rate, "width": args.width, "training_cpu_seconds": seconds,
+                                  "rate": rate, "tried": {f"{one:g}": tried[one][0] for one in tried},
+                                  "width": args.width, "training_cpu_seconds": seconds,
                                   "interval": "binomial (Wilson), of this one trained model",
                                   "state_bytes": sum(layer.mixer.state_bytes(length) for layer in model.model.layers),
                                   "chance": 1 / (VALUES if name == "recall" else VOCABULARY - 1)}  # fmt: skip
@@ -174,9 +182,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("mixers", nargs="+", help=f"kinds, joined by + for a hybrid: {', '.join(MIXERS)}")
     parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES))
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-tokens", type=int, default=1024)
-    parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--answers", type=int, default=2000, help="at least so many answers a length")
     parser.add_argument("--seeds", type=int, default=1)
