@@ -81,12 +81,13 @@ def delta_rule(
         if owner is not None and before is not None:
             state = state * (owner[:, 0] == before)[:, None, None, None]
         return _step(q, k, v, beta, decay, state)
-    found, step = [], max(SPAN // chunk, 1) * chunk
-    for start in range(0, v.shape[1], step):
-        part = slice(start, start + step)
-        own = None if owner is None else owner[:, part]
-        log = None if decay is None else decay[:, part]
-        y, state = _span(q[:, part], k[:, part], v[:, part], beta[:, part], log, chunk, state, own, before)
+    step = max(SPAN // chunk, 1) * chunk
+    # by `split`: slices would each fill a gradient of the whole length, which is quadratic
+    count = -(-v.shape[1] // step)
+    parts: list[Any] = [[None] * count if x is None else x.split(step, 1) for x in (q, k, v, beta, decay, owner)]
+    found = []
+    for asked, keys, values, strength, log, own in zip(*parts, strict=True):
+        y, state = _span(asked, keys, values, strength, log, chunk, state, own, before)
         before = None if own is None else own[:, -1]
         found.append(y)
     return torch.cat(found, 1), state

@@ -127,9 +127,10 @@ class Memory(nn.Module):
                 carry = carry._replace(memory=None)
         kept: list[tuple[Tensor, Tensor | None]] = []
         done: list[Tensor] = []
-        for start, stop in self._stretches(place, total):
+        cuts = self._stretches(place, total)
+        for (start, stop), part in zip(cuts, x.split([stop - start for start, stop in cuts], 1), strict=True):
             last = stop == total and state is None
-            local, far, carry = self._stretch(x[:, start:stop], place, start, carry, last)
+            local, far, carry = self._stretch(part, place, start, carry, last)
             if self.spec.accumulate:
                 kept.append((local, far))
             else:
