@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -161,6 +162,7 @@ def layers(args: argparse.Namespace) -> bool:
     """Forward and backward of one layer against attention, and against transformers; every ratio is of one round."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    random.seed(0)
     facts, good = [], True
     peers = ["conv", "window", "delta", "mamba2", "moe"]
     for length in (512, 2048):
@@ -170,7 +172,9 @@ def layers(args: argparse.Namespace) -> bool:
         arms += [theirs(name) for name in peers]
         for arm in arms:
             arm.seconds(x)  # warms caches and the allocator
-        rounds = [{arm.name: arm.seconds(x) for arm in arms} for _ in range(args.rounds)]
+        # In another order every round: an arm finds the caches and the heap as the one before it left them.
+        orders = [random.sample(arms, len(arms)) for _ in range(args.rounds)]
+        rounds = [{arm.name: arm.seconds(x) for arm in order} for order in orders]
         for arm in arms:
             ratios = sorted(one[arm.name] / one["attention"] for one in rounds)
             ceiling = CEILINGS.get(arm.name, (math.inf, math.inf))[length > 512]

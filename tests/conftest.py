@@ -6,7 +6,7 @@ import random
 import socket
 import string
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -184,3 +184,36 @@ def start_server(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) 
             live.state.close()
 
     return started
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What moves said through `context`."""
+    return []
+
+
+@pytest.fixture
+def context(said: list[str], tmp_path: Path) -> Any:
+    """What moves are given: six texts of random tokens, 4 to 63, which every tiny model has, and no teacher."""
+    import numpy as np
+
+    from shrew.moves.context import Context
+
+    chance = np.random.default_rng(0)
+    texts = [chance.integers(4, 64, length) for length in (48, 48, 48, 48, 48, 33)]
+    return Context(texts, texts, None, 0, tmp_path / "cache", said.append)
+
+
+@pytest.fixture
+def apply(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs `shrew apply` in this process: exit code and what it said."""
+    from shrew.__main__ import main
+
+    def call(*arguments: Any) -> tuple[int, str]:
+        capsys.readouterr()
+        code = main(["apply", *map(str, arguments)])
+        heard = capsys.readouterr()
+        assert "Traceback" not in heard.err
+        return code, heard.out + heard.err
+
+    return call

@@ -1,7 +1,6 @@
 """`shrew apply`: one move by its flags, a list of them by a recipe, and the same bytes whichever way."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from shrew import folder, spec
-from shrew.__main__ import main
 from shrew.errors import SpecError
 from shrew.moves import MOVES, parse_moves, table
 
@@ -17,19 +15,6 @@ DROP = {"name": "drop-layers", "layers": [0]}
 NARROW = {"name": "narrow", "mlp": 0.5}
 QUANTIZE = {"name": "quantize", "bits": 4, "group": 32}
 DISTIL = {"name": "distil", "steps": 3, "rows": 2, "top_k": 8}
-
-
-@pytest.fixture
-def apply(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs `shrew apply` in this process: exit code and what it said."""
-    def call(*arguments: Any) -> tuple[int, str]:
-        capsys.readouterr()
-        code = main(["apply", *map(str, arguments)])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out + said.err
-
-    return call
 
 
 def recipe(path: Path, model: Path, *moves: dict[str, Any], **source: Any) -> Path:

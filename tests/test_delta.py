@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from sizes import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from shrew.blocks import delta
@@ -124,21 +124,10 @@ def test_flops_are_exact_with_the_triangular_systems(chunk: int) -> None:
     assert counter.get_total_flops() == 32 * block.flops(32)
 
 
-class _Largest(TorchDispatchMode):
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        done = func(*args, **(kwargs or {}))
-        for value in done if isinstance(done, tuple | list) else [done]:
-            if isinstance(value, Tensor):
-                self.size = max(self.size, value.numel())
-        return done
-
-
 @torch.no_grad()
 def test_a_long_text_needs_memory_for_its_channels_only() -> None:
     block, length = _block(heads=1, key_heads=1, key_width=16, chunk=64), 16384
-    with _Largest() as largest:
+    with Largest() as largest:
         block(torch.randn(1, length, 32), _place(1, length))
     assert largest.size <= (length + 3) * sum(block.sizes)  # 64 positions are compared with each other at a time
 

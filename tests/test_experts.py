@@ -1,10 +1,8 @@
 """Experts pruned, merged and made out of dense models, through `shrew apply` and against weights taken by hand."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,7 +10,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shrew import folder
-from shrew.__main__ import main
 from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec, build
@@ -51,25 +48,6 @@ def make(kind: str, tokenizer: Any = None) -> Loaded:
     config_class, settings = STOCK[kind]
     config = getattr(transformers, config_class)(**BASE, **settings)
     return Loaded(AutoModelForCausalLM.from_config(config).eval(), tokenizer, dtype=torch.float32)
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    chance = np.random.default_rng(0)
-    texts = [chance.integers(3, 300, length) for length in (40, 40, 33)]
-    return Context(texts, [], None, 0, tmp_path / "cache", lambda line: None)
-
-
-@pytest.fixture
-def apply(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def call(*arguments: Any) -> tuple[int, str]:
-        capsys.readouterr()
-        code = main(["apply", *map(str, arguments)])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out + said.err
-
-    return call
 
 
 def _stacks(model: Any) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from shrew import folder
-from shrew.__main__ import main
 from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.conv import ConvSpec
 from shrew.blocks.mlp import MlpSpec
@@ -33,25 +31,6 @@ from shrew.moves.quantize import Quantize
 IDS = torch.randint(3, 300, (2, 31), generator=torch.Generator().manual_seed(0))
 SHAPE: dict[str, Any] = {"width": 32, "vocabulary": 300, "context": 64}
 GROUPED = AttentionSpec(heads=4, kv_heads=2, qk_norm="head", bias=True)
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    chance = np.random.default_rng(0)
-    texts = [chance.integers(3, 300, length) for length in (40, 40, 33)]
-    return Context(texts, texts, None, 0, tmp_path / "cache", lambda line: None)
-
-
-@pytest.fixture
-def apply(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def call(*arguments: Any) -> tuple[int, str]:
-        capsys.readouterr()
-        code = main(["apply", *map(str, arguments)])
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out + said.err
-
-    return call
 
 
 def own(**settings: Any) -> Loaded:

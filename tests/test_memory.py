@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from sizes import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from shrew import spec
@@ -143,29 +143,14 @@ def test_accumulating_changes_memory_and_nothing_else(packed: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-class _Largest(TorchDispatchMode):
-    """Counts the elements of the largest tensor that an operation makes, apart from the layer's own output."""
-
-    def __init__(self, apart: int) -> None:
-        super().__init__()
-        self.apart, self.found = apart, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for item in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(item, Tensor) and item.numel() != self.apart and item._base is None:
-                self.found = max(self.found, item.numel())
-        return made
-
-
 @torch.no_grad()
 def test_a_stream_holds_a_stretch_and_an_accumulation_everything() -> None:
     def largest(length: int, accumulate: bool) -> int:
         block = _block(MemorySpec(heads=2, segment=4, accumulate=accumulate))
         x, place = _input(length, rows=1), _place(length, rows=1)
-        with _Largest(apart=x.numel()) as mode:
+        with Largest(apart=x.numel()) as mode:
             block(x, place)
-        return mode.found
+        return mode.size
 
     assert largest(1200, False) == largest(120, False) < 24 * 120
     assert largest(1200, True) >= 24 * 1200

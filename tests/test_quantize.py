@@ -2,30 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_folder import WORDS, ZOO, logits, make_model, make_tokenizer, plain
+from test_folder import ZOO, logits, make_model, make_tokenizer, plain
 
 from shrew import folder, spec
 from shrew.errors import SpecError, UnsupportedError
 from shrew.folder import Grid, Loaded
 from shrew.moves import grids
 from shrew.moves.quantize import Quantize, hessians, quantizable
-
-LINES: list[str] = []
-
-
-@pytest.fixture
-def context() -> Any:
-    LINES.clear()
-    draw = np.random.default_rng(0)
-    return SimpleNamespace(calibration=[draw.integers(4, WORDS, 48) for _ in range(6)], say=LINES.append)
 
 
 @pytest.fixture
@@ -263,7 +252,7 @@ def test_a_tied_name_may_be_either(fresh: Callable[[str], Loaded], context: Any)
 
 
 def test_experts_without_text_are_named(
-    fresh: Callable[[str], Loaded], context: Any, monkeypatch: pytest.MonkeyPatch
+    fresh: Callable[[str], Loaded], context: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = fresh("olmoe")
     statistics = hessians(loaded, context.calibration)
@@ -272,7 +261,7 @@ def test_experts_without_text_are_named(
             statistics[name][2] = 0
     monkeypatch.setattr("shrew.moves.quantize.hessians", lambda *_: statistics)
     Quantize(bits=4).apply(loaded, context)
-    assert any("no text reached experts 2," in line for line in LINES)
+    assert any("no text reached experts 2," in line for line in said)
 
 
 def test_routers_norms_and_labels_are_left_with_a_reason() -> None:

@@ -1,13 +1,12 @@
 """Every block quantized, packed, saved and loaded: our own type and the stock types of the hybrids."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
+from stocks import hybrids
 from test_folder import WORDS, logits, make_tokenizer, plain
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -42,36 +41,11 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "depth": {"mixers": {"A": AttentionSpec(heads=2)}, "loops": 2, "exits": ExitSpec(every=1),
               "mixture_of_depths": MixtureOfDepthsSpec(every=1, share=0.9)},
 }  # fmt: skip
-BASE = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 1,
-        "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}  # fmt: skip
-HALF = BASE | {"num_key_value_heads": 1, "intermediate_size": 48}
-MOE = {"num_experts": 3, "num_experts_per_tok": 2}
-HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lfm2": ("Lfm2Config", HALF | {"full_attn_idxs": [1], "block_auto_adjust_ff_dim": False}),
-    "mamba2": ("Mamba2Config", {key: value for key, value in BASE.items() if key != "num_attention_heads"}
-               | {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}),
-    "granitemoehybrid": (
-        "GraniteMoeHybridConfig",
-        HALF | {"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 4, "mamba_d_state": 8,
-                "mamba_n_groups": 2, "shared_intermediate_size": 48, "num_local_experts": 0, "num_experts_per_tok": 0}),
-    "qwen3_next": (
-        "Qwen3NextConfig",
-        HALF | MOE | {"head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-                      "linear_num_value_heads": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-                      "layer_types": ["linear_attention", "full_attention"]}),
-    "gemma3": ("Gemma3TextConfig", HALF | {"head_dim": 16, "sliding_window": 8,
-                                           "layer_types": ["sliding_attention", "full_attention"]}),
-    "olmoe": ("OlmoeConfig", HALF | MOE),
-}  # fmt: skip
+BASE = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 48, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3,
+        "initializer_range": 0.2}  # fmt: skip
+HYBRIDS = hybrids(BASE)
 KINDS = [*BLOCKS, *(f"stock {kind}" for kind in HYBRIDS)]
-LINES: list[str] = []
-
-
-@pytest.fixture
-def context() -> Any:
-    LINES.clear()
-    draw = np.random.default_rng(0)
-    return SimpleNamespace(calibration=[draw.integers(4, WORDS, 40) for _ in range(6)], say=LINES.append)
 
 
 def make(kind: str) -> Loaded:
@@ -111,10 +85,10 @@ def test_saved_and_loaded_gives_the_same_logits(kind: str, method: Any, context:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_left_alone_has_a_true_reason(kind: str, context: Any) -> None:
+def test_what_is_left_alone_has_a_true_reason(kind: str, context: Any, said: list[str]) -> None:
     loaded = make(kind)
     Quantize(bits=4, group=0, embeddings=True).apply(loaded, context)
-    assert [line for line in LINES if "no calibration text" in line] == []
+    assert [line for line in said if "no calibration text" in line] == []
     for name, reason in loaded.untouched.items():
         weight = loaded.model.get_parameter(name)
         last, owner = name.removesuffix(".weight").rpartition(".")[2], name.rpartition(".")[0]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from stocks import check_given_back, check_logits, check_said, check_text, shaken, tokens
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from shrew.blocks.attention import AttentionSpec
@@ -32,31 +32,17 @@ def _config(**more: Any) -> Gemma3TextConfig:
 
 
 def _theirs(config: Any) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for p in model.parameters():  # made in float32, so that 1 + weight is exact in float64
-        nn.init.normal_(p, std=0.3)
-    return model.double()
-
-
-def _tokens(length: int = 23) -> torch.Tensor:
-    return torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(0))
+    model = shaken(AutoModelForCausalLM.from_config(config), middle=0)  # they add 1 to it
+    return model.double()  # made in float32, so that 1 + weight is exact in float64
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [None, 20**-0.5])
 @pytest.mark.parametrize("pattern", ["LLG", "L", "G", "GL"])
 def test_ours_is_a_gemma(pattern: str, scale: float | None) -> None:
-    torch.manual_seed(0)
     mixers = {letter: replace(mixer, scale=scale) for letter, mixer in SPEC.mixers.items()}
-    ours = build(replace(SPEC, pattern=pattern, mixers=mixers)).eval()
-    for p in ours.parameters():
-        nn.init.normal_(p, std=0.3) if p.ndim > 1 else nn.init.uniform_(p, 0.5, 1.5)
-    ours = ours.double()
-    same = stock(ours)
-    assert same.config.model_type == "gemma3_text"
-    torch.testing.assert_close(same(_tokens()).logits, ours(_tokens()).logits, rtol=1e-6, atol=1e-5)
-    assert torch.equal(adopt(same)(_tokens()).logits, ours(_tokens()).logits)
+    ours = shaken(build(replace(SPEC, pattern=pattern, mixers=mixers))).double()
+    check_said(ours, "gemma3_text", tokens(23), rtol=1e-6, atol=1e-5)
 
 
 @torch.no_grad()
@@ -65,23 +51,17 @@ def test_ours_is_a_gemma(pattern: str, scale: float | None) -> None:
 def test_a_gemma_is_ours(more: dict[str, Any]) -> None:
     theirs = _theirs(_config(**more))
     ours = adopt(theirs)
-    torch.testing.assert_close(ours(_tokens()).logits, theirs(_tokens()).logits, rtol=1e-6, atol=1e-5)
-    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
-    mask = torch.ones_like(_tokens())
-    assert torch.equal(ours.generate(_tokens(), attention_mask=mask, **options),
-                       theirs.generate(_tokens(), attention_mask=mask, **options))  # fmt: skip
-    again = stock(ours).state_dict()
-    assert again.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(again[name], value) for name, value in theirs.state_dict().items())
+    check_logits(ours, theirs, tokens(23), rtol=1e-6, atol=1e-5)
+    check_text(ours, theirs, tokens(23), 9)
+    check_given_back(ours, theirs)
 
 
 @torch.no_grad()
 def test_the_scale_of_the_embeddings_is_rounded_as_theirs_is() -> None:
     theirs = _theirs(_config()).bfloat16()
     ours = adopt(theirs)
-    tokens = _tokens()
-    scaled = ours.model.embed_tokens(tokens) * torch.tensor(ours.spec.embedding_scale).bfloat16()
-    assert torch.equal(scaled, theirs.model.embed_tokens(tokens))
+    scaled = ours.model.embed_tokens(tokens()) * torch.tensor(ours.spec.embedding_scale).bfloat16()
+    assert torch.equal(scaled, theirs.model.embed_tokens(tokens()))
 
 
 @pytest.mark.parametrize("more", [

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from stocks import check_given_back, check_logits, check_said, check_text, shaken, tokens
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from shrew.blocks.attention import AttentionSpec
@@ -35,17 +35,6 @@ def _spec(**settings: Any) -> ModelSpec:
                         "mixers": {"L": SSM, "A": NOPE}, **settings})  # fmt: skip
 
 
-def _tokens(length: int = 21) -> Tensor:
-    return torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(0))
-
-
-def _shaken(model: Any) -> Any:
-    torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2) if p.ndim > 1 else nn.init.uniform_(p, 0.5, 1.5)
-    return model.eval()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     "settings",
@@ -57,25 +46,18 @@ def _shaken(model: Any) -> Any:
     ],
 )
 def test_ours_is_said_as_granite(settings: dict[str, Any]) -> None:
-    model = _shaken(build(_spec(**settings), bos_token_id=1, eos_token_id=2, pad_token_id=0))
-    same: Any = stock(model)
-    assert isinstance(same, GraniteMoeHybridForCausalLM)
-    torch.testing.assert_close(same(_tokens()).logits, model(_tokens()).logits, rtol=1e-4, atol=1e-4)
-    assert torch.equal(adopt(same)(_tokens()).logits, model(_tokens()).logits)
+    model = shaken(build(_spec(**settings), bos_token_id=1, eos_token_id=2, pad_token_id=0), std=0.2)
+    check_said(model, "granitemoehybrid", tokens(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [{}, MULTIPLIERS, ROTARY, {"mamba_proj_bias": True, "mamba_conv_bias": False}])
 def test_theirs_is_adopted(settings: dict[str, Any]) -> None:
-    theirs = _shaken(GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**TINY, **settings)))
+    theirs = shaken(GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**TINY, **settings)), std=0.2)
     ours = adopt(theirs)
-    torch.testing.assert_close(ours(_tokens()).logits, theirs(_tokens()).logits, rtol=1e-4, atol=1e-4)
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    mask = torch.ones_like(_tokens(6))
-    found, wanted = (m.generate(_tokens(6), attention_mask=mask, **options) for m in (ours, theirs))
-    assert found.tolist() == wanted.tolist()
-    back, weights = stock(ours).state_dict(), theirs.state_dict()
-    assert set(back) == set(weights) and all(torch.equal(back[name], weights[name]) for name in back)
+    check_logits(ours, theirs, tokens(), rtol=1e-4, atol=1e-4)
+    check_text(ours, theirs, tokens(6), 12)
+    check_given_back(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from stocks import check_given_back, check_logits, check_said, check_text, shaken, tokens
 from transformers import AutoModelForCausalLM, Lfm2Config
 
 from shrew.blocks.attention import AttentionSpec
@@ -29,26 +29,12 @@ def _config(**more: Any) -> Lfm2Config:
     })  # fmt: skip
 
 
-def _random(model: Any) -> Any:
-    torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    return model.eval().double()
-
-
-def _tokens(length: int = 23) -> torch.Tensor:
-    return torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(0))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("conv", [ConvSpec(), ConvSpec(kernel=4, bias=True)])
 @pytest.mark.parametrize("pattern", ["CCA", "ACCC"])
 def test_ours_is_an_lfm2(pattern: str, conv: ConvSpec) -> None:
-    ours = _random(build(replace(SPEC, pattern=pattern, mixers={**SPEC.mixers, "C": conv})))
-    same = stock(ours)
-    assert same.config.model_type == "lfm2"
-    torch.testing.assert_close(same(_tokens()).logits, ours(_tokens()).logits, rtol=1e-5, atol=1e-5)
-    assert torch.equal(adopt(same)(_tokens()).logits, ours(_tokens()).logits)
+    ours = shaken(build(replace(SPEC, pattern=pattern, mixers={**SPEC.mixers, "C": conv}))).double()
+    check_said(ours, "lfm2", tokens(23), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -59,18 +45,12 @@ def test_ours_is_an_lfm2(pattern: str, conv: ConvSpec) -> None:
                          "original_max_position_embeddings": 16}},
 ])  # fmt: skip
 def test_an_lfm2_is_ours(more: dict[str, Any]) -> None:
-    theirs = _random(AutoModelForCausalLM.from_config(_config(**more)))
+    theirs = shaken(AutoModelForCausalLM.from_config(_config(**more))).double()
     ours = adopt(theirs)
-    torch.testing.assert_close(ours(_tokens()).logits, theirs(_tokens()).logits, rtol=1e-5, atol=1e-5)
-    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
-    mask = torch.ones_like(_tokens())
-    assert torch.equal(ours.generate(_tokens(), attention_mask=mask, **options),
-                       theirs.generate(_tokens(), attention_mask=mask, **options))  # fmt: skip
-    if set(theirs.config.layer_types) == {"full_attention"}:
-        return  # which is a qwen3
-    again = stock(ours).state_dict()
-    assert again.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(again[name], value) for name, value in theirs.state_dict().items())
+    check_logits(ours, theirs, tokens(23), rtol=1e-5, atol=1e-5)
+    check_text(ours, theirs, tokens(23), 9)
+    if set(theirs.config.layer_types) != {"full_attention"}:  # which is a qwen3
+        check_given_back(ours, theirs)
 
 
 @pytest.mark.parametrize("more", [

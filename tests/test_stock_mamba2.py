@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from stocks import check_given_back, check_logits, check_said, check_text, shaken, tokens
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from shrew.blocks.linear import MAMBA2, LinearSpec
@@ -26,40 +26,21 @@ def _spec(mixer: LinearSpec, **settings: Any) -> ModelSpec:
                         "ffn": NothingSpec(), **settings})  # fmt: skip
 
 
-def _tokens(length: int = 21) -> Tensor:
-    return torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(0))
-
-
-def _shaken(model: Any) -> Any:
-    torch.manual_seed(0)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2) if p.ndim > 1 else nn.init.uniform_(p, 0.5, 1.5)
-    return model.eval()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("mixer", "tied"), [(ONE, True), (TWO, False)])
 def test_ours_is_said_as_mamba2(mixer: LinearSpec, tied: bool) -> None:
-    model = _shaken(build(_spec(mixer, tied=tied), bos_token_id=1, eos_token_id=2, pad_token_id=0))
-    same: Any = stock(model)
-    assert isinstance(same, Mamba2ForCausalLM)
-    torch.testing.assert_close(same(_tokens()).logits, model(_tokens()).logits, rtol=1e-4, atol=1e-4)
-    again = adopt(same)
-    assert again.spec == model.spec and torch.equal(again(_tokens()).logits, model(_tokens()).logits)
+    model = shaken(build(_spec(mixer, tied=tied), bos_token_id=1, eos_token_id=2, pad_token_id=0), std=0.2)
+    assert check_said(model, "mamba2", tokens(), rtol=1e-4, atol=1e-4).spec == model.spec
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("settings", [{}, {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True}])
 def test_theirs_is_adopted(settings: dict[str, Any]) -> None:
-    theirs = _shaken(Mamba2ForCausalLM(Mamba2Config(**TINY, **settings)))
+    theirs = shaken(Mamba2ForCausalLM(Mamba2Config(**TINY, **settings)), std=0.2)
     ours = adopt(theirs)
-    torch.testing.assert_close(ours(_tokens()).logits, theirs(_tokens()).logits, rtol=1e-4, atol=1e-4)
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    mask = torch.ones_like(_tokens(6))
-    found, wanted = (m.generate(_tokens(6), attention_mask=mask, **options) for m in (ours, theirs))
-    assert found.tolist() == wanted.tolist()
-    back, weights = stock(ours).state_dict(), theirs.state_dict()
-    assert list(back) == list(weights) and all(torch.equal(back[name], weights[name]) for name in back)
+    check_logits(ours, theirs, tokens(), rtol=1e-4, atol=1e-4)
+    check_text(ours, theirs, tokens(6), 12)
+    check_given_back(ours, theirs)
 
 
 @pytest.mark.parametrize("settings", [{"hidden_act": "gelu"}, {"time_step_limit": (0.01, 0.1)}])

@@ -4,8 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
+from stocks import check_given_back, check_logits, check_said, check_text, shaken, tokens
 from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from shrew.blocks.attention import AttentionSpec
@@ -34,20 +33,11 @@ CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(**BASE, num_experts=4, moe_intermediate_size=16, head_dim=16, mlp_only_layers=[0, 2]),
     "mixtral": MixtralConfig(**BASE, num_local_experts=4, tie_word_embeddings=True),
 }
-TOKENS = torch.randint(3, 97, (2, 21), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("kind", SPECS)
 def test_ours_as_theirs(kind: str) -> None:
-    torch.manual_seed(0)
-    model = build(SPECS[kind]).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3) if p.ndim > 1 else nn.init.uniform_(p, 0.5, 1.5)
-    same = stock(model)
-    assert same.config.model_type == kind
-    torch.testing.assert_close(same(TOKENS).logits, model(TOKENS).logits, atol=1e-5, rtol=1e-5)
-    again = adopt(same)
-    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    again = check_said(shaken(build(SPECS[kind])), kind, tokens(), atol=1e-5, rtol=1e-5)
     found, wanted = again.spec.ffn, SPECS[kind].ffn
     assert (found.experts, found.top_k, found.every, found.normalise, found.balance_weight) == (
         wanted.experts, wanted.top_k, wanted.every, wanted.normalise, wanted.balance_weight)  # fmt: skip
@@ -55,21 +45,11 @@ def test_ours_as_theirs(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_theirs_as_ours(kind: str) -> None:
-    torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
-    for name, p in theirs.named_parameters():
-        if "norm" in name:
-            nn.init.uniform_(p, 0.5, 1.5)
+    theirs = shaken(AutoModelForCausalLM.from_config(CONFIGS[kind]))
     ours = adopt(theirs)
-    torch.testing.assert_close(ours(TOKENS).logits, theirs(TOKENS).logits, atol=1e-5, rtol=1e-5)
-    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    mask = torch.ones_like(TOKENS)
-    wanted = theirs.generate(TOKENS, attention_mask=mask, **options)
-    assert torch.equal(ours.generate(TOKENS, attention_mask=mask, **options), wanted)
-    back, weights = stock(ours), theirs.state_dict()
-    assert back.config.model_type == kind
-    assert back.state_dict().keys() == weights.keys()
-    assert all(torch.equal(value, weights[name]) for name, value in back.state_dict().items())
+    check_logits(ours, theirs, tokens(), atol=1e-5, rtol=1e-5)
+    check_text(ours, theirs, tokens(), 12)
+    check_given_back(ours, theirs)
 
 
 @pytest.mark.parametrize(

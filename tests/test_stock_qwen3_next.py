@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from stocks import check_given_back, check_logits, check_text, shaken, tokens
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 from transformers.models.qwen3_next import modeling_qwen3_next
 
@@ -37,12 +37,14 @@ def _config(**more: Any) -> Qwen3NextConfig:
     })  # fmt: skip
 
 
+def _eager(model: Any) -> Any:
+    model.set_experts_implementation("eager")  # the default takes no float64
+    return model
+
+
 def _theirs(config: Any) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for p in model.parameters():  # made in float32, so that 1 + weight is exact in float64
-        nn.init.normal_(p, std=0.3)
-    return model.double()
+    model = shaken(AutoModelForCausalLM.from_config(config), middle=0)  # they add 1 to it
+    return _eager(model).double()  # made in float32, so that 1 + weight is exact in float64
 
 
 class _Wide:
@@ -61,30 +63,16 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
-def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    if model.config.model_type == "qwen3_next":
-        model.set_experts_implementation("eager")  # the default takes no float64
-    return model(tokens).logits
-
-
-def _tokens(length: int = 70) -> torch.Tensor:  # more than one chunk
-    return torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(0))
-
-
 @torch.no_grad()
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("ffn", [MlpSpec(), SPEC.ffn, replace(SPEC.ffn, every=2, normalise=False)],
                          ids=["dense", "experts", "half"])  # fmt: skip
 def test_ours_is_a_qwen3_next(ffn: Any) -> None:
-    torch.manual_seed(0)
-    ours = build(replace(SPEC, ffn=ffn)).eval()
-    for p in ours.parameters():
-        nn.init.normal_(p, std=0.3) if p.ndim > 1 else nn.init.uniform_(p, 0.5, 1.5)
-    ours = ours.double()
-    same = stock(ours)
+    ours = shaken(build(replace(SPEC, ffn=ffn))).double()
+    same = _eager(stock(ours))
     assert same.config.model_type == "qwen3_next"
-    torch.testing.assert_close(_logits(same, _tokens()), _logits(ours, _tokens()), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(adopt(same)(_tokens()).logits, ours(_tokens()).logits)
+    check_logits(same, ours, tokens(70), rtol=1e-6, atol=1e-6)  # 70: more than one chunk
+    torch.testing.assert_close(adopt(same)(tokens(70)).logits, ours(tokens(70)).logits)
 
 
 @torch.no_grad()
@@ -98,15 +86,9 @@ def test_ours_is_a_qwen3_next(ffn: Any) -> None:
 def test_a_qwen3_next_is_ours(more: dict[str, Any]) -> None:
     theirs = _theirs(_config(**more))
     ours = adopt(theirs)
-    torch.testing.assert_close(_logits(ours, _tokens()), _logits(theirs, _tokens()), rtol=1e-6, atol=5e-5)
-    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
-    prompt = _tokens(11)
-    mask = torch.ones_like(prompt)
-    assert torch.equal(ours.generate(prompt, attention_mask=mask, **options),
-                       theirs.generate(prompt, attention_mask=mask, **options))  # fmt: skip
-    again = stock(ours).state_dict()
-    assert again.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(again[name], value) for name, value in theirs.state_dict().items())
+    check_logits(ours, theirs, tokens(70), rtol=1e-6, atol=5e-5)
+    check_text(ours, theirs, tokens(11), 9)
+    check_given_back(ours, theirs)
 
 
 def test_the_gradients_of_a_layer_are_theirs() -> None:

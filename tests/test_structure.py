@@ -70,13 +70,6 @@ def make(kind: str, **changes: Any) -> Loaded:
     return Loaded(model.eval(), None)
 
 
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    chance = np.random.default_rng(0)
-    texts = [chance.integers(3, 64, length) for length in (24, 24, 17)]
-    return Context(texts, [], None, 0, tmp_path / "cache", lambda line: None)
-
-
 def reload(loaded: Loaded, folder: Path) -> Any:
     loaded.model.save_pretrained(folder)
     auto = AutoModelForSequenceClassification if loaded.is_classifier else AutoModelForCausalLM

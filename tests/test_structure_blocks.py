@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
+from stocks import hybrids
 from test_structure import answers, check_folder, kill_channels
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -43,28 +43,10 @@ OWN: dict[str, dict[str, Any]] = {
     "every": {"pattern": "CA", "layers": 5, "mixers": {"A": A, "C": C},
               "ffn": MoeSpec(experts=3, hidden=16, shared=16, every=2)},
 }  # fmt: skip
-BASE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "pad_token_id": 0,
-        "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2, "max_position_embeddings": 64}  # fmt: skip
-HALF = BASE | {"num_key_value_heads": 1, "intermediate_size": 64}
-MOE = {"num_experts": 3, "num_experts_per_tok": 2}
-HYBRID = ["linear_attention", "full_attention", "linear_attention"]
-STOCK: dict[str, tuple[str, dict[str, Any]]] = {
-    "lfm2": ("Lfm2Config", HALF | {"full_attn_idxs": [1], "block_auto_adjust_ff_dim": False}),
-    "mamba2": ("Mamba2Config", {key: value for key, value in BASE.items() if key != "num_attention_heads"}
-               | {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}),
-    "granitemoehybrid": (
-        "GraniteMoeHybridConfig",
-        HALF | {"layer_types": HYBRID, "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_n_groups": 2,
-                "shared_intermediate_size": 48, "num_local_experts": 0, "num_experts_per_tok": 0}),
-    "qwen3_next": (
-        "Qwen3NextConfig",
-        HALF | MOE | {"head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
-                      "linear_num_value_heads": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-                      "layer_types": HYBRID}),
-    "gemma3": ("Gemma3TextConfig", HALF | {"head_dim": 16, "sliding_window": 8, "layer_types": [
-        "sliding_attention", "full_attention", "sliding_attention"]}),
-    "olmoe": ("OlmoeConfig", HALF | MOE),
-}  # fmt: skip
+BASE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+        "max_position_embeddings": 64}  # fmt: skip
+STOCK = hybrids(BASE)
 KINDS = [*OWN, *(f"stock {kind}" for kind in STOCK)]
 
 
@@ -90,13 +72,6 @@ def _random(model: Any) -> Loaded:
         elif weight.ndim > 1:
             nn.init.normal_(weight, std=0.2)
     return Loaded(model.eval(), None)
-
-
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
-    chance = np.random.default_rng(0)
-    return Context([chance.integers(3, 64, length) for length in (24, 24, 17)], [], None, 0, tmp_path / "cache",
-                   lambda line: None)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

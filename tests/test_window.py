@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from sizes import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from shrew.blocks.layers import Place, Shape
 from shrew.blocks.window import Window, WindowSpec, naive_window
@@ -63,19 +63,6 @@ def test_chunks_with_a_state_are_the_whole_pass(window: int, options: dict[str, 
         torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements that any tensor made has."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for part in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(part, Tensor):
-                self.size = max(self.size, part.untyped_storage().nbytes() // part.element_size())
-        return made
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, CAPPED], ids=["plain", "capped"])
 def test_nothing_grows_with_the_square_of_the_length(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +71,7 @@ def test_nothing_grows_with_the_square_of_the_length(options: dict[str, Any], mo
     sizes = []
     for length in (512, 1024):
         x, positions = torch.randn(1, length, 16), torch.arange(length)[None]
-        with _Largest() as largest:
+        with Largest() as largest:
             block(x, Place(positions, positions))
         sizes.append(largest.size)
     assert sizes[1] <= 2.1 * sizes[0]
