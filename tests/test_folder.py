@@ -452,6 +452,21 @@ def test_a_name_that_is_nothing_gets_a_sentence(name: str, tmp_path: Path, monke
 def test_a_file_is_no_folder(broken: Path) -> None:
     with pytest.raises(FolderError, match="is a file"):
         folder.load(broken / "config.json")
+    file = broken / "model.gguf"
+    file.touch()
+    with pytest.raises(FolderError, match=r"model\.gguf --to folder. makes"):
+        folder.load(file)
+
+
+def test_a_packed_folder_is_no_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "pack.json").touch()
+    with pytest.raises(FolderError, match="is packed already"):
+        folder.load(tmp_path)
+
+
+def test_weights_can_be_read_by_all(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    folder.save(folder.load(tiny_llama_folder), tmp_path / "saved")
+    assert {item.stat().st_mode & 0o777 for item in (tmp_path / "saved").iterdir()} == {0o644}
 
 
 PACKED_LIES: dict[str, Callable[[dict[str, Any]], Any]] = {

@@ -407,6 +407,21 @@ def test_bad_flags(tiny_llama_folder: Path, tmp_path: Path, flags: list[str], sa
     assert said in capfd.readouterr().err and not (tmp_path / "packed").exists()
 
 
+@pytest.mark.parametrize(
+    ("to", "model", "out"),
+    [
+        ("onnx", "a model", "MODEL-onnx"),
+        ("gguf", "a model", "MODEL.gguf"),
+        ("folder", "a GGUF", "MODEL-folder"),
+        ("web", "a packed", "MODEL-web"),
+    ],
+)
+def test_help_is_that_of_the_form(to: str, model: str, out: str, capsys: Any) -> None:
+    assert main(["pack", "--to", to, "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert model in said and f"(default {out}, here)" in said and "(default )" not in said
+
+
 def test_types_that_our_blocks_cannot_say() -> None:
     config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=32)
     with pytest.raises(UnsupportedError, match=r"gpt2: .* known: llama, qwen3"):

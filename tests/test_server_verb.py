@@ -137,7 +137,7 @@ def test_answers_take_the_form_that_is_asked(pack: Path) -> None:
     [
         (["nowhere"], "nowhere is not a folder"),
         (["{pack}", "{pack}"], "Two of the models are called"),
-        (["{pack}", "--port", "{taken}"], "Cannot listen at 127.0.0.1 port {taken}: Address already in use"),
+        (["{pack}", "--port", "{taken}"], "Cannot listen at 127.0.0.1 port {taken}: Address already in use; "),
         (["{pack}", "--host", "no such host"], "Cannot listen at no such host"),
         (["{pack}", "--max-body", "5 lines"], "'5 lines' is no size"),
         (["{pack}", "--max-body", "1B"], "--max-body 1B is out of range"),

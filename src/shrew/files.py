@@ -82,6 +82,7 @@ def new_folder(path: Path, mark: str, same: bool = False) -> Iterator[Path]:
         yield temporary
         for item in temporary.rglob("*"):
             if item.is_file():
+                item.chmod(0o644)  # safetensors writes for its owner alone
                 with item.open("rb") as stream:
                     os.fsync(stream.fileno())
             else:

@@ -156,7 +156,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: Any) -> None:
             continue
         flag = "--" + item.name.replace("_", "-")
         text = item.metadata.get("doc", "")
-        if item.default not in (MISSING, None):
+        if item.default not in (MISSING, None, ""):
             text += f" (default {item.default})"
         text = text.replace("%", "%%")
         if base is bool:

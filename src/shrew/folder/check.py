@@ -74,7 +74,10 @@ def fetch(name: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise FolderError(f"{path} is a file; give the model folder that holds config.json.")
+        hint = "give the model folder that holds config.json"
+        if path.suffix == ".gguf":
+            hint = f"`shrew pack {path} --to folder` makes a model folder of it"
+        raise FolderError(f"{path} is a file; {hint}.")
     if not HUB_NAME.fullmatch(text):
         raise FolderError(f"There is no model folder at {path}; check the path.")
     try:
@@ -96,6 +99,8 @@ def describe(path: Path, trust_remote_code: bool) -> tuple[dict[str, Entry], Sta
         raise FolderError(f"There is no model folder at {path}; check the path.")
     if (path / "adapter_config.json").exists():
         raise FolderError(f"{path} holds an adapter, not a whole model; merge it into its base model first.")
+    if (path / "pack.json").exists() and not (path / "config.json").exists():
+        raise FolderError(f"{path} is packed already; give the model folder that it was made from.")
     config = read_json(path / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise FolderError(f"{path / 'config.json'} names no model_type, so nothing can tell what model this is.")

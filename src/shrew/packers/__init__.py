@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     args = _parser(to, packer.Options).parse_args(argv)
     if not args.out and args.model in (".", ".."):
         raise UsageError("give --out: the folder to write.")
-    out = args.out or Path(f"{Path(args.model).name}{'.gguf' if to == 'gguf' else f'-{to}'}")
+    out = args.out or Path(Path(args.model).name.removesuffix(".gguf") + _ending(to))
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -52,14 +52,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _ending(to: str) -> str:
+    return ".gguf" if to == "gguf" else f"-{to}"
+
+
 def _parser(to: str, options: Any) -> argparse.ArgumentParser:
     forms = "".join(f"\n  {name}: {line}" for name, (_, line) in PACKERS.items())
     parser = argparse.ArgumentParser(
-        "shrew pack", description=f"Write a model in the form that another program runs.\n\nforms:{forms}",
+        "shrew pack", description=f"Write a model in the form that another program runs.\n\nforms:{forms}\n\n"
+        f"The flags below are those of --to {to}; another form's: shrew pack --to FORM --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", help="a model folder, a hub name, or 'starter'")
+    parser.add_argument("model", metavar="MODEL", help={
+        "folder": "a GGUF file", "web": "a model folder, a packed one, a hub name, or 'starter'",
+    }.get(to, "a model folder, a hub name, or 'starter'"))  # fmt: skip
     parser.add_argument("--to", default=to, choices=[*PACKERS], help="the form (default onnx)")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="what to write (default MODEL-FORM, here)")
+    parser.add_argument("--out", type=Path, metavar="PATH", help=f"what to write (default MODEL{_ending(to)}, here)")
     parser.add_argument("--json", action="store_true", help="print what was made as JSON")
     spec.add_flags(parser, options)
     return parser

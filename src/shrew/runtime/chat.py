@@ -5,13 +5,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shrew import files, spec
 from shrew.errors import ShrewError, UsageError
 from shrew.runtime import template
-from shrew.runtime.complete import Sampling, Screen, add_common, encode, pieces
+from shrew.runtime.complete import Sampling, Screen, add_common, encode, pieces, usage
 from shrew.runtime.engine import Engine
 from shrew.runtime.pack import load
 from shrew.runtime.request import Piece
@@ -118,8 +118,8 @@ def _piped(talk: Conversation, as_json: bool) -> int:
             screen.write("\n")
             continue
         last = talk.answer(text, lambda piece: None, forgot)
-        usage = asdict(last.usage) if last.usage else None
-        print(json.dumps({**talk.messages[-1], "finish": last.finish, "usage": usage}, ensure_ascii=False), flush=True)
+        said = {**talk.messages[-1], "finish": last.finish, "usage": usage(last)}
+        print(json.dumps(said, ensure_ascii=False), flush=True)
     return 0
 
 

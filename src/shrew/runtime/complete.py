@@ -213,8 +213,13 @@ def _plain(piece: Piece, with_tokens: bool) -> dict[str, Any]:
     if with_tokens:
         found["tokens"] = [asdict(token) for token in piece.tokens]
     if piece.finish is not None:
-        found |= {"finish": piece.finish, "usage": asdict(piece.usage) if piece.usage else None}
+        found |= {"finish": piece.finish, "usage": usage(piece)}
     return found
+
+
+def usage(piece: Piece) -> dict[str, Any] | None:
+    """What an answer cost, as JSON."""
+    return asdict(piece.usage) | {"cpu_seconds": round(piece.usage.cpu_seconds, 6)} if piece.usage else None
 
 
 def _line(engine: Engine, token: Token) -> str:

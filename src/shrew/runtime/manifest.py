@@ -80,7 +80,9 @@ def read(folder: Path, verify: bool = True) -> Manifest:
     """
     path = folder / NAME
     if not folder.is_dir():
-        raise FolderError(f"{folder} is not a folder; give a packed one, as `shrew pack MODEL --to onnx` writes it.")
+        hint = f"`shrew pack {folder} --to folder` makes a model folder of it" if folder.suffix == ".gguf" else (
+            "give one that `shrew pack` wrote, or a model folder")  # fmt: skip
+        raise FolderError(f"{folder} is not a folder; {hint}.")
     if not path.is_file():
         raise FolderError(f"{folder} has no {NAME}: it is not packed; run `shrew pack {folder} --to onnx` first.")
     if path.stat().st_size > LARGEST_MANIFEST:

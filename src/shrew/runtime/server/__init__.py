@@ -11,7 +11,7 @@ from typing import Any
 
 from shrew import spec
 from shrew.errors import UsageError
-from shrew.runtime import Engine, load
+from shrew.runtime import Engine, load, manifest
 from shrew.runtime.server import wire
 from shrew.runtime.server.app import application
 from shrew.runtime.server.state import Options, Served, State, check
@@ -22,7 +22,7 @@ __all__ = ["Options", "Served", "State", "application", "main"]
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="shrew serve", description="Serve packed models over HTTP, as OpenAI does.")
     parser.add_argument("packs", nargs="+", metavar="PACK", type=Path,
-                        help="packed folders, as `shrew pack` writes them")  # fmt: skip
+                        help="packed folders; a model folder or 'starter' is packed first")  # fmt: skip
     spec.add_flags(parser, Options)
     args = parser.parse_args(argv)
     options = spec.from_flags(Options, args)
@@ -45,7 +45,7 @@ def serve(packs: Sequence[Path], options: Options) -> None:
             if model.manifest.kind != "causal":
                 raise UsageError(f"{pack} is a classifier, which writes no text; give a model that does.")
             if name in models:
-                raise UsageError(f"Two of the models are called '{name}'; pack one of them under another name.")
+                raise UsageError(f"Two of the models are called '{name}'; change the name in {manifest.NAME} of one.")
             # The queue that counts is the gate's; this one also holds, for a moment, those that were cancelled
             queue = 4 * options.slots + options.queue
             engine = stack.enter_context(Engine(model, slots=options.slots, draft=draft, queue=queue))

@@ -117,7 +117,7 @@ def listen(options: Options) -> socket.socket:
     try:
         return socket.create_server((options.host, options.port), family=family, backlog=512)
     except (OSError, UnicodeError) as error:
-        words = getattr(error, "strerror", None) or error
+        words = str(getattr(error, "strerror", None) or error).partition(" (while")[0]  # the address is said already
         raise UsageError(f"Cannot listen at {options.host} port {options.port}: {words}; choose another --port or "
                          "--host (--port 0 takes a free one).") from None  # fmt: skip
 
