@@ -100,6 +100,10 @@ def test_a_folder_that_is_no_pack(tmp_path: Path, capfd: Any) -> None:
         assert "is not a folder" in capfd.readouterr().err
         assert main([verb, "model.gguf", *["x"] * (verb == "complete")]) == 2
         assert "`shrew pack model.gguf --to folder` makes a model folder" in capfd.readouterr().err
+        assert main([verb, str(tmp_path / "missing"), *["x " * 300] * (verb == "complete")]) == 2
+        assert "is not a folder" in capfd.readouterr().err
+    assert main(["chat", "--system", "be kind " * 100, str(tmp_path / "missing")]) == 2
+    assert "is not a folder" in capfd.readouterr().err
 
 
 def test_a_prompt_named_like_a_model_stays_a_prompt(pack: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

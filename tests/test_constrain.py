@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from shrew.errors import RequestError
+from shrew.runtime import schema as schemas
 from shrew.runtime import tools
 from shrew.runtime.constrain import ConstraintError, Grammars
 
@@ -311,6 +313,16 @@ REFUSED = {
     "empty enum": ({"enum": []}, "without values"),
     "empty union": ({"anyOf": []}, "no list of schemas"),
     "required": ({"type": "object", "required": "a"}, "no list of names"),
+    "prefix items": ({"type": "array", "prefixItems": 5}, "no list of schemas"),
+    "of another type": ({"type": "string", "properties": 5}, "no object of schemas"),
+    "beside an enum": ({"enum": [1], "anyOf": 5}, "no list of schemas"),
+    "within an enum": ({"enum": [1], "items": {"type": []}}, "no name of a type"),
+    "no types": ({"type": []}, "no name of a type"),
+    "no number in a part": ({"allOf": [{"items": {"minimum": "a"}}]}, "no number"),
+    "refers to a table": ({"type": "object", "properties": {"a": {"$ref": "#/properties"}}, "required": ["a"]},
+                          "no schema"),
+    "superscript": ({"anyOf": [{"$ref": "#/anyOf/\u00b2"}]}, "which is not in it"),
+    "long pattern": ({"type": "string", "pattern": "a" * 20_000}, "more than 10,000"),
     "impossible": ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "no finite answer"),
 }  # fmt: skip
 
@@ -332,6 +344,27 @@ def test_schemas_that_are_refused(case: str) -> None:
 def test_expressions_that_are_refused(pattern: str, words: str) -> None:
     with pytest.raises(ConstraintError, match=words):
         grammars().regex(pattern, 1000)
+
+
+@pytest.mark.parametrize(
+    "expression", ["[" * 60_000, "[[:a" * 15_000, "(" * 8000 + "a{4000}" * 5000 + ")a" * 8000, "[\\]" * 20_000]
+)  # fmt: skip
+def test_no_expression_takes_long_to_read(expression: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(ConstraintError):
+        grammars().lark(f"start: /{expression}/", 1000)
+    assert time.process_time() - begun < 5
+
+
+def test_patterns_are_read_once() -> None:
+    """Though the cost of each part is found again for every link of a chain."""
+    links = {f"d{at}": {"$ref": f"#/$defs/d{at + 1}"} for at in range(90)}
+    patterns = {f"p{at}": {"type": "string", "pattern": f"a{at}" * 2000} for at in range(10)}
+    begun = time.process_time()
+    with pytest.raises(ConstraintError):
+        schemas.bound({"$defs": {**links, "d90": {"const": 1}, **patterns}, "$ref": "#/$defs/missing"}, lambda _: None)
+    schemas.bound({"$defs": {**links, "d90": {"const": 1}, **patterns}, "$ref": "#/$defs/d0"}, lambda _: None)
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize(

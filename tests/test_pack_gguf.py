@@ -4,6 +4,7 @@ import json
 import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from shrew.folder.packed import Grid, to_rows
 from shrew.moves import grids
 from shrew.moves.quantize import quantizable
 from shrew.packers.gguf import Options, back, blocks, tokens, write
+from shrew.packers.gguf.architectures import for_config
+from shrew.packers.gguf.common import Values
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import gguf_models
@@ -485,6 +488,21 @@ def test_a_hostile_file_takes_no_memory(sound: bytes, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "bad.gguf")], capture_output=True, text=True,
                           check=False)  # fmt: skip
     assert "FolderError" in done.stderr and "do not belong together" in done.stderr
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_layers_are_counted_before_anything_is_made_for_them(kind: str) -> None:
+    config = tiny(kind).config
+    architecture = for_config(config)
+    values = architecture.values(config) | {"block_count": 3_000_000, "tied": False}
+    values = {key: value for key, value in values.items() if not isinstance(value, list)}
+    tracemalloc.start()
+    try:
+        with pytest.raises(FolderError, match="asks for 3000000 layers"):
+            architecture.config(Values("x.gguf", values | {"attention.head_count_kv": 1}, {}))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

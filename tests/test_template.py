@@ -287,6 +287,12 @@ HOSTILE = {
     "namespace dunder": "{% set n = namespace() %}{% set n.__class__ = 1 %}",
     "environment": "{{ self._TemplateReference__context.environment }}",
     "append": "{{ messages.append(1) }}",
+    "bytes of a number": "{{ (1).to_bytes(2**30, 'big') | length }}",
+    "bytes of a text": "{{ 'x'.encode().ljust(2**30) | length }}",
+    "bytes multiplied": "{{ ('x' * 99999).encode() * 9999 | length }}",
+    "round": "{{ 1 | round(9999999, 'floor') }}",
+    "sum of lists": "{{ ([[''] * 4000] * 1000) | sum(start=[]) | length }}",
+    "sum of a generator": "{{ ([[''] * 4000] * 1000) | map('list') | sum(start=[]) | length }}",
     "include": "{% include 'x' %}",
     "import": "{% import 'os' as os %}{{ os }}",
 }

@@ -23,7 +23,7 @@ from shrew.runtime.tools import demanded
 
 __all__ = ["ConstraintError", "Grammars"]
 
-PATTERN_BYTES, GRAMMAR_BYTES = 10_000, 100_000
+GRAMMAR_BYTES = 100_000
 LARGEST = 100_000  # bytes that one choice may demand
 KEPT = 64  # compiled grammars of a model
 LOOKED_AT = 256  # tokens that are tried one by one in a step
@@ -84,8 +84,8 @@ class Grammars:
 
     def regex(self, pattern: str, max_tokens: int) -> Constraint:
         """A text that matches the whole expression (Rust's syntax: no look-around, no back-references)."""
-        if len(pattern) > PATTERN_BYTES:
-            raise ConstraintError(f"the regular expression is longer than {PATTERN_BYTES:,} characters.")
+        if len(pattern) > schema.PATTERN:
+            raise ConstraintError(f"the regular expression is longer than {schema.PATTERN:,} characters.")
 
         def make() -> _Compiled:
             short, cost = expression.read(pattern)

@@ -26,7 +26,7 @@ class _Group:
     total: int = 0
 
     def text(self) -> str:
-        now = "".join(self.atoms)
+        now = "".join(self.atoms)[: LONGEST + 1]  # more is no use, and groups in groups would copy it again and again
         return now if self.best is None or len(now) < len(self.best) else self.best
 
     def add(self, text: str, cost: int) -> None:
@@ -50,6 +50,7 @@ def read(pattern: str) -> tuple[str | None, int]:
     """A short text that matches, None if it is long (not to be relied on: look-around and the like are passed over);
     and the bytes that are left to write at most, anywhere in it: all alternatives once, what is repeated at least."""
     stack, at = [_Group()], 0
+    closes = True  # where one class has no end, none behind it has; looking again each time takes minutes
     while at < len(pattern):
         group, character = stack[-1], pattern[at]
         if character == "(":
@@ -74,7 +75,9 @@ def read(pattern: str) -> tuple[str | None, int]:
             at = found.end()
             at += pattern[at : at + 1] == "?"  # lazy or not is the same
         else:
-            text, at = _atom(pattern, at)
+            found = CLASS.match(pattern, at) if closes else None
+            closes = closes and (character != "[" or found is not None)
+            text, at = (_of_class(found[0]), found.end()) if found else _atom(pattern, at)
             group.add(text, max(2, len(text.encode("utf-8", "replace"))))
     while len(stack) > 1:
         done = stack.pop()
@@ -87,8 +90,6 @@ def _atom(pattern: str, at: int) -> tuple[str, int]:
     """A character that matches the atom at `at`, and where it ends."""
     if pattern[at] == ".":
         return "a", at + 1
-    if found := CLASS.match(pattern, at):
-        return _of_class(found[0]), found.end()
     if found := ESCAPE.match(pattern, at):
         if code := found[1] or found[2] or found[3]:
             return chr(min(int(code, 16), 0x10FFFF)), found.end()

@@ -32,6 +32,8 @@ MULTIPLYING = frozenset(
     ["batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "slice",
      "tojson", "translate", "truncate", "urlize", "wordwrap", "xmlattr", "zfill"]
 )  # fmt: skip
+BYTES = frozenset(["encode", "to_bytes"])  # what makes bytes, whose methods and products nothing here measures
+DIGITS = 1000  # to round to; Python computes 10 to that power
 SIZED = (str, int, float, Mapping, list, tuple, range, KeysView, ValuesView, ItemsView)
 
 
@@ -226,6 +228,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     # What Jinja calls.
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in BYTES and super().is_safe_attribute(obj, attr, value)
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
             self._check_growth("format", (left, right), {})
@@ -259,7 +264,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """A filter or test that is refused where its result would be too long, and paid for."""
 
         def paid(*args: Any, **kwargs: Any) -> Any:
-            if name in MULTIPLYING:
+            if name in MULTIPLYING or name == "sum":
                 args = tuple(map(_held, args))
             self._check_growth(name, args, kwargs)
             result = function(*args, **kwargs)
@@ -273,6 +278,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return paid
 
     def _check_growth(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name == "round" and any(isinstance(arg, int) and abs(arg) > DIGITS for arg in (*args[1:], *kwargs.values())):
+            raise SecurityError("it computes with numbers that are too large")
+        if name == "sum":  # lists are joined one by one, and each time all that came before is copied
+            held = next((arg for arg in args if isinstance(arg, list | tuple)), ())
+            self.meter.spend(len(held) * sum(len(item) for item in held if isinstance(item, list | tuple)) // 16)
         if name not in MULTIPLYING:
             return
         given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, SIZED)]

@@ -26,6 +26,7 @@ DIGITS = 15  # of a number before the point
 STEP = 1e-6  # of a number that is no integer
 ANY_DEPTH = 3  # of a value about which nothing is said
 
+PATTERN = 10_000  # characters of an expression
 BYTES, NODES, DEPTH, CHOICES, CHAIN = 200_000, 5_000, 40, 5_000, 100  # of a schema; more is refused
 
 WHERE = ("allOf", "anyOf", "oneOf")
@@ -43,6 +44,9 @@ FORMAT_BYTES = 64  # no format needs more to be brought to its end
 NUMBER_BYTES = 2 * DIGITS
 NEVER = 10**9
 LONG, PIECES = 4000, 64  # bytes of an answer that is written out, and answers that are
+
+
+Costs = dict[int | str, int]  # bytes: of nodes by their id, of expressions by their text
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class _Bounder:
         if not isinstance(schema, dict):
             raise ConstraintError(f"the JSON Schema has {json.dumps(schema)[:40]} where a schema should be.")
         done = {key: item for key, item in schema.items() if key not in ABOUT and key != "x-guidance"}
+        _check_form(done)
         inner = [key for key in (*WHERE, "$ref") if key in done]
         if "not" in done and done["not"] is False:
             del done["not"]
@@ -123,8 +128,6 @@ class _Bounder:
         alone = not open_ and len(inner) == (0 if said else 1) and "allOf" not in done
         for key in WHERE:
             if key in done:
-                if not isinstance(done[key], list) or not done[key]:
-                    raise ConstraintError(f"the JSON Schema has a '{key}' that is no list of schemas.")
                 done[key] = [self.node(item, not alone) for item in done[key]]
         if inner and not said:
             return done
@@ -139,8 +142,6 @@ class _Bounder:
                 return done
             if len(kinds) == 1:
                 done["type"] = kinds[0]
-        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-            raise ConstraintError("the JSON Schema has a 'type' that is no name of a type.")
         if "object" in kinds:
             self._object(done, open_)
         if "array" in kinds:
@@ -163,12 +164,8 @@ class _Bounder:
     def _object(self, done: dict[str, Any], open_: bool) -> None:
         for key in ("properties", "patternProperties"):
             if key in done:
-                if not isinstance(done[key], dict):
-                    raise ConstraintError(f"the JSON Schema has '{key}' that is no object of schemas.")
                 done[key] = {name: self.node(item, open_) for name, item in done[key].items()}
         required = done.get("required", [])
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise ConstraintError("the JSON Schema has a 'required' that is no list of names.")
         named = done.get("properties", {})
         if "additionalProperties" in done:
             done["additionalProperties"] = self.node(done["additionalProperties"], open_)
@@ -181,6 +178,31 @@ class _Bounder:
             done.setdefault("maxProperties", len(named) + most)
 
 
+def _check_form(node: dict[str, Any]) -> None:
+    """Refuse keywords whose values are no JSON Schema, wherever they stand: what follows relies on them."""
+    for key in WHERE:
+        if key in node and (not isinstance(node[key], list) or not node[key]):
+            raise ConstraintError(f"the JSON Schema has a '{key}' that is no list of schemas.")
+    for key in ("properties", "patternProperties"):
+        if not isinstance(node.get(key, {}), dict):
+            raise ConstraintError(f"the JSON Schema has '{key}' that is no object of schemas.")
+    if not isinstance(node.get("prefixItems", []), list):
+        raise ConstraintError("the JSON Schema has 'prefixItems' that is no list of schemas.")
+    if not _are_names(node.get("required", [])):
+        raise ConstraintError("the JSON Schema has a 'required' that is no list of names.")
+    kinds = node.get("type", "any")
+    if not isinstance(kinds, str) and not (kinds and _are_names(kinds)):
+        raise ConstraintError("the JSON Schema has a 'type' that is no name of a type.")
+    for key in OF_TYPE["number"] & node.keys():
+        value = node[key]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < float("inf"):
+            raise ConstraintError(f"the JSON Schema has a '{key}' that is no number.")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _number(schema: dict[str, Any], key: str) -> int:
     value = schema.get(key, 0)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 10**6:
@@ -189,10 +211,6 @@ def _number(schema: dict[str, Any], key: str) -> int:
 
 
 def _bound_number(done: dict[str, Any], fraction: bool) -> None:
-    for key in OF_TYPE["number"] & done.keys():
-        value = done[key]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < float("inf"):
-            raise ConstraintError(f"the JSON Schema has a '{key}' that is no number.")
     most = 10**DIGITS - 1
     lows = [done[key] for key in ("minimum", "exclusiveMinimum") if key in done]
     highs = [done[key] for key in ("maximum", "exclusiveMaximum") if key in done]
@@ -229,11 +247,12 @@ def _measure(root: dict[str, Any], solve: Callable[[dict[str, Any]], bytes | Non
     while waiting:
         node = waiting.pop()
         if isinstance(node, dict):
+            _check_form(node)  # also of parts that were left as they stood
             nodes.append(node)
             waiting.extend(_parts(node))
     if len(nodes) > NODES:
         raise ConstraintError(f"the JSON Schema has more than {NODES:,} parts; ask for less at once.")
-    least = {id(node): NEVER for node in nodes}
+    least: Costs = {id(node): NEVER for node in nodes}
     for _ in range(CHAIN):
         changed = False
         for node in reversed(nodes):
@@ -266,7 +285,9 @@ def _parts(node: dict[str, Any]) -> list[Any]:
     return [*found, *(node[key] for key in ("items", "additionalProperties") if isinstance(node.get(key), dict))]
 
 
-def _of(node: Any, least: dict[int, int]) -> int:
+def _of(node: Any, least: Costs) -> int:
+    if isinstance(node, dict) and id(node) not in least:
+        raise ConstraintError("the JSON Schema refers to a part of it that is no schema.")
     return least[id(node)] if isinstance(node, dict) else NEVER if node is False else 4
 
 
@@ -277,13 +298,23 @@ def _target(reference: Any, root: dict[str, Any]) -> Any:
     found: Any = root
     for part in reference[1:].split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and key.isdigit() and int(key) < len(found):
+        if isinstance(found, list) and key.isascii() and key.isdigit() and int(key) < len(found):
             found = found[int(key)]
         elif isinstance(found, dict) and key in found:
             found = found[key]
         else:
             raise ConstraintError(f"the JSON Schema refers to '{reference[:60]}', which is not in it.")
     return found
+
+
+def _expression(pattern: Any, least: Costs) -> int:
+    """Bytes that an expression may need, read once: costs are found in many rounds."""
+    text = str(pattern)
+    if len(text) > PATTERN:
+        raise ConstraintError(f"the JSON Schema has a pattern of more than {PATTERN:,} characters.")
+    if text not in least:
+        least[text] = read(text)[1]
+    return least[text]
 
 
 def _json(value: Any) -> bytes:
@@ -294,7 +325,7 @@ def _text(value: Any) -> int:
     return len(_json(value))
 
 
-def _least(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) -> int:
+def _least(node: dict[str, Any], root: dict[str, Any], least: Costs) -> int:
     """Bytes that finish a node at most; where several schemas hold of one value, the sum of them."""
     if "const" in node:
         return _text(node["const"])
@@ -319,7 +350,7 @@ def _least(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) ->
     return max(total, 1)
 
 
-def _least_of_type(kind: str, node: dict[str, Any], least: dict[int, int]) -> int:
+def _least_of_type(kind: str, node: dict[str, Any], least: Costs) -> int:
     if kind == "object":
         named = node.get("properties", {})
         required = dict.fromkeys(node.get("required", ()))
@@ -334,7 +365,7 @@ def _least_of_type(kind: str, node: dict[str, Any], least: dict[int, int]) -> in
         return cost + max(count - len(first), 0) * (_of(node.get("items", True), least) + 1)
     if kind == "string":
         if "pattern" in node:
-            return 2 + read(str(node["pattern"]))[1] + _number(node, "minLength")
+            return 2 + _expression(node["pattern"], least) + _number(node, "minLength")
         return FORMAT_BYTES if "format" in node else 2 + _number(node, "minLength")
     if kind in ("number", "integer"):
         if node.get("minimum", 0) <= 0 <= node.get("maximum", 0) and not any(
@@ -346,20 +377,20 @@ def _least_of_type(kind: str, node: dict[str, Any], least: dict[int, int]) -> in
     return 5
 
 
-def _dearest(node: dict[str, Any], least: dict[int, int]) -> int:
+def _dearest(node: dict[str, Any], least: Costs) -> int:
     """The most that one more property or item of a node may cost, name included."""
     named = [_text(name) + 2 + _of(item, least) for name, item in node.get("properties", {}).items()]
     others = list(node.get("patternProperties", {}).values())
     others += [node[key] for key in ("additionalProperties", "items") if key in node]
     others += node.get("prefixItems", [])
     costs = [cost for cost in (*named, *(_of(item, least) + 6 for item in others)) if cost < NEVER]
-    return max(costs, default=0) + sum(read(name)[1] for name in node.get("patternProperties", {}))
+    return max(costs, default=0) + sum(_expression(name, least) for name in node.get("patternProperties", {}))
 
 
 class _Shortest:
     """Writes the shortest answers; None where schemas that hold at once make that hard."""
 
-    def __init__(self, root: dict[str, Any], least: dict[int, int], solve: Callable[[dict[str, Any]], bytes | None]):
+    def __init__(self, root: dict[str, Any], least: Costs, solve: Callable[[dict[str, Any]], bytes | None]):
         self._root, self._least, self._solve = root, least, solve
         self._known: dict[int, bytes | None] = {}
 
@@ -408,7 +439,7 @@ class _Shortest:
         return b"{" + b",".join(pairs) + b"}"
 
 
-def _jump(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) -> int:
+def _jump(node: dict[str, Any], root: dict[str, Any], least: Costs) -> int:
     own = least[id(node)] if least[id(node)] < NEVER else 0
     choices = [_of(item, least) for key in ("anyOf", "oneOf") for item in node.get(key, ())]
     choices = [cost for cost in choices if cost < NEVER]
@@ -416,7 +447,7 @@ def _jump(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) -> 
     return max(own, *choices, _dearest(node, least), _content(node, root, least), 6)
 
 
-def _content(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) -> int:
+def _content(node: dict[str, Any], root: dict[str, Any], least: Costs) -> int:
     if "const" in node:
         return _text(node["const"])
     if "enum" in node:
@@ -424,7 +455,7 @@ def _content(node: dict[str, Any], root: dict[str, Any], least: dict[int, int]) 
     kinds = node.get("type", ())
     found = 0
     if "pattern" in node:
-        found = read(str(node["pattern"]))[1] + _number(node, "minLength")
+        found = _expression(node["pattern"], least) + _number(node, "minLength")
     elif "format" in node:
         found = FORMAT_BYTES
     if "number" in kinds or "integer" in kinds:

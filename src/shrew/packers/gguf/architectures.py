@@ -156,7 +156,7 @@ def _qwen3_next_values(config: Any) -> dict[str, Any]:
 
 
 def _qwen3_next_config(values: Values) -> Any:
-    layers, every = values.whole("block_count"), values.whole("full_attention_interval", 4)
+    layers, every = values.layers(), values.whole("full_attention_interval", 4)
     width = head_width_of(values)
     recurrent = values.each("attention.recurrent_layers", layers) if "attention.recurrent_layers" in values.found else [
         int((layer + 1) % max(every, 1) != 0) for layer in range(layers)]  # fmt: skip
@@ -220,7 +220,7 @@ def _gemma3_values(config: Any) -> dict[str, Any]:
 
 
 def _gemma3_config(values: Values) -> Any:
-    layers, settings = values.whole("block_count"), shared_settings(values) | {"head_dim": head_width_of(values)}
+    layers, settings = values.layers(), shared_settings(values) | {"head_dim": head_width_of(values)}
     window = values.whole("attention.sliding_window", 0)
     pattern = "attention.sliding_window_pattern"
     if isinstance(values.found.get(pattern), np.ndarray):
@@ -265,7 +265,7 @@ def _lfm2_values(config: Any) -> dict[str, Any]:
 
 
 def _lfm2_config(values: Values) -> Any:
-    heads = values.each("attention.head_count_kv", values.whole("block_count"))
+    heads = values.each("attention.head_count_kv", values.layers())
     if values.whole("attention.sliding_window", 0):
         raise FolderError(f"{values.where} has sliding windows, which Shrew does not read in lfm2.")
     return transformers.Lfm2Config(
@@ -338,11 +338,11 @@ def _mamba2_values(config: Any) -> dict[str, Any]:
 def _mamba2_config(values: Values) -> Any:
     heads, inner = values.whole("ssm.time_step_rank"), values.whole("ssm.inner_size")
     width = values.whole("embedding_length")
-    if not heads or not width or inner % heads or inner % width or values.whole("block_count") > len(values.tensors):
+    if not heads or not width or inner % heads or inner % width:
         raise FolderError(f"{values.where} has sizes that Mamba-2 in transformers cannot have; fetch it again.")
     context = values.whole("context_length", LONG)
     return transformers.Mamba2Config(
-        vocab_size=values.whole("vocab_size"), hidden_size=width, num_hidden_layers=values.whole("block_count"),
+        vocab_size=values.whole("vocab_size"), hidden_size=width, num_hidden_layers=values.layers(),
         num_heads=heads, head_dim=inner // heads, expand=inner // width, state_size=values.whole("ssm.state_size"),
         n_groups=values.whole("ssm.group_count", 1), conv_kernel=values.whole("ssm.conv_kernel"), use_conv_bias=True,
         layer_norm_epsilon=eps_of(values), tie_word_embeddings=values.flag("tied", False), residual_in_fp32=False,
@@ -394,7 +394,7 @@ def _granite_values(config: Any) -> dict[str, Any]:
 
 
 def _granite_config(values: Values) -> Any:
-    layers, settings = values.whole("block_count"), shared_settings(values)
+    layers, settings = values.layers(), shared_settings(values)
     if values.whole("expert_count", 0):
         raise FolderError(f"{values.where} is a Granite with experts, which Shrew does not read from GGUF.")
     heads = values.each("attention.head_count_kv", layers, settings["num_attention_heads"])

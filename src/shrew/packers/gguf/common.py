@@ -50,6 +50,13 @@ class Values:
     def text(self, key: str, default: str = "") -> str:
         return str(self._one(key, (str,), default))
 
+    def layers(self) -> int:
+        """How many there are, before a list of so many is made."""
+        layers = self.whole("block_count")
+        if layers > len(self.tensors):
+            raise FolderError(f"{self.where} asks for {layers} layers and holds {len(self.tensors)} tensors.")
+        return layers
+
     def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
         """A number for each layer, of a value that may be one for all."""
         value = self.found.get(key, default)
@@ -181,9 +188,7 @@ def dense_values(config: Any) -> dict[str, Any]:
 def shared_settings(values: Values) -> dict[str, Any]:
     """The settings that every config class has."""
     heads = values.whole("attention.head_count")
-    layers = values.whole("block_count")
-    if layers > len(values.tensors):
-        raise FolderError(f"{values.where} asks for {layers} layers and holds {len(values.tensors)} tensors.")
+    layers = values.layers()
     kv_heads = max(values.each("attention.head_count_kv", layers, heads), default=0)
     width = values.whole("embedding_length")
     if not heads or not width or not layers or not kv_heads:
