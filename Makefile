@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(RUN)/shrew shrink starter --keep 0.98 --heal 48 --minutes 3 --out demo
 
 test: .venv/ready
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(RUN)/ruff check .
