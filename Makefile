@@ -20,6 +20,7 @@ lint: .venv/ready
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 
+# CONTRIBUTING.md lists these and the others, which need more: prose, Chromium, other engines.
 bench: .venv/ready .venv/llamacpp/ready
 	$(RUN)/pip install --quiet -c constraints.txt -r benchmarks/requirements.txt
 	$(RUN)/python benchmarks/train.py --records results/records.jsonl
