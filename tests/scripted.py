@@ -118,7 +118,7 @@ class Live:
     """A server in a thread of this process, at a free port."""
 
     def __init__(self, folder: Path, tokenizer: Any, engine: ScriptedEngine, names: tuple[str, ...], **given: Any):
-        self.options = Options(host="127.0.0.1", port=0, **given)
+        self.options = Options(**{"host": "127.0.0.1", "port": 0, **given})
         self.engine = engine
         models = {name: Served(name, model_at(folder, tokenizer, name), engine, self.options) for name in names}
         self.state = State(self.options, models)

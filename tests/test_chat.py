@@ -132,6 +132,11 @@ def test_a_conversation_over_a_pipe(run: Any, tmp_path: Path) -> None:
     assert answers[1]["usage"]["prompt_tokens"] > answers[2]["usage"]["prompt_tokens"]
 
 
+def test_a_conversation_that_cannot_be_saved_goes_on(run: Any) -> None:
+    code, out, errors = run("chat", "--json", "--max-tokens", "4", given=b"/save /dev/null/talk\nthe he\n")
+    assert code == 0 and len(out.splitlines()) == 1 and "/dev/null/talk could not be written (" in errors
+
+
 def test_the_plain_pipe_prints_the_same_text(run: Any) -> None:
     words = ["--max-tokens", "8", "--temperature", "0"]
     answer = json.loads(run("chat", "--json", *words, given=b"the he\n")[1])

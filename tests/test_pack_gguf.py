@@ -490,6 +490,36 @@ def test_a_hostile_file_takes_no_memory(sound: bytes, tmp_path: Path) -> None:
     assert "FolderError" in done.stderr and "do not belong together" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("token_type", ["a", "b", "c"]), ("token_type", 5), ("token_type", np.full(3, np.nan, np.float32)),
+     ("scores", 5), ("scores", ["a", "b", "c"]), ("pre", ["gpt-2"]), ("pre", np.array([1, 2])),
+     ("add_bos_token", np.array([1, 2])), ("add_eos_token", "yes"), ("add_space_prefix", np.array([1, 2]))],
+)  # fmt: skip
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_settings_of_a_tokenizer_of_another_type_are_refused(model: str, key: str, value: Any) -> None:
+    sound = {"model": model, "pre": "gpt-2", "tokens": ["a", "b", "ab"], "merges": ["a b"],
+             "scores": np.zeros(3, np.float32)}  # fmt: skip
+    tokens.rebuild("x.gguf", {tokens.PREFIX + name: item for name, item in sound.items()})
+    with pytest.raises(FolderError, match=f"'tokenizer.ggml.{key}' that is no"):
+        tokens.rebuild("x.gguf", {tokens.PREFIX + name: item for name, item in {**sound, key: value}.items()})
+
+
+def test_lists_where_one_value_should_be_are_refused(sound: bytes, tmp_path: Path) -> None:
+    """The name of the architecture, or the number of parts, as a list of two numbers."""
+
+    def listed(count: int) -> bytes:  # so many that the tensors stay aligned
+        return struct.pack("<IIQ", 9, 0, count) + bytes(count)
+
+    name = struct.pack("<Q", len("general.architecture")) + b"general.architecture"
+    at = sound.index(name) + len(name)
+    bad = sound[:at] + listed(33) + sound[at + 4 + 8 + len("llama") :]
+    assert "holds a model of the architecture" in refused(bad, tmp_path)
+    split = struct.pack("<Q", len("split.count")) + b"split.count"
+    more = changed(sound, 16, "Q", struct.unpack_from("<Q", sound, 16)[0] + 1)
+    assert "one part of a split model" in refused(more[:24] + split + listed(29) + more[24:], tmp_path)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_layers_are_counted_before_anything_is_made_for_them(kind: str) -> None:
     config = tiny(kind).config

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from shrew.packers.onnx.check import Runner
 from shrew.packers.onnx.graph import DATA, MODEL, Graph
 from shrew.packers.onnx.source import codes, ours
 from shrew.packers.onnx.weights import Blocks, Weights, picked
+from shrew.runtime import template
 
 CONTEXT, TOKENS = 64, 40
 
@@ -377,6 +379,17 @@ def test_what_is_not_quantized_is_said(tiny_llama_folder: Path, tmp_path: Path, 
     assert json.loads(out)["exact"] == found["exact"] and "shrew apply" in err
     assert found["accuracy_level"] == 0 and found["shipped"]["kl_bits"] == 0
     assert "fp32" in found["weights"]["model.embed_tokens.weight"]
+
+
+def test_several_chat_templates_lie_in_the_pack(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama_folder, source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "chat_template.jinja").write_text("plain", "utf-8")
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("with tools", "utf-8")
+    found = packed_folder(source, tmp_path / "packed")
+    assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == sorted([*found["files"], "pack.json"])
+    assert template.of_folder(tmp_path / "packed").sources == {"default": "plain", "tool_use": "with tools"}
 
 
 def test_a_graph_that_is_not_the_model_is_refused(

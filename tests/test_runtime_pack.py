@@ -81,6 +81,7 @@ def state(**changes: Any) -> list[dict[str, Any]]:
         ({"width": 33}, "graph gives hidden"),
         ({"files": {}}, "not listed"),
         ({"files": []}, "files"),
+        ({"name": "a\x1b]0;b\x07"}, "cannot be shown"),
     ],
 )
 def test_a_manifest_that_makes_no_sense(pack: Path, changes: dict[str, Any], words: str) -> None:

@@ -41,7 +41,21 @@ def test_the_key(start_server: Any) -> None:
 
 def test_another_sites_name_is_no_way_in(live: Live) -> None:
     assert live.get("/v1/models", headers={"host": "evil.example:8000"}).status_code == 403
+    assert live.get("/v1/models", headers={"host": "testserver"}).status_code == 403
     assert live.get("/v1/models", headers={"host": "LOCALHOST:99"}).status_code == 200
+
+
+def test_the_address_asked_for_is_a_way_in(start_server: Any) -> None:
+    with start_server(host="127.1") as live:  # a name of 127.0.0.1, as 127.0.0.2 would be an address of its own
+        assert live.get("/v1/models", headers={"host": f"127.1:{live.port}"}).status_code == 200
+        assert live.get("/v1/models", headers={"host": "127.2"}).status_code == 403
+
+
+def test_a_body_has_one_length(live: Live) -> None:
+    """A small Content-Length beside a chunked body would be all that counts among the bodies in memory."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    both = live.raw(head + b"content-length: 3\r\ntransfer-encoding: chunked\r\n\r\n3\r\n{ }\r\n0\r\n\r\n")
+    assert b" 400 " in both.recv(4096)
 
 
 def test_a_large_body_is_refused_before_it_is_read(start_server: Any) -> None:

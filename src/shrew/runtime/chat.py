@@ -181,8 +181,12 @@ def _command(talk: Conversation, text: str, say: Callable[[str], None]) -> bool:
             say(f"the system message is {rest!r}" if rest else "there is no system message")
         case "/save" if rest:
             lines = [json.dumps(message, ensure_ascii=False) + "\n" for message in talk.all()]
-            files.write_text(Path(rest), "".join(lines))
-            say(f"wrote {rest}")
+            try:
+                files.write_text(Path(rest).expanduser(), "".join(lines))
+            except OSError as error:  # the conversation, which is not saved, goes on
+                say(f"{rest} could not be written ({error.strerror})")
+            else:
+                say(f"wrote {rest}")
         case "/save":
             say("give a file: /save FILE")
         case _:

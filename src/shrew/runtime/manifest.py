@@ -112,6 +112,8 @@ def _check_sense(manifest: Manifest, path: Path) -> None:
         faults.append("labels belong to a classifier, and to each")
     if manifest.kind == "classifier" and manifest.states:
         faults.append("a classifier has no states")
+    if not manifest.name.isprintable():  # it is shown in terminals
+        faults.append("its name has characters that cannot be shown")
     ids = [*manifest.eos, *(item for item in (manifest.bos, manifest.pad) if item is not None)]
     if any(item >= manifest.vocabulary for item in ids):
         faults.append(f"a special token lies outside the vocabulary of {manifest.vocabulary}")

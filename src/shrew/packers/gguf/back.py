@@ -85,7 +85,7 @@ def read(path: Path) -> tuple[Loaded, str]:
 
 def _meaning(header: Header) -> tuple[Architecture, Values]:
     path, name = str(header.path), header.values.get("general.architecture")
-    found = next((one for one in ARCHITECTURES if one.name == name), None)
+    found = next((one for one in ARCHITECTURES if isinstance(name, str) and one.name == name), None)
     if found is None:
         known = ", ".join(one.name for one in ARCHITECTURES)
         raise FolderError(f"{path} holds a model of the architecture {str(name)[:60]!r}, and Shrew reads {known}.")

@@ -130,7 +130,8 @@ def _read(cursor: _Cursor) -> Header:
     align = values.get("general.alignment", ALIGNMENT)
     if type(align) is not int or not 0 < align <= 1 << 20 or align & (align - 1):
         raise FolderError(f"{path}: an alignment of {align} is no power of two; the file is damaged, fetch it again.")
-    if values.get("split.count", 1) not in (0, 1):
+    parts = values.get("split.count", 1)
+    if not isinstance(parts, int) or parts not in (0, 1):
         raise FolderError(f"{path} is one part of a split model; join the parts with `llama-gguf-split --merge`.")
     return Header(path, values, _placed(cursor, raw, align))
 

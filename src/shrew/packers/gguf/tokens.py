@@ -6,9 +6,10 @@ name, and SentencePiece's BPE with bytes for what is unknown (`llama`), which jo
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from gguf import TokenType
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -42,6 +43,25 @@ BEGINS = {"llama-bpe", "llama"}  # begin with bos where the file does not say
 SPACE = "\u2581"
 IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 PREFIX = "tokenizer.ggml."
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, int)
+
+
+def _are_numbers(value: Any, kinds: str = "iuf") -> bool:
+    """Whether it is a list of numbers of these kinds of numpy's."""
+    return isinstance(value, list | np.ndarray) and np.asarray(value).dtype.kind in kinds
+
+
+# What a file may say of its tokenizer, besides texts that are looked at one by one.
+TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "pre": (lambda value: isinstance(value, str), "text"),
+    "token_type": (lambda value: _are_numbers(value, "iu"), "list of integers"),
+    "scores": (_are_numbers, "list of numbers"),
+    "add_bos_token": (_is_flag, "yes or no"), "add_eos_token": (_is_flag, "yes or no"),
+    "add_space_prefix": (_is_flag, "yes or no"),
+}  # fmt: skip
 
 
 def names_of_words() -> dict[str, tuple[tuple[str, ...], bool]]:
@@ -254,6 +274,9 @@ def rebuild(where: str, values: dict[str, Any]) -> PreTrainedTokenizerFast:
     model, texts = values.get(PREFIX + "model"), values.get(PREFIX + "tokens")
     if model not in ("gpt2", "llama") or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
         raise FolderError(f"{where} has a tokenizer '{str(model)[:40]}', and Shrew reads gpt2 and llama.")
+    for key, (fits, what) in TYPES.items():
+        if PREFIX + key in values and not fits(values[PREFIX + key]):
+            raise FolderError(f"{where} has a '{PREFIX}{key}' that is no {what}; fetch it again.")
     kinds = values.get(PREFIX + "token_type")
     types = [int(kind) for kind in kinds] if kinds is not None else [int(TokenType.NORMAL)] * len(texts)
     if len(types) != len(texts) or len(set(texts)) != len(texts):

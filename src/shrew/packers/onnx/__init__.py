@@ -135,8 +135,9 @@ def _checked(
 
 def _write_texts(where: Path, loaded: Loaded, name: str) -> None:
     """Tokenizer, settings of generation, and lineage."""
+    several = isinstance(getattr(loaded.tokenizer, "chat_template", None), dict)  # else they lie in a folder of theirs
     with quiet():
-        loaded.tokenizer.save_pretrained(where)
+        loaded.tokenizer.save_pretrained(where, save_jinja_files=not several)
         if loaded.model.can_generate():
             loaded.model.generation_config.to_json_file(where / "generation_config.json")
     if not (where / "tokenizer.json").exists():

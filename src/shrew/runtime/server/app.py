@@ -39,7 +39,7 @@ POSTS: dict[str, tuple[Handler, type[schema.Sized]]] = {
     "/tokenize": (plain.tokenize, schema.TokenizeRequest),
     "/detokenize": (plain.detokenize, schema.DetokenizeRequest),
 }
-LOCAL = {"localhost", "127.0.0.1", "[::1]", "testserver"}
+LOCAL = {"localhost", "127.0.0.1", "[::1]"}
 
 
 def application(state: State) -> ASGIApp:
@@ -100,7 +100,7 @@ class Guard:
             if scope["path"] not in OPEN and not (right and scheme.lower() == b"bearer"):
                 raise Fault(401, "The API key is missing or wrong; send 'Authorization: Bearer KEY'.",
                             headers={"www-authenticate": "Bearer"})  # fmt: skip
-        elif options.is_local and (name := _host(headers.get(b"host", b""))) not in LOCAL:
+        elif options.is_local and (name := _host(headers.get(b"host", b""))) not in {*LOCAL, options.host}:
             # A page on the web may have its own name point at this machine, and would then be let in by the browser
             raise Fault(403, f"This server answers to localhost, not to '{name[:100]}'; start it with --key to change "
                         "that.")  # fmt: skip
@@ -152,6 +152,8 @@ class Endpoint:
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise Fault(415, "Compressed bodies are not taken; send it as it is.")
         length = headers.get(b"content-length")
+        if length is not None and b"transfer-encoding" in headers:  # two lengths: others in between may believe either
+            raise Fault(400, "The request has both a Content-Length and a Transfer-Encoding; send one.")
         if length is None and b"transfer-encoding" not in headers:
             raise Fault(411, "The request has no body, or does not say how long it is.")
         too_large = Fault(413, f"The body is larger than the {options.max_body} that this server takes.")
