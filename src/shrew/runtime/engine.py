@@ -312,7 +312,6 @@ class Engine:
 
     def _join(self, job: Job) -> None:
         """From the prompts to the answers: into the first row that is not being answered."""
-        self._filling.remove(job)
         row, runner = len(self._decoding), self._runner
         if job.row != row:
             other = next((one for one in self._filling if one.row == row), None)
@@ -325,6 +324,7 @@ class Engine:
                 runner.move(job.row, row, job.fed)
             job.row = row
         runner.turn(row, runner.side[0])
+        self._filling.remove(job)  # only now: whatever fails before leaves it where it can be ended
         self._decoding.append(job)
         self._set_next(job)
 
