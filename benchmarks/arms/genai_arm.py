@@ -11,7 +11,6 @@ from talk import serve
 config = Path(sys.argv[1], "genai_config.json")
 facts = json.loads(config.read_text())
 facts["model"]["decoder"]["session_options"]["intra_op_num_threads"] = int(sys.argv[2])
-facts["model"]["eos_token_id"] = -1  # texts of equal length for all arms
 config.write_text(json.dumps(facts))
 model = onnxruntime_genai.Model(sys.argv[1])
 
@@ -19,6 +18,7 @@ model = onnxruntime_genai.Model(sys.argv[1])
 def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
     settings = onnxruntime_genai.GeneratorParams(model)
     length = len(prompts[0])
+    # a least length, so that no text ends before the others
     settings.set_search_options(batch_size=len(prompts), max_length=length + count, min_length=length + count,
                                 do_sample=False)  # fmt: skip
     generator = onnxruntime_genai.Generator(model, settings)
