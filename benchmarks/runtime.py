@@ -110,7 +110,8 @@ def prepare(work: Path, name: str, args: argparse.Namespace) -> Iterator[tuple[s
             run(args.genai, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", built, "-p", "int4", "-e",
                 "cpu", "--extra_options", "int4_accuracy_level=4")  # fmt: skip
         yield "genai int4", [args.genai, HERE / "arms/genai_arm.py", built]
-    yield "bf16", [sys.executable, HERE / "arms/torch_arm.py", source]
+    if args.torch:
+        yield "bf16", [sys.executable, HERE / "arms/torch_arm.py", source]
 
 
 def _source(name: str, out: Path) -> None:
@@ -194,6 +195,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for the models; what is there already is used")
     parser.add_argument("--llama", type=Path, help="Python of an environment with llama-cpp-python")
     parser.add_argument("--genai", type=Path, help="Python of an environment with onnxruntime-genai and torch")
+    parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True, help="it compiles for minutes")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
