@@ -161,6 +161,8 @@ TREE = {"$defs": {"tree": {"type": "object", "properties": {
 @example(TREE, 0, "bytes", 0)
 @example(TREE, 1, "bytes", 40)
 @example(TREE, 2, "fallback", 250)
+@example({"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "integer", "maximum": -226},
+                                                              {"type": "string", "pattern": "x"}]}}, 1, "bytes", 250)
 def test_any_walk_within_the_budget_is_whole_and_valid(schema: Any, seed: int, kind: str, spare: int) -> None:
     among = grammars(kind)
     least = among.json_schema(schema, 10_000).needs
@@ -171,6 +173,45 @@ def test_any_walk_within_the_budget_is_whole_and_valid(schema: Any, seed: int, k
     if least > 1:
         with pytest.raises(ConstraintError, match=f"takes {least} tokens, and max_tokens is {least - 1}"):
             among.json_schema(schema, least - 1)
+
+
+STRINGS = {"x": "x", "word": "zebra", "digits": "[0-9]{3}-[0-9]{4}", "end": "^q.*(zebra|yak)w{3}$",
+           "escaped": 'z"\\\\\\n', "wide": "你好"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+@pytest.mark.parametrize("name", STRINGS)
+def test_a_string_that_may_match_anywhere_is_brought_to_its_end(name: str, kind: str) -> None:
+    """Also where another, shorter answer closed the text before the string was begun, and where what would have closed
+    it was written in part and then left."""
+    among, string = grammars(kind), {"type": "string", "pattern": STRINGS[name]}
+    either = {"anyOf": [{"type": "integer", "maximum": -226}, string]}
+    for schema in (string, {"type": "array", "items": either, "minItems": 1},
+                   {"type": "object", "properties": {"a": either}, "required": ["a"]}):  # fmt: skip
+        least = among.json_schema(schema, 10_000).needs
+        for seed in range(4):
+            text = walk(among.json_schema(schema, least + 60), least + 60, seed, among)
+            assert fits(json.loads(text), schema, schema), text
+
+
+def test_a_name_that_may_match_anywhere_is_brought_to_its_end() -> None:
+    among = grammars()
+    schema = {"type": "object", "patternProperties": {"zebra": {"type": "integer"}}, "additionalProperties": False}
+    for seed in range(30):
+        found = json.loads(walk(among.json_schema(schema, 80), 80, seed, among))
+        assert all("zebra" in name and isinstance(value, int) for name, value in found.items())
+
+
+def test_an_end_that_is_not_found_is_said() -> None:
+    """And no token is put forward that the grammar forbids."""
+    among = grammars()
+    schema = {"anyOf": [{"type": "null"}, {"type": "string", "pattern": r"[\p{Greek}&&[^αβ]]{9}"}]}
+    held = among.json_schema(schema, 45)
+    held.advance(among.single[b'"'])
+    with pytest.raises(ConstraintError, match="no end of the text was found"):
+        for left in range(44, 0, -1):
+            assert held.mask(left)[among.single[b"."]]
+            held.advance(among.single[b"."])
 
 
 @pytest.mark.parametrize("most", [2, 5, 30, 200])

@@ -101,7 +101,7 @@ def search(
 ) -> tuple[bytes | None, int]:
     """Bytes that close the text, a rest of `old` where one does or leads to one soon, else None; and how many states of
     so many are left. `pieces` are written as a whole where they fit; `limit` is a time (monotonic)."""
-    order, rests = count(), [*old, END]
+    order, rests, anew = count(), [*old, END], bool(old)
     seen: dict[tuple[int, bytes], int] = {}
     waiting: list[tuple[int, int, bytes, Any]] = [(0, 0, b"", matcher)]
     while waiting and states > 0 and time.monotonic() < limit:
@@ -121,11 +121,28 @@ def search(
         if (rest := _rest(here, mask, rests)) is not None:
             return path + rest, states
         fitting = [piece for piece in pieces if mask[piece[0] // 8] >> piece[0] % 8 & 1]
+        if anew and any(mask[:16]):  # once, and not within a character
+            anew = False
+            if (best := _begun_anew(here, fitting, rests)) is not None:
+                return path + best, states
         for text in (*(bytes([byte]) for byte in _ways(mask)), *fitting):
             if (step := _step(here, text)) is not None:
                 longer = path + step[0]
                 heapq.heappush(waiting, (len(longer), next(order), longer, step[1]))
     return None, states
+
+
+def _begun_anew(matcher: Any, pieces: Sequence[bytes], old: list[int]) -> bytes | None:
+    """One of `pieces` and a rest of an old ending that together close the text and are little longer than that was: a
+    word that was left half written is written again."""
+    found = []
+    for piece in pieces:
+        if len(piece) < len(old) + NEAR and (step := _step(matcher, piece)) is not None:
+            there = step[1]
+            rest = b"" if there.is_accepting() else _rest(there, there.compute_bitmask(), old)
+            found += [] if rest is None else [step[0] + rest]
+    best = min(found, key=len, default=None)
+    return best if best is not None and len(best) < len(old) + NEAR else None
 
 
 def headlong(matcher: Any, limit: float) -> bytes | None:

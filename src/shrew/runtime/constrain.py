@@ -28,6 +28,7 @@ LARGEST = 100_000  # bytes that one choice may demand
 KEPT = 64  # compiled grammars of a model
 LOOKED_AT = 256  # tokens that are tried one by one in a step
 STATES = 400  # of the search for endings in a step
+HURRY = 0.1  # seconds of a longer one, near the end, where that found none
 WIDE = 512  # more tokens than this are allowed only within free text
 STRUCTURE = b'{[,:"\\'
 LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "max_lexer_states": 50_000, "max_grammar_size": 200_000,
@@ -131,9 +132,11 @@ class Grammars:
         def make() -> _Compiled:
             lines, jump, content = [], 0, 0
             pieces: list[bytes] = []
+            within: dict[bytes, None] = {}
             for at, (before, wanted, after) in enumerate(parts):
                 made = schema.bound(wanted, _short_string)
                 pieces += [before.encode() + text + after.encode() for text in made.shortest[:1]] + [*made.shortest]
+                within.update(dict.fromkeys(made.within))
                 frame = len(before.encode()) + len(after.encode()) + made.least
                 jump, content = max(jump, made.jump, frame), max(content, made.content)
                 text = json.dumps({**made.schema, "x-guidance": JSON_FORM})
@@ -142,14 +145,14 @@ class Grammars:
             rules = "start: " + " | ".join(f"part{at}" for at in range(len(parts)))
             grammar = _matchers().grammar_from_lark("\n".join([rules, *lines]))
             pieces.sort(key=lambda piece: piece[0] == ord("{"))
-            return self._compile(grammar, "JSON Schema", jump, content, tuple(pieces[: schema.PIECES]))
+            return self._compile(grammar, "JSON Schema", jump, content, (*pieces[: schema.PIECES], *within))
 
         return self._start(f"call {_canonical(parts)}", make, max_tokens)
 
     def _of_schema(self, wanted: Any) -> _Compiled:
         made = schema.bound(wanted, _short_string)
         grammar = _matchers().grammar_from_json_schema(json.dumps(made.schema), overrides=JSON_FORM)
-        return self._compile(grammar, "JSON Schema", made.jump, made.content, made.shortest)
+        return self._compile(grammar, "JSON Schema", made.jump, made.content, (*made.shortest, *made.within))
 
     def _compile(
         self, grammar: str, what: str, jump: int, content: int, pieces: tuple[bytes, ...] = ()
@@ -202,6 +205,7 @@ class Closing:
         self._jump, self._content = compiled.jump, compiled.content
         self._pieces, self._is_json = compiled.pieces, compiled.is_json
         self._ended = False
+        self._lost = False  # whether no ending was found for the text as it stands; `_close` is that of an earlier one
         self._close = compiled.close
         self._tokens, self._end = self._in_tokens(self._twin, self._matcher, compiled.close)
 
@@ -222,24 +226,28 @@ class Closing:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check(self._matcher)
         allowed = np.unpackbits(bits, bitorder="little")[: self._all.vocabulary].astype(bool)
-        spare = left - 1 - self.needs
         wide = int(allowed.sum()) > min(WIDE, self._all.vocabulary // 2)
         if wide:
             plain = self._all.choices == 1
             grows = np.where(plain, self._content, self._content + self._all.choices * self._jump)
         else:
             grows = (self._all.choices + 1) * self._jump
-        safe = allowed & (grows <= spare)
+        if self._lost and (grows[allowed] > left - 1 - self.needs).any():
+            self._look(closing.ending(self._twin, (self._close, *self._pieces), self._is_json, HURRY))
+        safe = allowed & (grows <= left - 1 - self.needs)
         safe[list(self._all.eos)] = allowed[list(self._all.eos)]
         unsure = np.flatnonzero(allowed & ~safe)
         if not len(unsure):
             return safe
-        if left > self.needs:
+        if left > self.needs or self._lost:
             shortest = unsure[np.argsort(self._all.lengths[unsure], kind="stable")]
             states = STATES
             for token in map(int, shortest[: LOOKED_AT // 8 if wide else LOOKED_AT]):
                 safe[token], states = self._can_close(token, left - 1, states)
-        safe[self._tokens[0] if self._tokens else list(self._all.eos)] = True
+        if not self._lost:
+            safe[self._tokens[0] if self._tokens else list(self._all.eos)] = True
+        elif not safe.any():
+            raise ConstraintError(f"no end of the text was found within the {left} tokens that are left; allow more.")
         return safe
 
     def advance(self, token: int) -> None:
@@ -253,12 +261,17 @@ class Closing:
             raise ConstraintError(f"token {token} is not allowed here.")
         self._twin.consume_tokens(list(text))
         self._check(self._twin)
-        if self._tokens and token == self._tokens[0]:
+        if self._tokens and token == self._tokens[0] and not self._lost:
             self._tokens, self._close = self._tokens[1:], self._close[len(text) :]
         else:
-            found, _ = closing.search(self._twin, self._close, STATES, self._pieces, self._is_json)
-            self._close = self._close if found is None else found
-            self._tokens, self._end = self._in_tokens(self._twin, self._matcher, self._close)
+            self._look(closing.search(self._twin, self._close, STATES, self._pieces, self._is_json)[0])
+
+    def _look(self, found: bytes | None) -> None:
+        """What was found closes the text now. Where nothing was, the last ending is kept for later searches only."""
+        self._lost = found is None
+        if found is not None:
+            self._close = found
+            self._tokens, self._end = self._in_tokens(self._twin, self._matcher, found)
 
     def _in_tokens(self, twin: Any, matcher: Any, close: bytes) -> tuple[list[int], int]:
         """The ending in as few tokens as a greedy split gives, and whether an end token must follow (1) or not (0)."""

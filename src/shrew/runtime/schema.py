@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shrew.errors import RequestError
+from shrew.runtime.closing import literals
 from shrew.runtime.expression import read
 
 
@@ -53,10 +54,12 @@ Costs = dict[int | str, int]  # bytes: of nodes by their id, of expressions by t
 class Bounded:
     """A finite schema. In bytes: `least` for an answer, `jump` that one choice may add to what is left at most, and
     `content` that a piece of text within a string or a number may add. `shortest`: answers as short as they get, of
-    the whole (first) and of its larger parts; not all of them need be right."""
+    the whole (first) and of its larger parts; not all of them need be right. `within`: what a string or a name that
+    must match an expression may have to go on with, from wherever it is, with its closing quote or without."""
 
     schema: dict[str, Any]
     shortest: tuple[bytes, ...]
+    within: tuple[bytes, ...]
     least: int
     jump: int
     content: int
@@ -271,7 +274,20 @@ def _measure(root: dict[str, Any], solve: Callable[[dict[str, Any]], bytes | Non
     parts = {shortest.of(node) for node in nodes if LONG > least[id(node)] > 8 or node is root}
     longest = sorted((text for text in parts if text), key=len, reverse=True)[:PIECES]
     whole = [text for text in [shortest.of(root)] if text]
-    return Bounded(root, tuple(dict.fromkeys(whole + longest)), least[id(root)], max(jumps), max(contents) + 6)
+    texts = tuple(dict.fromkeys(whole + longest))
+    return Bounded(root, texts, _within(nodes, shortest), least[id(root)], max(jumps), max(contents) + 6)
+
+
+def _within(nodes: list[dict[str, Any]], shortest: "_Shortest") -> tuple[bytes, ...]:
+    """Ends of strings that match: where an expression may begin anywhere, every character may come next, and a search
+    that tries a few of them does not find the one that leads on."""
+    answers = [shortest.of(node) for node in nodes if ("pattern" in node or "format" in node) and "type" in node]
+    strings = [text[1:] for text in answers if text and text[:1] == b'"']
+    names = [name for node in nodes for name in node.get("patternProperties", {})]
+    whole = [_json(text)[1:-1] for text in (read(name)[0] for name in names) if text]
+    sources = dict.fromkeys([*(str(node["pattern"]) for node in nodes if "pattern" in node), *names])
+    parts = [_json(text.decode())[1:-1] for source in sources for text in literals(source)]
+    return tuple([*dict.fromkeys(strings + whole)][:PIECES] + [*dict.fromkeys(parts)][:PIECES])
 
 
 def _parts(node: dict[str, Any]) -> list[Any]:
