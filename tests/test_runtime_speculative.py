@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from shrew.errors import UsageError
 from shrew.runtime import Engine, Model, Piece, Request, load
-from shrew.runtime.speculative import MOST, Lookup, Pace, Smaller, call_end
+from shrew.runtime.speculative import MOST, Lookup, Pace, Smaller
+from shrew.runtime.states import call_end
 
 PROMPTS = [[random.Random(seed).randrange(3, 264) for _ in range(3 + 31 * seed)] for seed in range(4)]
 PROMPTS[2] = [5, 6, 7, 8, 9, 10, 11, 12] * 6

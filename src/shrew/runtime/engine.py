@@ -23,8 +23,8 @@ from shrew.runtime.job import FOREVER, Job
 from shrew.runtime.pack import Model, check_tokens
 from shrew.runtime.prefix import Prefixes
 from shrew.runtime.request import Finish, Request
-from shrew.runtime.speculative import MOST, Speculator, call_end, check_drawn
-from shrew.runtime.states import Runner, sequence_bytes
+from shrew.runtime.speculative import MOST, Speculator, check_drawn
+from shrew.runtime.states import Runner, call_end, sequence_bytes
 from shrew.runtime.text import Vocabulary
 
 PREFIX_BYTES = 128 << 20  # where nothing is said about memory

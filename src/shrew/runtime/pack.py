@@ -73,7 +73,7 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     manifest = manifests.read(folder, verify)
     try:
         count = _threads(threads, manifest, folder)
-        graph = _open(folder, count)
+        graph = open_graph(folder / manifests.GRAPH, count)
         tokenizer = Tokenizer.from_file(str(folder / manifests.TOKENIZER))
     except UsageError:
         raise
@@ -85,14 +85,15 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     return model
 
 
-def _open(folder: Path, threads: int) -> onnxruntime.InferenceSession:
+def open_graph(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A graph on the CPU, its weights mapped. Raises what ONNX Runtime raises."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what fails is raised, and said in our words
     options.enable_mem_pattern = False  # a plan would be kept for each shape, and shapes change all the time
     for key, value in SETTINGS.items():
         options.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(folder / manifests.GRAPH, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _threads(requested: int | None, manifest: Manifest, folder: Path) -> int:
@@ -119,7 +120,7 @@ def _step_seconds(manifest: Manifest, folder: Path, counts: Sequence[int]) -> li
                                     "start": np.zeros(1, np.int64), "wanted": np.zeros(1, np.int64)}  # fmt: skip
     for state in manifest.states:
         feeds[f"past.{state.name}"] = np.zeros((1, *state.sized(1)), state.dtype)
-    graphs = [_open(folder, count) for count in counts]
+    graphs = [open_graph(folder / manifests.GRAPH, count) for count in counts]
     given = {item.name: feeds[item.name] for item in graphs[0].get_inputs()}
     best = [float("inf")] * len(graphs)
     for _ in range(ROUNDS):

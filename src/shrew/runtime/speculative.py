@@ -22,7 +22,7 @@ import numpy as np
 from shrew.errors import UsageError
 from shrew.runtime.pack import Model
 from shrew.runtime.sampling import Sampler, draw_index, greedy
-from shrew.runtime.states import Runner, Snapshot
+from shrew.runtime.states import Runner, Snapshot, call_end
 
 MOST = 8  # tokens guessed at once
 LENGTHS = (0, 1, 2, 4, MOST)
@@ -131,14 +131,6 @@ class Smaller:
             if end == last:
                 return logits[0]
             start = end
-
-
-def call_end(start: int, end: int, chunk: int, align: int) -> int:
-    """Where a call that starts at token `start` of a text of `end` ends. Calls of all texts end at the same places, so
-    that one can go on where another one was kept."""
-    period = align or end + chunk
-    base = start - start % period
-    return min(end, base + period, base + ((start - base) // chunk + 1) * chunk)
 
 
 class Pace:

@@ -25,6 +25,14 @@ def sequence_bytes(manifest: Manifest, context: int) -> int:
     return sum(state.bytes(context) * (1 if state.kind == "cache" else 2) for state in manifest.states)
 
 
+def call_end(start: int, end: int, chunk: int, align: int) -> int:
+    """Where a call that starts at token `start` of a text of `end` ends. Calls of all texts end at the same places, so
+    that one can go on where another one was kept."""
+    period = align or end + chunk
+    base = start - start % period
+    return min(end, base + period, base + ((start - base) // chunk + 1) * chunk)
+
+
 def aligned_zeros(shape: Sequence[int], dtype: str) -> np.ndarray:
     """Zeros that start at a cache line; the system gives the memory when it is first written to."""
     size = math.prod(shape) * WIDTHS[dtype]

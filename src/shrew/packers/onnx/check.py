@@ -18,6 +18,8 @@ import torch
 
 from shrew.errors import ShrewError
 from shrew.packers.onnx.graph import State
+from shrew.runtime.pack import open_graph
+from shrew.runtime.states import call_end
 
 TOLERANCE = 1e-3  # of a logit; more only where logits are beyond what float32 keeps to that
 LARGE = 64.0
@@ -26,7 +28,6 @@ PROMPT = 32
 WINDOW, COMPARED = 256, 2048  # tokens
 TEXTS, ROWS = 64, 8  # that a classifier gets, in all and at once
 ROUNDS, STEPS = 5, 24
-SPINNING = "sess" + "ion.intra_op.allow_spinning"  # threads that wait take the processor from those that work
 
 
 @dataclass
@@ -56,9 +57,9 @@ class Runner:
         """float32 [tokens, vocabulary]: the logits behind each of these further tokens."""
         found, rest = [], np.asarray(tokens, np.int64)
         while len(rest):
-            most = min(self.chunk, self.align - self.seen % self.align) if self.align else self.chunk
-            found.append(self._call(rest[:most]))
-            rest = rest[most:]
+            count = call_end(self.seen, self.seen + len(rest), self.chunk, self.align) - self.seen
+            found.append(self._call(rest[:count]))
+            rest = rest[count:]
         return np.concatenate(found)
 
     def _call(self, tokens: np.ndarray) -> np.ndarray:
@@ -81,12 +82,8 @@ class Runner:
 
 
 def opened(path: Path) -> onnxruntime.InferenceSession:
-    """A graph on the CPU, with as many threads as torch has."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.add_session_config_entry(SPINNING, "0")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    """A graph as the runtime opens it, with as many threads as torch has."""
+    return open_graph(path, torch.get_num_threads())
 
 
 def lengths(context: int, text: Sequence[int]) -> tuple[list[int], int]:
