@@ -109,7 +109,16 @@ def official(live: Any) -> openai.OpenAI:
 
 def model_at(folder: Path, tokenizer: Any, name: str = "tiny") -> Any:
     manifest = SimpleNamespace(
-        kind="causal", name=name, vocabulary=300, width=16, context=1024, bos=0, eos=(1,), pad=2, labels=None
+        kind="causal",
+        name=name,
+        vocabulary=300,
+        width=16,
+        context=1024,
+        bos=0,
+        first=0,
+        eos=(1,),
+        pad=2,
+        labels=None,
     )
     return SimpleNamespace(path=folder, manifest=manifest, tokenizer=tokenizer)
 

@@ -157,13 +157,9 @@ def encode(model: Model, text: str, special: bool = True) -> list[int]:
         tokens: list[int] = model.tokenizer.encode(text, add_special_tokens=special).ids
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise RequestError(f"the text cannot be tokenized ({error}).") from None
-    if not tokens and (first := model.manifest.bos if model.manifest.bos is not None else _one(model)) is not None:
-        return [first]
+    if not tokens and model.manifest.first is not None:
+        return [model.manifest.first]
     return tokens
-
-
-def _one(model: Model) -> int | None:
-    return model.manifest.eos[0] if model.manifest.eos else None
 
 
 @contextmanager

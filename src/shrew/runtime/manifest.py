@@ -72,6 +72,11 @@ class Manifest:
     shipped: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def first(self) -> int | None:
+        """What stands before a text: the begin token, else the end token, which separates texts in training."""
+        return self.bos if self.bos is not None else next(iter(self.eos), None)
+
 
 def read(folder: Path, verify: bool = True) -> Manifest:
     """The manifest of a packed folder whose files are there in full; with `verify` their hashes are checked too.

@@ -64,8 +64,8 @@ def prompts(served: Served, given: Any, where: str, most: int) -> list[str | lis
 def as_ids(served: Served, prompt: str | list[int]) -> list[int]:
     """The ids of a prompt; an empty one begins as texts do in training."""
     ids = encode(served, prompt) if isinstance(prompt, str) else list(prompt)
-    if not ids and served.first is not None:
-        ids = [served.first]
+    if not ids and served.manifest.first is not None:
+        ids = [served.manifest.first]
     if not ids:
         raise Fault(400, "The prompt is empty, and this model has no token to begin with; send some text.", "prompt")
     return ids

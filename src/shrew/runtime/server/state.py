@@ -128,13 +128,6 @@ class Served:
         number = self.manifest.bos if name == "bos_token" else number
         return None if number is None else self.tokenizer.id_to_token(number)
 
-    @property
-    def first(self) -> int | None:
-        """What stands before a text: the begin token, else the end token, which separates texts in training."""
-        if self.manifest.bos is not None:
-            return int(self.manifest.bos)
-        return int(self.manifest.eos[0]) if self.manifest.eos else None
-
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, or nothing: an engine does not need it."""
