@@ -1,10 +1,8 @@
 """POST /v1/chat/completions: conversations through the model's own template, with tools, streamed or whole."""
 
-import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,30 +15,26 @@ from shrew.runtime.server.constraints import constraint, tool_constraint
 from shrew.runtime.server.faults import Fault, reply
 from shrew.runtime.server.schema import ChatRequest, ToolChoice, plain_messages
 from shrew.runtime.server.state import Served, State
-from shrew.runtime.server.stream import DONE, Meter, Stream, error_event, event, run, usage_dict
+from shrew.runtime.server.stream import (
+    DONE,
+    Meter,
+    Stream,
+    Understood,
+    error_event,
+    event,
+    run,
+    usage_dict,
+    whole,
+)
 
 
-@dataclass
-class Job:
-    """A request that was understood, and how it wants its answer."""
+@dataclass(kw_only=True)
+class Job(Understood):
+    """And how it wants its answer."""
 
-    served: Served
     asked: ChatRequest
     tools: list[dict[str, Any]]  # those that may be called
-    requests: list[Request]
-    prompt_tokens: int
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def object(self, kind: str, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.served.name,
-            "choices": choices,
-            **more,
-        }
+    mark: str = "chatcmpl"
 
     def scores(self, tokens: tuple[Token, ...]) -> dict[str, Any] | None:
         """Log-probabilities in the form of OpenAI's chats, if they were asked for."""
@@ -66,7 +60,8 @@ async def chat(state: State, request: ChatRequest) -> Response | Stream:
     pieces = run(served, job.requests, state.options.timeout)
     if request.stream:
         return Stream(_events(state, job, pieces))
-    return await _whole(state, job, pieces)
+    meter = Meter(served, state.metrics)
+    return await state.call(_reply, job, await whole(job, pieces, meter), meter)
 
 
 def understand(state: State, served: Served, request: ChatRequest) -> Job:
@@ -99,7 +94,7 @@ def understand(state: State, served: Served, request: ChatRequest) -> Job:
         else:
             bound = constraint(served, request, common["max_tokens"])
         requests.append(Request(prompt=ids, constraint=bound, **common))
-    return Job(served, request, known, requests, len(ids))
+    return Job(served=served, asked=request, tools=known, requests=requests, prompt_tokens=len(ids))
 
 
 def _tools(request: ChatRequest) -> list[dict[str, Any]]:
@@ -118,16 +113,6 @@ def _tools(request: ChatRequest) -> list[dict[str, Any]]:
 
 def _without_none(tool: dict[str, Any]) -> dict[str, Any]:
     return {**tool, "function": {key: value for key, value in tool["function"].items() if value is not None}}
-
-
-async def _whole(state: State, job: Job, pieces: AsyncIterator[tuple[int, Piece]]) -> Response:
-    meter = Meter(job.served, state.metrics)
-    parts: list[list[Piece]] = [[] for _ in job.requests]
-    async with aclosing(pieces) as found:  # type: ignore[type-var]
-        async for number, piece in found:
-            meter.piece(piece)
-            parts[number].append(piece)
-    return await state.call(_reply, job, parts, meter)
 
 
 def _reply(job: Job, parts: list[list[Piece]], meter: Meter) -> Response:

@@ -1,7 +1,5 @@
 """POST /v1/completions: text after text, with the log-probabilities of the prompt (`echo`) that evaluations need."""
 
-import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,7 +13,19 @@ from shrew.runtime.server.constraints import constraint
 from shrew.runtime.server.faults import Fault, reply
 from shrew.runtime.server.schema import CompletionRequest
 from shrew.runtime.server.state import Served, State
-from shrew.runtime.server.stream import DONE, Meter, Stream, error_event, event, run, usage_dict
+from shrew.runtime.server.stream import (
+    DONE,
+    Meter,
+    Stream,
+    Understood,
+    error_event,
+    event,
+    run,
+    usage_dict,
+    whole,
+)
+
+KIND = "text_completion"
 
 
 @dataclass
@@ -47,27 +57,13 @@ class Logprobs:
         return found
 
 
-@dataclass
-class Job:
-    """A request that was understood: its prompts, one engine request for each choice, and how it wants its answer."""
+@dataclass(kw_only=True)
+class Job(Understood):
+    """And how it wants its answer."""
 
-    served: Served
     asked: CompletionRequest
     texts: list[str]  # what each choice is preceded by, if the prompt is to be echoed
-    requests: list[Request]
-    prompt_tokens: int
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def object(self, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.served.name,
-            "choices": choices,
-            **more,
-        }
+    mark: str = "cmpl"
 
 
 async def completions(state: State, request: CompletionRequest) -> Response | Stream:
@@ -77,7 +73,8 @@ async def completions(state: State, request: CompletionRequest) -> Response | St
     pieces = run(served, job.requests, state.options.timeout)
     if request.stream:
         return Stream(_events(state, job, pieces))
-    return await _whole(state, job, pieces)
+    meter = Meter(served, state.metrics)
+    return await state.call(_reply, job, await whole(job, pieces, meter), meter)
 
 
 def understand(state: State, served: Served, request: CompletionRequest) -> Job:
@@ -109,17 +106,7 @@ def understand(state: State, served: Served, request: CompletionRequest) -> Job:
             common["constraint"] = constraint(served, request, common["max_tokens"])
             requests.append(Request(prompt=ids, **common))
             texts.append(text)
-    return Job(served, request, texts, requests, total)
-
-
-async def _whole(state: State, job: Job, pieces: AsyncIterator[tuple[int, Piece]]) -> Response:
-    meter = Meter(job.served, state.metrics)
-    parts: list[list[Piece]] = [[] for _ in job.requests]
-    async with aclosing(pieces) as found:  # type: ignore[type-var]
-        async for number, piece in found:
-            meter.piece(piece)
-            parts[number].append(piece)
-    return await state.call(_reply, job, parts, meter)
+    return Job(served=served, asked=request, texts=texts, requests=requests, prompt_tokens=total)
 
 
 def _reply(job: Job, parts: list[list[Piece]], meter: Meter) -> Response:
@@ -129,7 +116,7 @@ def _reply(job: Job, parts: list[list[Piece]], meter: Meter) -> Response:
         scored = Logprobs(job.served).take(tokens) if job.asked.logprobs is not None else None
         text = job.texts[number] + "".join(piece.text for piece in mine)
         choices.append({"index": number, "text": text, "logprobs": scored, "finish_reason": mine[-1].finish})
-    return reply(job.object(choices, usage=usage_dict(meter.usages, job.prompt_tokens)))
+    return reply(job.object(KIND, choices, usage=usage_dict(meter.usages, job.prompt_tokens)))
 
 
 async def _events(state: State, job: Job, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[bytes]:
@@ -147,11 +134,11 @@ async def _events(state: State, job: Job, pieces: AsyncIterator[tuple[int, Piece
                 tokens = (*piece.prompt, *piece.tokens)
                 scored = scores[number].take(tokens) if job.asked.logprobs is not None and tokens else None
                 choice = {"index": number, "text": text, "logprobs": scored, "finish_reason": piece.finish}
-                yield event(job.object([choice], **more))
+                yield event(job.object(KIND, [choice], **more))
     except Exception as error:
         state.failed(error)
         yield error_event(error)
         return
     if with_usage:
-        yield event(job.object([], usage=usage_dict(meter.usages, job.prompt_tokens)))
+        yield event(job.object(KIND, [], usage=usage_dict(meter.usages, job.prompt_tokens)))
     yield DONE

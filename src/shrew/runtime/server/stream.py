@@ -6,9 +6,10 @@ queue. What is left of them when the request ends, however it ends, is cancelled
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -31,6 +32,31 @@ class Stream:
     """An answer in server-sent events."""
 
     events: AsyncIterator[bytes]
+
+
+@dataclass(kw_only=True)
+class Understood:
+    """A request that was understood: one engine request for each choice, and what all its answers bear."""
+
+    served: Served
+    requests: list[Request]
+    prompt_tokens: int
+    mark: str  # what its id begins with
+    id: str = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.mark}-{uuid.uuid4().hex}"
+
+    def object(self, kind: str, choices: list[Any], **more: Any) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.served.name,
+            "choices": choices,
+            **more,
+        }
 
 
 async def run(served: Served, requests: Sequence[Request], seconds: float) -> AsyncIterator[tuple[int, Piece]]:
@@ -113,6 +139,16 @@ def usage_dict(usages: Sequence[Usage], prompts: int) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": cached},
         "cpu_seconds": round(sum(item.cpu_seconds for item in usages), 6),
     }
+
+
+async def whole(job: Understood, pieces: AsyncIterator[tuple[int, Piece]], meter: "Meter") -> list[list[Piece]]:
+    """All pieces of each choice."""
+    parts: list[list[Piece]] = [[] for _ in job.requests]
+    async with aclosing(pieces) as found:  # type: ignore[type-var]
+        async for number, piece in found:
+            meter.piece(piece)
+            parts[number].append(piece)
+    return parts
 
 
 class Meter:
