@@ -62,7 +62,7 @@ def test_healing_brings_a_packed_model_nearer_to_its_original_on_its_grid(kind: 
     assert divergence(teacher, student, context) < 0.93 * before
     assert set(student.packed) == set(packed)
     for name, item in student.packed.items():
-        assert torch.equal(item.scales, packed[name].scales)
+        assert torch.equal(item.steps.scales, packed[name].steps.scales)
         assert torch.equal(dict(student.model.named_parameters())[name], item.dense())  # exactly on the grid
     assert any(not torch.equal(item.codes, packed[name].codes) for name, item in student.packed.items())
     if kind == "tied":
@@ -81,8 +81,8 @@ def test_zero_points_stay_too(tmp_path: Path) -> None:
     packed = dict(student.packed)
     Distil(steps=4).apply(student, context)
     for name, item in student.packed.items():
-        assert item.zeros is not None
-        assert torch.equal(item.zeros, packed[name].zeros)
+        assert item.steps.zeros is not None
+        assert torch.equal(item.steps.zeros, packed[name].steps.zeros)
         assert int(item.codes.max()) < 4
     folder.save(student, tmp_path / "out")
 

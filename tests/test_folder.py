@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from shrew import folder
 from shrew.errors import FolderError, ShrewError
-from shrew.folder import Grid, Loaded, Packed
+from shrew.folder import Grid, Loaded, Packed, Steps, Uniform
+from shrew.folder.grids import dequantize, groups
 from shrew.folder.headers import read_header, read_headers
-from shrew.folder.packed import dequantize, from_parts, pack_bits, to_entry, to_parts, to_rows, unpack_bits
+from shrew.folder.packed import from_parts, pack_bits, to_entry, to_parts, to_rows, unpack_bits
 
 WORDS = 96
 BASE = {
@@ -104,13 +105,13 @@ def pack_all(loaded: Loaded, grid: Grid, keep: Callable[[str], bool] = lambda na
             continue
         transposed = "Conv1D" in type(loaded.model.get_submodule(name.rpartition(".")[0])).__name__
         rows = to_rows(weight.detach(), transposed)
-        groups = grid.groups(rows.shape[1])
+        extent = grid.shapes(*rows.shape)
         codes = torch.randint(0, 2**grid.bits, rows.shape, dtype=torch.uint8, generator=draw)
-        scales = (torch.rand(len(rows), groups, generator=draw) * 0.05 + 0.01).bfloat16()
+        scales = (torch.rand(extent["scales"], generator=draw) * 0.05 + 0.01).bfloat16()
         zeros = None
-        if not grid.symmetric:
-            zeros = torch.randint(0, 2**grid.bits, (len(rows), groups), dtype=torch.uint8, generator=draw)
-        loaded.packed[name] = Packed(codes, scales, zeros, grid, tuple(weight.shape), transposed)
+        if "zeros" in extent:
+            zeros = torch.randint(0, 2**grid.bits, extent["zeros"], dtype=torch.uint8, generator=draw)
+        loaded.packed[name] = Packed(codes, Steps(scales, zeros), grid, tuple(weight.shape), transposed)
         weight.data.copy_(loaded.packed[name].dense())
 
 
@@ -132,12 +133,12 @@ def test_bits_lie_in_a_little_endian_stream() -> None:
 
 @given(st.integers(2, 8), st.integers(0, 20), st.booleans(), st.booleans(), st.integers(1, 40), st.integers(0, 2**32))
 def test_parts_come_back(bits: int, group: int, symmetric: bool, transposed: bool, cols: int, seed: int) -> None:
-    grid, draw = Grid(bits, group, symmetric), torch.Generator().manual_seed(seed)
+    grid, draw = Uniform(bits, group, symmetric), torch.Generator().manual_seed(seed)
     shape = (2, cols, 3) if transposed else (2, 3, cols)
     codes = torch.randint(0, 2**bits, (6, cols), dtype=torch.uint8, generator=draw)
-    zeros = torch.randint(0, 2**bits, (6, grid.groups(cols)), dtype=torch.uint8, generator=draw)
-    scales = torch.rand(6, grid.groups(cols), generator=draw).bfloat16()
-    packed = Packed(codes, scales, None if symmetric else zeros, grid, shape, transposed)
+    zeros = torch.randint(0, 2**bits, (6, groups(cols, group)), dtype=torch.uint8, generator=draw)
+    scales = torch.rand(6, groups(cols, group), generator=draw).bfloat16()
+    packed = Packed(codes, Steps(scales, None if symmetric else zeros), grid, shape, transposed)
     parts = {name.removeprefix("w"): part for name, part in to_parts("w", packed).items()}
     again = from_parts(parts, json.loads(json.dumps(to_entry(packed))))
     assert again.dense().shape == shape
@@ -147,9 +148,9 @@ def test_parts_come_back(bits: int, group: int, symmetric: bool, transposed: boo
 def test_dequantization_with_eight_numbers() -> None:
     codes = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=torch.uint8)
     scales = torch.tensor([[0.5, 2.0], [1.0, -1.0]]).bfloat16()
-    assert dequantize(codes, scales, None, Grid(2, 3)).tolist() == [[-1, -0.5, 0, 2], [1, 0, -1, 2]]
+    assert dequantize(codes, Steps(scales), Uniform(2, 3)).tolist() == [[-1, -0.5, 0, 2], [1, 0, -1, 2]]
     zeros = torch.tensor([[0, 3], [1, 0]], dtype=torch.uint8)
-    assert dequantize(codes, scales, zeros, Grid(2, 3, False)).tolist() == [[0, 0.5, 1, 0], [2, 1, 0, 0]]
+    assert dequantize(codes, Steps(scales, zeros), Uniform(2, 3, False)).tolist() == [[0, 0.5, 1, 0], [2, 1, 0, 0]]
 
 
 # Round trips
@@ -165,11 +166,11 @@ def test_dense_folder_is_read_by_transformers_as_by_us(kind: str, saved: Callabl
     assert folder.identity(tmp_path / "again") == folder.identity(saved(kind))
 
 
-GRIDS = [Grid(3, 32), Grid(4, 32), Grid(8, 0), Grid(5, 48, False)]
+GRIDS = [Uniform(3, 32), Uniform(4, 32), Uniform(8, 0), Uniform(5, 48, False)]
 
 
 @pytest.mark.parametrize("kind", ZOO)
-@pytest.mark.parametrize("grid", GRIDS, ids=Grid.label)
+@pytest.mark.parametrize("grid", GRIDS, ids=Uniform.label)
 def test_packed_folder_gives_the_same_logits(
     kind: str, grid: Grid, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -191,10 +192,10 @@ def test_packed_folder_gives_the_same_logits(
             assert (info.effective, info.bits_per_weight) == ("bf16", 16)
             continue
         rows, cols = loaded.packed[info.name].codes.shape
-        groups = grid.groups(cols)
-        zeros = 0 if grid.symmetric else math.ceil(groups * grid.bits / 8)
+        count = groups(cols, grid.group)
+        zeros = 0 if grid.symmetric else math.ceil(count * grid.bits / 8)
         assert info.effective == grid.label()
-        assert info.bytes == rows * (math.ceil(cols * grid.bits / 8) + 2 * groups + zeros)
+        assert info.bytes == rows * (math.ceil(cols * grid.bits / 8) + 2 * count + zeros)
     total = sum(info.bytes for info in folder.tensors(tmp_path / "p"))
     size = (tmp_path / "p" / "model.safetensors").stat().st_size
     header = struct.unpack("<Q", (tmp_path / "p" / "model.safetensors").read_bytes()[:8])[0]
@@ -204,7 +205,7 @@ def test_packed_folder_gives_the_same_logits(
 @pytest.mark.parametrize("kind", ["tied", "gpt2", "gemma3"])
 def test_tied_weights_are_stored_once_and_stay_tied(kind: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     loaded = folder.load(saved(kind))
-    pack_all(loaded, Grid(4, 32))
+    pack_all(loaded, Uniform(4, 32))
     folder.save(loaded, tmp_path / "p")
     for model in (folder.load(tmp_path / "p").model, plain(tmp_path / "p")):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -219,7 +220,7 @@ def is_linear(loaded: Loaded) -> Callable[[str], bool]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "qwen3", "gemma3", "distilbert"])
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, 32), Grid(4, 0)], ids=Grid.label)
+@pytest.mark.parametrize("grid", [Uniform(4, 32), Uniform(8, 32), Uniform(4, 0)], ids=Uniform.label)
 def test_compressed_tensors_reads_the_same_numbers(
     kind: str, grid: Grid, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -231,7 +232,7 @@ def test_compressed_tensors_reads_the_same_numbers(
             "cls = getattr(transformers, sys.argv[2])\n"
             "model = cls.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
             "torch.save(model(input_ids=torch.arange(4, 44)[None]).logits.detach(), sys.argv[3])")  # fmt: skip
-    if grid == Grid(4, 32) and kind == "llama":  # once in a process that never heard of Shrew
+    if grid == Uniform(4, 32) and kind == "llama":  # once in a process that never heard of Shrew
         command = [sys.executable, "-c", code, tmp_path / "p", type(loaded.model).__name__, tmp_path / "logits"]
         subprocess.run(command, check=True, capture_output=True)
         assert torch.equal(torch.load(tmp_path / "logits"), logits(loaded.model))
@@ -246,19 +247,17 @@ def test_compressed_tensors_reads_the_same_numbers(
 
 def test_compressed_tensors_with_two_widths(saved: Callable[[str], Path], tmp_path: Path) -> None:
     loaded = folder.load(saved("llama"))
-    pack_all(loaded, Grid(8, 32), lambda name: "mlp" in name)
-    pack_all(loaded, Grid(4, 32), lambda name: "attn" in name)
+    pack_all(loaded, Uniform(8, 32), lambda name: "mlp" in name)
+    pack_all(loaded, Uniform(4, 32), lambda name: "attn" in name)
     assert folder.save(loaded, tmp_path / "p") == "compressed-tensors"
     assert torch.equal(logits(plain(tmp_path / "p").eval()), logits(loaded.model))
     assert torch.equal(logits(folder.load(tmp_path / "p").model), logits(loaded.model))
 
 
 @pytest.mark.parametrize("kind", ["llama", "modernbert"])
-def test_packed_folder_in_bf16_is_the_rounded_float32(
-    kind: str, saved: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_packed_folder_in_bf16_is_the_rounded_float32(kind: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     loaded = folder.load(saved(kind))
-    pack_all(loaded, Grid(6, 32))
+    pack_all(loaded, Uniform(6, 32))
     folder.save(loaded, tmp_path / "p")
     model = plain(tmp_path / "p", torch.bfloat16)
     for name, packed in loaded.packed.items():
@@ -286,7 +285,7 @@ def test_sharded_folders_are_read_and_written(
     saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = folder.load(saved("llama"))
-    pack_all(loaded, Grid(3, 32), lambda name: "mlp" in name)
+    pack_all(loaded, Uniform(3, 32), lambda name: "mlp" in name)
     monkeypatch.setattr(folder, "SHARD", 20_000)
     folder.save(loaded, tmp_path / "p")
     assert len(list((tmp_path / "p").glob("model-*.safetensors"))) > 1
@@ -312,7 +311,7 @@ def test_lineage_is_kept_and_versions_are_added(saved: Callable[[str], Path], tm
 
 def test_a_weight_changed_after_packing_is_not_lost_silently(saved: Callable[[str], Path], tmp_path: Path) -> None:
     loaded = folder.load(saved("llama"))
-    pack_all(loaded, Grid(4, 32))
+    pack_all(loaded, Uniform(4, 32))
     loaded.model.get_parameter("model.layers.0.mlp.up_proj.weight").data[0, 0] += 1
     with pytest.raises(ShrewError, match=r"layers\.0\.mlp\.up_proj\.weight.*changed after it was quantized"):
         folder.save(loaded, tmp_path / "p")
@@ -485,7 +484,7 @@ PACKED_LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
 @pytest.mark.parametrize("lie", PACKED_LIES)
 def test_a_label_that_lies_is_refused(lie: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     loaded = folder.load(saved("llama"))
-    pack_all(loaded, Grid(3, 32))
+    pack_all(loaded, Uniform(3, 32))
     folder.save(loaded, tmp_path / "p")
     config = json.loads((tmp_path / "p" / "config.json").read_text())
     PACKED_LIES[lie](config["quantization_config"])
@@ -498,7 +497,7 @@ def test_a_label_that_lies_is_refused(lie: str, saved: Callable[[str], Path], tm
 
 def test_a_compressed_label_that_lies_is_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
     loaded = folder.load(saved("llama"))
-    pack_all(loaded, Grid(4, 32), is_linear(loaded))
+    pack_all(loaded, Uniform(4, 32), is_linear(loaded))
     folder.save(loaded, tmp_path / "p")
     config = json.loads((tmp_path / "p" / "config.json").read_text())["quantization_config"]
     for path, value in (("num_bits", 8), ("type", "float")):

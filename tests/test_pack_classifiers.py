@@ -12,7 +12,7 @@ from torch import nn
 
 from shrew.__main__ import main
 from shrew.errors import UnsupportedError
-from shrew.folder import Grid, Loaded, Packed
+from shrew.folder import Loaded, Packed, Uniform
 from shrew.moves import grids
 from shrew.packers.onnx import check
 from shrew.packers.onnx.build import build
@@ -56,7 +56,7 @@ def test_each_text_as_if_alone(name: str, bits: int, tmp_path: Path) -> None:
     model, packed = random(CONFIGS[name]), {}
     for part, p in model.named_parameters():
         if bits and p.ndim > 1 and min(p.shape) > 3:
-            grid = Grid(bits, 16)
+            grid = Uniform(bits, 16)
             packed[part] = Packed(*grids.nearest(p.detach(), grid, search=False), grid, tuple(p.shape))
             p.data = packed[part].dense()
     built = build(Loaded(model, None, packed=packed))

@@ -26,7 +26,8 @@ from shrew.blocks.stock import adopt, stock
 from shrew.blocks.window import WindowSpec
 from shrew.errors import FolderError, UnsupportedError
 from shrew.folder import Loaded, Packed
-from shrew.folder.packed import Grid, to_rows
+from shrew.folder.grids import Grid, Uniform
+from shrew.folder.packed import to_rows
 from shrew.moves import grids
 from shrew.moves.quantize import quantizable
 from shrew.packers.gguf import Options, back, blocks, tokens, write
@@ -143,9 +144,9 @@ def test_blocks_hold_the_chosen_values_or_are_refused(
     bits: int, group: int, symmetric: bool, cols: int, seed: int, small: float
 ) -> None:
     rows = torch.randn(6, cols, generator=torch.Generator().manual_seed(seed)) * small
-    grid = Grid(bits, group, symmetric)
-    codes, scales, zeros = grids.nearest(rows, grid)
-    kind, reason = blocks.choose(codes, scales, zeros, grid)
+    grid = Uniform(bits, group, symmetric)
+    codes, steps = grids.nearest(rows, grid)
+    kind, reason = blocks.choose(codes, steps, grid)
     assert (kind is None) == bool(reason)
     if small == 1e-9:
         assert "16-bit" in reason
@@ -154,9 +155,9 @@ def test_blocks_hold_the_chosen_values_or_are_refused(
     assert kind is not None or (bits == 8 and not symmetric)
     if kind is None:
         return
-    content = b"".join(blocks.encode(kind, codes, scales, zeros, grid))
+    content = b"".join(blocks.encode(kind, codes, steps, grid))
     data = np.frombuffer(content, np.uint8).reshape(6, -1)
-    packed = Packed(codes, scales, zeros, grid, (6, cols))
+    packed = Packed(codes, steps, grid, (6, cols))
     assert np.array_equal(dequantize(data, kind), packed.dense().numpy())
     if symmetric:
         smallest = {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
@@ -178,7 +179,7 @@ def quantized(model: Any, grid: Grid) -> dict[str, Packed]:
 @pytest.mark.parametrize("kind", ["llama", "qwen3-moe", "qwen3-next", "gemma3", "granite-hybrid", "lfm2", "olmoe"])
 def test_packed_weights_are_blocks_of_the_same_values(kind: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     model, out = tiny(kind), tmp_path / "model.gguf"
-    packed = quantized(model, Grid(4, 32))
+    packed = quantized(model, Uniform(4, 32))
     made = put(model, tiny_tokenizer, out, **packed)
     assert made["said"] == []
     types = {item["source"]: item["type"] for item in made["tensors"]}
@@ -199,7 +200,7 @@ def test_packed_weights_are_blocks_of_the_same_values(kind: str, tiny_tokenizer:
 
 def test_what_no_block_holds_is_said_and_written_exactly(tiny_tokenizer: Any, tmp_path: Path) -> None:
     model, out = tiny("llama"), tmp_path / "model.gguf"
-    packed = quantized(model, Grid(4, 16))
+    packed = quantized(model, Uniform(4, 16))
     made = put(model, tiny_tokenizer, out, **packed)
     assert len(made["said"]) == 1 and made["notes"] == made["said"]
     assert "groups of 16 are no whole blocks of 32" in made["said"][0] and "--bits 4 --group 32" in made["said"][0]
@@ -244,7 +245,7 @@ def test_our_own_models_go_through_the_stock_type(kind: str, tiny_tokenizer: Any
     put(theirs, tiny_tokenizer, first)
     put(ours, tiny_tokenizer, second)
     assert first.read_bytes() == second.read_bytes()
-    packed = quantized(ours, Grid(4, 32))
+    packed = quantized(ours, Uniform(4, 32))
     made = put(ours, tiny_tokenizer, second, **packed)
     put(stock(ours), tiny_tokenizer, first, torch.float32)
     dense, blocky = numbers(first), numbers(second)

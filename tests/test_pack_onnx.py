@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from shrew.__main__ import main
 from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import adopt
+from shrew.blocks.stock import adopt, in_our_names
 from shrew.blocks.window import WindowSpec
 from shrew.errors import UnsupportedError
-from shrew.folder import Grid, Loaded, Packed
+from shrew.folder import Grid, Loaded, Packed, Uniform
 from shrew.folder.packed import unpack_bits
 from shrew.moves import grids
+from shrew.packers.carry import carry
 from shrew.packers.onnx import attention, check, graph, trunk
 from shrew.packers.onnx.check import Runner
 from shrew.packers.onnx.graph import DATA, MODEL, Graph
-from shrew.packers.onnx.source import codes, ours
+from shrew.packers.onnx.source import ours
 from shrew.packers.onnx.weights import Blocks, Weights, picked
 from shrew.runtime import template
 
@@ -213,7 +215,7 @@ GROUPS = (0, 16, 32, 48, 64, 128, 256)
        seed=st.integers(0, 99))  # fmt: skip
 def test_blocks_hold_the_same_values(bits: int, group: int, cols: int, symmetric: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    grid, weight = Grid(bits, group, symmetric), torch.randn(5, cols * 16, generator=generator)
+    grid, weight = Uniform(bits, group, symmetric), torch.randn(5, cols * 16, generator=generator)
     packed = Packed(*grids.nearest(weight, grid, search=False), grid, (5, cols * 16))
     weights = Weights({"w": packed.dense()}, {"w": packed})
     rows = torch.tensor([4, -1, 0, 0])
@@ -230,7 +232,7 @@ def test_blocks_hold_the_same_values(bits: int, group: int, cols: int, symmetric
 @pytest.mark.parametrize("group", [0, 16, 32, 48, 128])
 def test_the_runtime_computes_with_these_values(bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
     torch.manual_seed(bits)
-    grid, weight = Grid(bits, group, symmetric), torch.randn(50, 384)
+    grid, weight = Uniform(bits, group, symmetric), torch.randn(50, 384)
     packed = Packed(*grids.nearest(weight, grid), grid, (50, 384))
     g = Graph(Weights({"e.weight": packed.dense()}, {"e.weight": packed}))
     ids = g.input("ids", torch.int64, ("n",))
@@ -269,7 +271,7 @@ STOCK = {
 }
 
 
-@pytest.mark.parametrize("grid", [None, Grid(4, 32), Grid(3, 0, False)])
+@pytest.mark.parametrize("grid", [None, Uniform(4, 32), Uniform(3, 0, False)])
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_types(name: str, grid: Grid | None, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -291,9 +293,9 @@ def test_stock_types(name: str, grid: Grid | None, tmp_path: Path) -> None:
 def test_weights_of_unlike_grids_stay_apart(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(STOCK["llama"])
-    loaded = quantized(model, Grid(4, 32))
+    loaded = quantized(model, Uniform(4, 32))
     name = "model.layers.1.self_attn.k_proj.weight"
-    loaded.packed[name] = Packed(*grids.nearest(loaded.packed[name].dense(), Grid(8, 16)), Grid(8, 16), (32, 64))
+    loaded.packed[name] = Packed(*grids.nearest(loaded.packed[name].dense(), Uniform(8, 16)), Uniform(8, 16), (32, 64))
     del loaded.packed["model.layers.0.self_attn.v_proj.weight"]
     model.get_parameter(name).data = loaded.packed[name].dense()
     same, weights = ours(loaded)
@@ -309,9 +311,9 @@ def test_codes_follow_rows_that_adapters_split() -> None:
         **{**COMMON, "layer_types": ["full_attention"] * 2}, num_local_experts=0, num_experts_per_tok=0,
         shared_intermediate_size=48, mamba_n_heads=4, mamba_d_head=32, position_embedding_type="rope")  # fmt: skip
     torch.manual_seed(0)
-    loaded = quantized(transformers.AutoModelForCausalLM.from_config(config), Grid(4, 16, False))
+    loaded = quantized(transformers.AutoModelForCausalLM.from_config(config), Uniform(4, 16, False))
     mine = adopt(loaded.model)
-    found = codes(loaded, mine.spec, dict(loaded.model.state_dict()))
+    found = carry(loaded.packed, loaded.model.state_dict(), partial(in_our_names, loaded.model.config, mine.spec))
     assert "model.layers.1.ffn.gate_proj.weight" in found
     for name, packed in found.items():
         assert torch.equal(packed.dense(), mine.get_parameter(name))

@@ -12,7 +12,8 @@ from test_folder import ZOO, logits, make_model, make_tokenizer, plain
 
 from shrew import folder, spec
 from shrew.errors import SpecError, UnsupportedError
-from shrew.folder import Grid, Loaded
+from shrew.folder import Grid, Loaded, Steps, Uniform
+from shrew.folder.grids import dequantize, encode, groups
 from shrew.moves import grids
 from shrew.moves.quantize import Quantize, hessians, quantizable
 
@@ -31,23 +32,24 @@ def matrix(seed: int, rows: int, cols: int) -> torch.Tensor:
 
 def test_rounding_eight_numbers() -> None:
     rows = torch.tensor([[-4.0, -1.0, 0.4, 2.6], [0.0, 0.0, 0.0, 0.0]])
-    codes, scales, zeros = grids.nearest(rows, Grid(3, 0), search=False)
-    assert zeros is None
-    assert scales.flatten().tolist() == [1, 1]
+    codes, steps = grids.nearest(rows, Uniform(3, 0), search=False)
+    assert steps.zeros is None
+    assert steps.scales.flatten().tolist() == [1, 1]
     assert codes.tolist() == [[0, 3, 4, 7], [4, 4, 4, 4]]
-    codes, scales, zeros = grids.nearest(torch.tensor([[0.0, 1.0, 2.0, 7.0]]), Grid(3, 0, False), search=False)
-    assert (codes.tolist(), scales.tolist(), zeros.tolist()) == ([[0, 1, 2, 7]], [[1]], [[0]])  # type: ignore[union-attr]
+    codes, steps = grids.nearest(torch.tensor([[0.0, 1.0, 2.0, 7.0]]), Uniform(3, 0, False), search=False)
+    assert steps.zeros is not None
+    assert (codes.tolist(), steps.scales.tolist(), steps.zeros.tolist()) == ([[0, 1, 2, 7]], [[1]], [[0]])
 
 
 @settings(deadline=None)
 @given(st.integers(2, 8), st.integers(0, 40), st.booleans(), st.integers(1, 70), st.integers(0, 2**32))
 def test_what_is_on_the_grid_stays(bits: int, group: int, symmetric: bool, cols: int, seed: int) -> None:
-    grid = Grid(bits, group, symmetric)
-    codes, scales, zeros = grids.nearest(matrix(seed, 3, cols), grid)
+    grid = Uniform(bits, group, symmetric)
+    codes, steps = grids.nearest(matrix(seed, 3, cols), grid)
     assert int(codes.max()) < 2**bits
-    assert scales.shape == (3, grid.groups(cols))
-    values = grids.dequantize(codes, scales, zeros, grid)
-    assert torch.equal(grids.dequantize(grids.encode(values, scales, zeros, grid), scales, zeros, grid), values)
+    assert steps.scales.shape == (3, groups(cols, group))
+    values = dequantize(codes, steps, grid)
+    assert torch.equal(dequantize(encode(values, steps, grid), steps, grid), values)
 
 
 @settings(deadline=None, max_examples=30)
@@ -56,19 +58,19 @@ def test_searching_the_range_never_hurts_much_and_bits_help(bits: int, symmetric
     rows = matrix(seed, 8, 64)
 
     def error(grid: Grid, search: bool) -> float:
-        return float((grids.dequantize(*grids.nearest(rows, grid, search), grid) - rows).square().mean())
+        return float((dequantize(*grids.nearest(rows, grid, search), grid) - rows).square().mean())
 
-    assert error(Grid(bits, 32, symmetric), True) <= error(Grid(bits, 32, symmetric), False) * 1.05
+    assert error(Uniform(bits, 32, symmetric), True) <= error(Uniform(bits, 32, symmetric), False) * 1.05
     if bits < 8:
-        assert error(Grid(bits + 1, 32, symmetric), True) < error(Grid(bits, 32, symmetric), True)
+        assert error(Uniform(bits + 1, 32, symmetric), True) < error(Uniform(bits, 32, symmetric), True)
 
 
 def test_error_is_bounded_by_half_a_step() -> None:
     rows = matrix(1, 16, 96)
-    grid = Grid(8, 32, False)
-    codes, scales, zeros = grids.nearest(rows, grid, search=False)
-    step = scales.float().repeat_interleave(32, 1)
-    error = (grids.dequantize(codes, scales, zeros, grid) - rows).abs()
+    grid = Uniform(8, 32, False)
+    codes, steps = grids.nearest(rows, grid, search=False)
+    step = steps.scales.float().repeat_interleave(32, 1)
+    error = (dequantize(codes, steps, grid) - rows).abs()
     # Rounding the scale to bf16 may clip the ends of the range by up to half a percent.
     assert (error <= 0.5 * step + 0.005 * rows.abs()).all()
 
@@ -86,22 +88,22 @@ def slow_gptq(rows: torch.Tensor, hessian: torch.Tensor, grid: Grid, damp: float
     for column in range(rows.shape[1]):
         width = grid.group or rows.shape[1]
         if column % width == 0:
-            scales, zeros = grids.fit(rows[:, column : column + width].float(), Grid(grid.bits, 0, grid.symmetric),
-                                      importance[None, column : column + width])  # fmt: skip
+            steps = grids.fit(rows[:, column : column + width].float(), grid, importance[None, column : column + width])
         value = rows[:, column : column + 1]
-        one = Grid(grid.bits, 0, grid.symmetric)
-        chosen = grids.dequantize(grids.encode(value.float(), scales, zeros, one), scales, zeros, one).double()
+        chosen = dequantize(encode(value.float(), steps, grid), steps, grid).double()
         inverse = torch.linalg.inv(matrix[column:, column:])
         rows[:, column:] -= (value - chosen) / inverse[0, 0] * inverse[:1]
         result[:, column] = chosen[:, 0]
     return result.float()
 
 
-@pytest.mark.parametrize("grid", [Grid(3, 16), Grid(4, 48), Grid(4, 0), Grid(2, 100, False)], ids=Grid.label)
+@pytest.mark.parametrize(
+    "grid", [Uniform(3, 16), Uniform(4, 48), Uniform(4, 0), Uniform(2, 100, False)], ids=Uniform.label
+)
 def test_gptq_equals_its_definition(grid: Grid) -> None:
     rows, inputs = matrix(3, 12, 144), correlated(7, 800, 144)
     hessian = inputs.T @ inputs
-    fast = grids.dequantize(*grids.gptq(rows[None], *grids.decompose(hessian[None], 0.01), grid), grid)
+    fast = dequantize(*grids.gptq(rows[None], *grids.decompose(hessian[None], 0.01), grid), grid)
     slow = slow_gptq(rows, hessian, grid, 0.01)
     assert (fast != slow).float().mean() < 0.02  # float32 against float64: a tie may fall the other way
 
@@ -115,28 +117,28 @@ def test_gptq_equals_its_definition(grid: Grid) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_beats_rounding_on_correlated_inputs(bits: int, symmetric: bool) -> None:
     rows, inputs = matrix(3, 32, 192), correlated(7, 1000, 192)  # more than one block of columns
-    grid = Grid(bits, 64, symmetric)
+    grid = Uniform(bits, 64, symmetric)
     upper, importance = grids.decompose((inputs.T @ inputs)[None], 0.01)
 
-    def loss(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> float:
-        return float(((grids.dequantize(codes, scales, zeros, grid) - rows) @ inputs.T).square().sum())
+    def loss(codes: torch.Tensor, steps: Steps) -> float:
+        return float(((dequantize(codes, steps, grid) - rows) @ inputs.T).square().sum())
 
     assert loss(*grids.gptq(rows[None], upper, importance, grid)) < 0.6 * loss(*grids.nearest(rows, grid))
 
 
 def test_gptq_in_a_batch_equals_one_by_one() -> None:
     rows, inputs = matrix(1, 12, 32).reshape(2, 6, 32), torch.stack([correlated(1, 200, 32), correlated(2, 200, 32)])
-    hessian, grid = inputs.transpose(1, 2) @ inputs, Grid(4, 16)
-    together = grids.dequantize(*grids.gptq(rows, *grids.decompose(hessian, 0.01), grid), grid)
+    hessian, grid = inputs.transpose(1, 2) @ inputs, Uniform(4, 16)
+    together = dequantize(*grids.gptq(rows, *grids.decompose(hessian, 0.01), grid), grid)
     for i in range(2):
         one = grids.gptq(rows[i : i + 1], *grids.decompose(hessian[i : i + 1], 0.01), grid)
-        assert torch.allclose(grids.dequantize(*one, grid), together[6 * i : 6 * i + 6])
+        assert torch.allclose(dequantize(*one, grid), together[6 * i : 6 * i + 6])
 
 
 def test_gptq_without_statistics_is_rounding() -> None:
-    rows, grid = matrix(1, 8, 64), Grid(4, 32)
+    rows, grid = matrix(1, 8, 64), Uniform(4, 32)
     codes = grids.gptq(rows[None], *grids.decompose(torch.zeros(1, 64, 64), 0.01), grid)
-    assert torch.equal(grids.dequantize(*codes, grid), grids.dequantize(*grids.nearest(rows, grid), grid))
+    assert torch.equal(dequantize(*codes, grid), dequantize(*grids.nearest(rows, grid), grid))
 
 
 def test_gptq_survives_inputs_that_are_copies_of_each_other() -> None:
@@ -237,8 +239,8 @@ def test_tied_weights_stay_tied(kind: str, fresh: Callable[[str], Loaded], conte
 def test_single_weights_get_their_own_bits(fresh: Callable[[str], Loaded], context: Any, tmp_path: Path) -> None:
     up, down, head = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"
     loaded = Quantize(bits=4, group=32, tensors={up: 8, down: 0, head: 6}).apply(fresh("llama"), context)
-    assert loaded.packed[up].grid == Grid(8, 32)
-    assert loaded.packed[head].grid == Grid(6, 32)
+    assert loaded.packed[up].grid == Uniform(8, 32)
+    assert loaded.packed[head].grid == Uniform(6, 32)
     assert down not in loaded.packed
     assert loaded.untouched[down] == "left alone on request"
     folder.save(loaded, tmp_path / "q")

@@ -83,13 +83,14 @@ def test_damage_at_unmeasured_widths_quarters_with_each_bit() -> None:
     st.sampled_from(BITS), st.sampled_from([0, 16, 32, 48, 64, 128]), st.booleans(), st.sampled_from(["gpt2", "olmoe"])
 )
 def test_predicted_bytes_are_the_bytes_of_packed_weights(bits: int, group: int, symmetric: bool, kind: str) -> None:
-    from shrew.folder.packed import Grid, to_parts, to_rows
+    from shrew.folder.grids import Uniform
+    from shrew.folder.packed import to_parts, to_rows
     from shrew.moves.grids import nearest
     from shrew.moves.quantize import quantizable
 
     for name, target in itertools.islice(quantizable(MODELS[kind])[0].items(), 4):
         rows = to_rows(target.weight.detach(), target.transposed)
-        grid = Grid(bits, group if group < rows.shape[1] else 0, symmetric)
+        grid = Uniform(bits, group if group < rows.shape[1] else 0, symmetric)
         packed = folder.Packed(*nearest(rows, grid, search=False), grid, tuple(target.weight.shape), target.transposed)
         real = sum(part.numel() * part.element_size() for part in to_parts(name, packed).values())
         assert Group("x", ((name, *rows.shape),)).bytes(bits, group, symmetric) == real

@@ -27,10 +27,14 @@ from shrew import files
 from shrew.errors import ShrewError
 from shrew.folder import compressed, packed
 from shrew.folder.check import TORCH_DTYPES, common_dtype, describe, fetch, quiet, read_model, read_packed
+from shrew.folder.grids import Grid, Steps, Uniform
 from shrew.folder.headers import INDEX, SINGLE, Entry, read_headers, read_json
-from shrew.folder.packed import Grid, Packed, register
+from shrew.folder.packed import Packed, register
 
-__all__ = ["LINEAGE", "Grid", "Loaded", "Packed", "TensorInfo", "identity", "load", "register", "save", "tensors"]
+__all__ = [
+    "LINEAGE", "Grid", "Loaded", "Packed", "Steps", "TensorInfo", "Uniform", "identity", "load", "register", "save",
+    "tensors",
+]  # fmt: skip
 
 LINEAGE = "shrew.json"
 SHARD = 4_000_000_000  # bytes
@@ -215,7 +219,7 @@ def tensors(path: str | Path) -> list[TensorInfo]:
         parts = [entries[name.removesuffix(stated.stem) + part] for part in stated.parts
                  if name.removesuffix(stated.stem) + part in entries]  # fmt: skip
         shape, size = tuple(meaning["shape"]), sum(part.bytes for part in parts)
-        grid = Grid(meaning["bits"], meaning["group"], meaning["symmetric"])
+        grid = packed.grid_of(meaning)
         listed.append(TensorInfo(name, f"INT{grid.bits}", shape, size, _per_weight(size, shape), grid.label(),
                                  _files(parts)))  # fmt: skip
     return sorted(listed, key=lambda item: item.name)

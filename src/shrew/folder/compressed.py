@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from shrew.errors import FolderError
+from shrew.folder.grids import Steps, Uniform
 from shrew.folder.headers import Entry
-from shrew.folder.packed import Grid, Packed, pack_bits, unpack_bits
+from shrew.folder.packed import Packed, pack_bits, unpack_bits
 
 METHOD = "compressed-tensors"
 WIDTHS = (4, 8)
@@ -26,6 +27,8 @@ def obstacle(model: Any, packed: dict[str, Packed]) -> str:
     aliases = {id(model.get_parameter(name)) for name in shared}
     for name, item in packed.items():
         module = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(item.grid, Uniform):
+            return f"{name} is {item.grid.label()}"
         if item.grid.bits not in WIDTHS:
             return f"{name} has {item.grid.bits} bits"
         if type(module) is not nn.Linear or not name.endswith(".weight"):
@@ -55,7 +58,7 @@ def _trips_transformers(model: Any, packed: dict[str, Packed]) -> str:
 
 def to_config(packed: dict[str, Packed]) -> dict[str, Any]:
     """The `quantization_config` of config.json: one group for each grid, its modules by name."""
-    targets: dict[Grid, list[str]] = {}
+    targets: dict[Any, list[str]] = {}
     for name, item in sorted(packed.items()):
         targets.setdefault(item.grid, []).append(name.removesuffix(".weight"))
     groups = {
@@ -83,7 +86,7 @@ def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
     module = name.removesuffix(".weight")
     return {
         module + ".weight_packed": pack_bits(packed.codes, packed.grid.bits, align=4).view(torch.int32),
-        module + ".weight_scale": packed.scales.contiguous(),
+        module + ".weight_scale": packed.steps.scales.contiguous(),
         module + ".weight_shape": torch.tensor(packed.shape, dtype=torch.int64),
     }
 
@@ -145,10 +148,10 @@ def _read_shape(entry: Entry) -> tuple[int, int]:
 
 def from_parts(parts: dict[str, Tensor], entry: dict[str, Any]) -> Packed:
     """A Packed from the tensors of a file, keyed by the last part of their names."""
-    grid, cols = Grid(entry["bits"], entry["group"], entry["symmetric"]), entry["shape"][1]
+    grid, cols = Uniform(entry["bits"], entry["group"], entry["symmetric"]), entry["shape"][1]
     codes = unpack_bits(parts["weight_packed"].view(torch.uint8), grid.bits, cols)
     scales, zeros = parts["weight_scale"], None
     if not grid.symmetric:
         words = parts["weight_zero_point"].T.contiguous().view(torch.uint8)
         zeros = unpack_bits(words, grid.bits, entry["shape"][0]).T.contiguous()
-    return Packed(codes, scales, zeros, grid, tuple(entry["shape"]))
+    return Packed(codes, Steps(scales, zeros), grid, tuple(entry["shape"]))

@@ -1,12 +1,7 @@
-"""Packed weights: what they are, how their bits lie in a file, and how transformers turns them back into numbers.
-
-A weight is seen as rows of inputs, cut into groups along the row. Each group has a bf16 scale; a code q stands for
-(q - zero) * scale, with zero = 2^(bits-1) for symmetric grids. Products are exact in float32: codes have at most 9
-significant bits and scales 8, so a float32 or bf16 reader gets the same numbers whichever order it multiplies in.
-"""
+"""Packed weights: what they are, how their bits lie in a file, and how transformers turns them back into numbers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -19,32 +14,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from shrew.errors import FolderError
+from shrew.folder.grids import FLOATS, KINDS, Grid, Steps, Uniform, dequantize
 from shrew.folder.headers import Entry
 
 METHOD = "shrew"
-PARTS = (":codes", ":scales", ":zeros")
+PARTS = (":codes", ":scales", ":zeros", ":supers")
 CHUNK = 1 << 22  # elements unpacked at once; bounds the memory that single bits need
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The values a weight may take: 2^bits codes a group; `group` 0 means one group a row."""
-
-    bits: int
-    group: int
-    symmetric: bool = True
-
-    def groups(self, cols: int) -> int:
-        """Groups in a row of `cols` weights; the last one may be shorter."""
-        return 1 if self.group == 0 or cols == 0 else -(-cols // self.group)
-
-    def label(self) -> str:
-        return f"int{self.bits} g{self.group or 'row'} {'sym' if self.symmetric else 'asym'}"
-
-
-@dataclass(frozen=True)
 class Packed:
-    """One weight as codes. codes uint8 [rows, cols], scales bf16 [rows, groups], zeros uint8 [rows, groups] or None.
+    """One weight as codes uint8 [rows, cols] with the steps of their grid.
 
     Scales of folders that others wrote may be fp16 or fp32. `shape` is the parameter's; `transposed` says that its last
     dimension is the output (Conv1D), so that rows are columns of the parameter. Leading dimensions (experts) are folded
@@ -52,15 +32,14 @@ class Packed:
     """
 
     codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
+    steps: Steps
     grid: Grid
     shape: tuple[int, ...]
     transposed: bool = False
 
     def dense(self) -> Tensor:
         """The parameter that the codes stand for, float32 of `shape`."""
-        return from_rows(dequantize(self.codes, self.scales, self.zeros, self.grid), self.shape, self.transposed)
+        return from_rows(dequantize(self.codes, self.steps, self.grid), self.shape, self.transposed)
 
 
 def to_rows(weight: Tensor, transposed: bool) -> Tensor:
@@ -74,19 +53,6 @@ def from_rows(rows: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
     if not transposed:
         return rows.reshape(shape)
     return rows.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
-
-
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
-    """codes [rows, cols] -> float32 [rows, cols]: exactly the numbers that a saved file stands for."""
-    cols = codes.shape[1]
-    width = grid.group or cols
-
-    def spread(values: Tensor) -> Tensor:
-        wide = values.float()
-        return wide if wide.shape[1] == 1 else wide.repeat_interleave(width, dim=1)[:, :cols]
-
-    middle = 2.0 ** (grid.bits - 1) if zeros is None else spread(zeros)
-    return (codes.float() - middle) * spread(scales)
 
 
 def pack_bits(codes: Tensor, bits: int, align: int = 1) -> Tensor:
@@ -120,27 +86,46 @@ def unpack_bits(packed: Tensor, bits: int, cols: int) -> Tensor:
 
 def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that a file holds for the weight `name`."""
-    bits = packed.grid.bits
-    parts = {name + ":codes": pack_bits(packed.codes, bits), name + ":scales": packed.scales.contiguous()}
-    if packed.zeros is not None:
-        parts[name + ":zeros"] = pack_bits(packed.zeros, bits)
-    return parts
+    parts = {"codes": packed.codes} | packed.steps.parts()
+    widths = packed.grid.widths
+    return {f"{name}:{part}": pack_bits(value, widths[part]) if part in widths else value.contiguous()
+            for part, value in parts.items()}  # fmt: skip
 
 
 def from_parts(parts: dict[str, Tensor], entry: dict[str, Any]) -> Packed:
-    """A Packed from the tensors of a file (keys ":codes", ":scales", ":zeros") and its entry in config.json."""
-    grid = Grid(entry["bits"], entry["group"], entry["symmetric"])
-    shape, transposed = tuple(entry["shape"]), entry["transposed"]
-    cols = shape[-2] if transposed else shape[-1]
-    zeros = None if grid.symmetric else unpack_bits(parts[":zeros"], grid.bits, grid.groups(cols))
-    return Packed(unpack_bits(parts[":codes"], grid.bits, cols), parts[":scales"], zeros, grid, shape, transposed)
+    """A Packed from the tensors of a file (keys ":codes", ":scales", ...) and its entry in config.json."""
+    grid, shape, transposed = grid_of(entry), tuple(entry["shape"]), entry["transposed"]
+    found = {}
+    for part, extent in grid.shapes(*_rows_and_cols(shape, transposed)).items():
+        value = parts[":" + part]
+        found[part] = unpack_bits(value, grid.widths[part], extent[1]) if part in grid.widths else value
+    return Packed(found.pop("codes"), Steps(**found), grid, shape, transposed)
 
 
 def to_entry(packed: Packed) -> dict[str, Any]:
     """What config.json says of one packed weight."""
-    grid = packed.grid
-    return {"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric, "shape": list(packed.shape),
-            "transposed": packed.transposed}  # fmt: skip
+    grid: Any = packed.grid
+    kind = {} if isinstance(grid, Uniform) else {"kind": grid.kind}
+    return {**kind, **vars(grid), "shape": list(packed.shape), "transposed": packed.transposed}
+
+
+def grid_of(entry: dict[str, Any]) -> Grid:
+    """The grid that an entry of config.json names. Raises KeyError, TypeError or ValueError for what is none."""
+    kind = KINDS[entry.get("kind", Uniform.kind)]
+    known = {item.name: item.type for item in fields(kind)}
+    given = {key: value for key, value in entry.items() if key not in ("kind", "shape", "transposed")}
+    if set(given) != set(known) or any(type(given[key]) is not known[key] for key in known):
+        raise ValueError("unknown settings of a grid")
+    grid: Grid = kind(**given)
+    return grid
+
+
+def _rows_and_cols(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
+    *lead, rows, cols = shape
+    rows, cols = (cols, rows) if transposed else (rows, cols)
+    for count in lead:
+        rows *= count
+    return rows, cols
 
 
 def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
@@ -150,12 +135,12 @@ def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
         raise FolderError(f"{where}: quantization_config has no table of tensors; fetch the model again.")
     expected: set[str] = set()
     for name, entry in tensors.items():
-        parts = _expected_parts(where, name, entry)
+        label, parts = _expected_parts(where, name, entry)
         for part, (dtypes, shape) in parts.items():
             found = entries.get(name + part)
             if found is None or found.dtype not in dtypes or found.shape != shape:
                 got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-                raise FolderError(f"{where}: config.json says {entry['bits']} bits for '{name}', so '{name + part}' "
+                raise FolderError(f"{where}: config.json says {label} for '{name}', so '{name + part}' "
                                   f"should be {dtypes[0]} {list(shape)}, but the file has {got}.")  # fmt: skip
         expected |= {name + part for part in parts}
     for name in entries:
@@ -163,25 +148,24 @@ def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
             raise FolderError(f"{where}: the file holds '{name}', which config.json does not mention.")
 
 
-def _expected_parts(where: str, name: str, entry: Any) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    kinds = {"bits": int, "group": int, "symmetric": bool, "shape": list, "transposed": bool}
-    right = isinstance(entry, dict) and set(entry) == set(kinds)
-    right = right and all(type(entry[key]) is kind for key, kind in kinds.items())
-    right = right and 2 <= entry["bits"] <= 8 and entry["group"] >= 0 and len(entry["shape"]) >= 2
-    if not right or not all(type(n) is int and n > 0 for n in entry["shape"]):
-        raise FolderError(f"{where}: quantization_config says nothing usable of '{name}'; fetch the model again.")
-    *lead, rows, cols = entry["shape"]
-    rows, cols = (cols, rows) if entry["transposed"] else (rows, cols)
-    for count in lead:
-        rows *= count
-    groups = Grid(entry["bits"], entry["group"]).groups(cols)
-    parts: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-        ":codes": (("U8",), (rows, -(-cols * entry["bits"] // 8))),
-        ":scales": (("BF16", "F16", "F32"), (rows, groups)),
-    }
-    if not entry["symmetric"]:
-        parts[":zeros"] = (("U8",), (rows, -(-groups * entry["bits"] // 8)))
-    return parts
+def _expected_parts(
+    where: str, name: str, entry: Any
+) -> tuple[str, dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
+    """The grid's label, and dtypes and shape of every tensor that the file should hold for it."""
+    try:
+        shape, transposed = tuple(entry["shape"]), entry["transposed"]
+        grid = grid_of(entry)
+        if type(transposed) is not bool or len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError("no shape")
+    except (KeyError, TypeError, ValueError):
+        raise FolderError(
+            f"{where}: quantization_config says nothing usable of '{name}'; fetch the model again."
+        ) from None
+    parts: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+    for part, extent in grid.shapes(*_rows_and_cols(shape, transposed)).items():
+        width = grid.widths.get(part)
+        parts[":" + part] = (FLOATS, extent) if width is None else (("U8",), (extent[0], -(-extent[1] * width // 8)))
+    return grid.label(), parts
 
 
 class ShrewConfig(QuantizationConfigMixin):

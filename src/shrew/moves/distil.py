@@ -19,6 +19,7 @@ from shrew import files, machine, objectives
 from shrew.blocks.model import ShrewForCausalLM
 from shrew.errors import ShrewError, UnsupportedError
 from shrew.folder import Loaded
+from shrew.folder.grids import encode
 from shrew.folder.packed import Packed, to_rows
 from shrew.moves.anatomy import fingerprint
 from shrew.moves.context import Context
@@ -214,17 +215,8 @@ class Weights:
 
 
 def on_grid(value: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """The nearest codes on the grid of `packed` (scales and zeros as they are), and the parameter they stand for."""
-    rows = to_rows(value, packed.transposed)
-    width = packed.grid.group or rows.shape[1]
-    middle = torch.tensor(2.0 ** (packed.grid.bits - 1)) if packed.zeros is None else packed.zeros.float()
-
-    def spread(item: Tensor) -> Tensor:
-        return item if item.ndim == 0 else item.repeat_interleave(width, dim=1)[:, : rows.shape[1]]
-
-    scales = packed.scales.float()
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    codes = (rows * spread(inverse) + spread(middle)).round_().clamp_(0, 2**packed.grid.bits - 1).to(torch.uint8)
+    """The nearest codes on the grid of `packed` (steps as they are), and the parameter they stand for."""
+    codes = encode(to_rows(value, packed.transposed), packed.steps, packed.grid)
     return codes, replace(packed, codes=codes).dense()
 
 

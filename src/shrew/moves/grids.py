@@ -1,46 +1,45 @@
 """Choosing codes: pure arithmetic from matrices to matrices, each row cut into groups with a scale of their own.
 
-Scales are rounded to bf16, as a file stores them, *before* codes are chosen, so what is measured is what is saved.
+Scales are rounded as a file stores them *before* codes are chosen, so what is measured is what is saved.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from shrew.folder.packed import Grid, dequantize
-
-__all__ = ["Grid", "decompose", "dequantize", "encode", "fit", "gptq", "nearest"]
+from shrew.folder.grids import Grid, Steps, Uniform, encode, groups
 
 CHUNK = 1 << 22  # weights searched at once; bounds memory
 BLOCK = 64  # columns, at least, whose errors are spread together in gptq
 
 
-def fit(
-    rows: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Scales bf16 [rows, groups] and zero points uint8 [rows, groups] (None when symmetric) for float32 [rows, cols].
+def fit(rows: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = True) -> Steps:
+    """The steps of a grid for float32 [rows, cols].
 
     With `search`, each group takes the clipping range of least squared error, weighted by `importance` (broadcastable
-    to rows); without, the range that clips nothing. A symmetric scale may be negative: codes reach one step further
-    down than up, and the sign puts that step where the largest weight is.
+    to rows); without, the range that clips nothing.
     """
     if importance is not None:
         importance = importance.expand_as(rows)
-    step = max(1, CHUNK // max(rows.shape[1], 1))
-    parts = [
-        _fit(rows[at : at + step], grid, None if importance is None else importance[at : at + step], search)
+    step, chosen = max(1, CHUNK // max(rows.shape[1], 1)), FITS[type(grid)]
+    found = [
+        chosen(rows[at : at + step], grid, None if importance is None else importance[at : at + step], search).parts()
         for at in range(0, len(rows), step)
     ]
-    return torch.cat([scale for scale, _ in parts]), None if grid.symmetric else torch.cat([zero for _, zero in parts])
+    return Steps(**{name: torch.cat([part[name] for part in found]) for name in found[0]})
 
 
 def _grouped(values: Tensor, grid: Grid) -> Tensor:
     """[rows, cols] -> [rows, groups, width], the last group filled up with zeros."""
     cols = values.shape[1]
-    groups, width = grid.groups(cols), grid.group or cols
-    return torch.nn.functional.pad(values, (0, groups * width - cols)).reshape(len(values), groups, width)
+    count, width = groups(cols, grid.group), grid.group or cols
+    return torch.nn.functional.pad(values, (0, count * width - cols)).reshape(len(values), count, width)
 
 
-def _fit(rows: Tensor, grid: Grid, importance: Tensor | None, search: bool) -> tuple[Tensor, Tensor]:
+def _uniform(rows: Tensor, grid: Uniform, importance: Tensor | None, search: bool) -> Steps:
+    """A symmetric scale may be negative: codes reach one step further down than up, and the sign puts that step where
+    the largest weight is."""
     values = _grouped(rows, grid)
     weights = None if importance is None else _grouped(importance, grid)
     top_code, half = 2**grid.bits - 1, 2 ** (grid.bits - 1)
@@ -69,21 +68,17 @@ def _fit(rows: Tensor, grid: Grid, importance: Tensor | None, search: bool) -> t
         better = loss < best
         best = torch.where(better, loss, best)
         chosen = torch.where(better, scale[..., 0], chosen)
-    return chosen, zero[..., 0].to(torch.uint8)
+    return Steps(chosen, None if grid.symmetric else zero[..., 0].to(torch.uint8))
 
 
-def encode(rows: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
-    """The nearest code of every weight: uint8 [rows, cols], half-way cases to even."""
-    values = _grouped(rows, grid)
-    zero = 2.0 ** (grid.bits - 1) if zeros is None else zeros.float().unsqueeze(2)
-    codes = ((values / scales.float().unsqueeze(2)).round() + zero).clamp_(0, 2**grid.bits - 1)
-    return codes.to(torch.uint8).flatten(1)[:, : rows.shape[1]].contiguous()
+# How each kind of grid finds its steps: (rows, grid, importance or None, search) -> Steps.
+FITS: dict[type, Callable[..., Steps]] = {Uniform: _uniform}
 
 
-def nearest(rows: Tensor, grid: Grid, search: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round to nearest: (codes, scales, zeros) of float32 [rows, cols]."""
-    scales, zeros = fit(rows, grid, search=search)
-    return encode(rows, scales, zeros, grid), scales, zeros
+def nearest(rows: Tensor, grid: Grid, search: bool = True, importance: Tensor | None = None) -> tuple[Tensor, Steps]:
+    """Round to nearest: codes and steps of float32 [rows, cols]."""
+    steps = fit(rows, grid, importance, search)
+    return encode(rows, steps, grid), steps
 
 
 def decompose(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -111,44 +106,36 @@ def decompose(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
         damp *= 10  # inputs that are nearly linear combinations of others: float32 needs more damping
 
 
-def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Steps]:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323): round column after column, each error spread over the next ones.
 
-    rows float32 [batch, rows, cols]; `upper` and `importance` from `decompose`. Returns codes uint8, scales bf16 and
-    zeros, each with [batch, rows, ...] folded into rows. A group's scale is chosen when its first column is reached.
+    rows float32 [batch, rows, cols]; `upper` and `importance` from `decompose`. Returns codes uint8 and steps, each
+    with [batch, rows, ...] folded into rows. The steps of a span are chosen when its first column is reached.
     """
     batch, count, cols = rows.shape
-    width = grid.group or cols
+    span, group = grid.span or cols, grid.group or cols
     rest = rows.transpose(1, 2).contiguous()  # [batch, cols, rows]: a column is contiguous
     codes = torch.empty(batch, cols, count, dtype=torch.uint8)
-    scales: list[Tensor] = []
-    zeros: list[Tensor] = []
-    middle = torch.full((batch, count), 2.0 ** (grid.bits - 1))
-    scale, zero = torch.ones(batch, count), middle
-    top_code = 2**grid.bits - 1
-    block = width * max(1, BLOCK // width) if grid.group else BLOCK  # groups start where blocks do or inside them
+    found: list[dict[str, Tensor]] = []
+    # Every column of a span must have its errors when the span begins, so spans begin where blocks do or inside them.
+    block = BLOCK if span % BLOCK == 0 or span == cols else span * max(1, BLOCK // span)
     for start in range(0, cols, block):
         end = min(start + block, cols)
         errors = torch.empty(batch, end - start, count)
         for column in range(start, end):
-            if column % width == 0:
-                group = rest[:, column : column + width].transpose(1, 2).reshape(batch * count, -1)
-                weight = importance[:, None, column : column + width].expand(-1, count, -1).reshape(batch * count, -1)
-                new_scale, new_zero = fit(group, Grid(grid.bits, 0, grid.symmetric), weight)
-                scales.append(new_scale)
-                scale = new_scale.float().reshape(batch, count)
-                if new_zero is not None:
-                    zeros.append(new_zero)
-                    zero = new_zero.float().reshape(batch, count)
+            if column % span == 0:
+                part = rest[:, column : column + span].transpose(1, 2).reshape(batch * count, -1)
+                weight = importance[:, None, column : column + span].expand(-1, count, -1).reshape(batch * count, -1)
+                steps = fit(part, grid, weight)
+                found.append(steps.parts())
+                pairs = [item.reshape(batch, count, -1) for item in grid.effective(steps)]
+            scale, zero = (item[..., column % span // group] for item in pairs)
             value = rest[:, column]
-            code = ((value / scale).round_() + zero).clamp_(0, top_code)
+            code = grid.encode(value, scale, zero)
             codes[:, column] = code
-            error = (value - (code - zero) * scale) / upper[:, column, column, None]
+            error = (value - grid.decode(code, scale, zero)) / upper[:, column, column, None]
             errors[:, column - start] = error
             rest[:, column + 1 : end] -= upper[:, column, column + 1 : end, None] * error[:, None]
         rest[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ errors
-    return (
-        codes.transpose(1, 2).reshape(batch * count, cols),
-        torch.cat(scales, dim=1),
-        torch.cat(zeros, dim=1) if zeros else None,
-    )
+    steps = Steps(**{name: torch.cat([part[name] for part in found], dim=1) for name in found[0]})
+    return codes.transpose(1, 2).reshape(batch * count, cols), steps

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from shrew.errors import SpecError, UnsupportedError, nearest
 from shrew.folder import Loaded
-from shrew.folder.packed import Grid, Packed, to_rows
+from shrew.folder.grids import Grid, Steps, Uniform
+from shrew.folder.packed import Packed, to_rows
 from shrew.moves import grids
 from shrew.spec import Meta, doc
 
@@ -79,7 +80,7 @@ class Quantize:
                 raise SpecError(f"quantize: '{name}' cannot be quantized: {reason}." if reason else
                                 f"quantize: no weight is named '{name}'; {nearest(name, found)}")  # fmt: skip
             asked[known] = bits
-        targets = {}
+        targets: dict[str, tuple[Target, Grid]] = {}
         for name, target in found.items():
             head = target.kind in ("embedding", "tied", "head")
             bits = asked.get(name, 0 if head and not self.embeddings else self.bits)
@@ -91,7 +92,7 @@ class Quantize:
                 raise UnsupportedError(f"'{name}' is already {now}; rounding it twice loses more than rounding once, "
                                        "so start from the original.")  # fmt: skip
             cols = target.weight.shape[-2 if target.transposed else -1]
-            targets[name] = target, Grid(bits, self.group if self.group < cols else 0, self.symmetric)
+            targets[name] = target, Uniform(bits, self.group if self.group < cols else 0, self.symmetric)
         loaded.untouched |= untouched
         for name in targets:
             loaded.untouched.pop(name, None)
@@ -111,15 +112,16 @@ class Quantize:
             context.say(f"{targets[0].name}: no text reached experts {numbers}, so they are rounded to nearest")
         parts = [to_rows(target.weight.detach().float(), target.transposed) for target in targets]
         rows = torch.cat(parts).reshape(len(batched), -1, batched.shape[-1])
-        codes, scales, zeros = grids.gptq(rows, *grids.decompose(batched, self.damp), grid)
-        sizes = [len(part) for part in parts]
-        zero_parts = zeros.split(sizes) if zeros is not None else [None] * len(sizes)
-        for target, *part in zip(targets, codes.split(sizes), scales.split(sizes), zero_parts, strict=True):
-            _keep(loaded, target, grid, *part)
+        codes, steps = grids.gptq(rows, *grids.decompose(batched, self.damp), grid)
+        first = 0
+        for target, part in zip(targets, parts, strict=True):
+            own = slice(first, first + len(part))
+            _keep(loaded, target, grid, codes[own], steps.rows(own))
+            first += len(part)
 
 
-def _keep(loaded: Loaded, target: Target, grid: Grid, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
-    packed = Packed(codes, scales, zeros, grid, tuple(target.weight.shape), target.transposed)
+def _keep(loaded: Loaded, target: Target, grid: Grid, codes: Tensor, steps: Steps) -> None:
+    packed = Packed(codes, steps, grid, tuple(target.weight.shape), target.transposed)
     loaded.packed[target.name] = packed
     with torch.no_grad():
         target.weight.copy_(packed.dense())

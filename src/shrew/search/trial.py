@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from shrew import files, folder, spec
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
-from shrew.folder.packed import Grid, dequantize, from_rows, to_rows
+from shrew.folder.grids import Uniform, dequantize
+from shrew.folder.packed import from_rows, to_rows
 from shrew.measure import cost
 from shrew.moves import Context, apply_moves, parse_moves
 from shrew.moves.anatomy import batches, find_layers, logits
@@ -165,9 +166,8 @@ def _damage(source_json: str, item: dict[str, Any], group: int, symmetric: bool)
     try:
         for target in targets:
             rows = to_rows(target.weight.detach(), target.transposed)
-            grid = Grid(item["bits"], group if group < rows.shape[1] else 0, symmetric)
-            codes, scales, zeros = nearest(rows, grid)
-            rounded = dequantize(codes, scales, zeros, grid)
+            grid = Uniform(item["bits"], group if group < rows.shape[1] else 0, symmetric)
+            rounded = dequantize(*nearest(rows, grid), grid)
             target.weight.copy_(from_rows(rounded, tuple(target.weight.shape), target.transposed))
         return divergence(original, original, context, wanted)
     finally:
@@ -192,9 +192,7 @@ def _log_probabilities(loaded: Loaded, ids: list[torch.Tensor]) -> list[torch.Te
     return [F.log_softmax(logits(loaded, item).float(), dim=-1).flatten(0, -2) for item in ids]
 
 
-def divergence(
-    original: Loaded, changed: Loaded, context: Context, wanted: list[torch.Tensor] | None = None
-) -> float:
+def divergence(original: Loaded, changed: Loaded, context: Context, wanted: list[torch.Tensor] | None = None) -> float:
     """KL(original || changed) in nats a prediction on calibration text; `wanted`: the original's log-probabilities."""
     ids = _profile_batches(original, context)
     wanted = wanted or _log_probabilities(original, ids)
@@ -203,7 +201,6 @@ def divergence(
         for new, old in zip(_log_probabilities(changed, ids), wanted, strict=True)
     )
     return total / sum(len(item) for item in wanted)
-
 
 
 def compared(source_json: str, path: str) -> dict[str, Any]:

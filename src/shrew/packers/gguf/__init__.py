@@ -22,6 +22,8 @@ from shrew.blocks.model import ModelSpec, ShrewForCausalLM
 from shrew.blocks.stock import adapter_of, restated, stock
 from shrew.errors import ShrewError, UnsupportedError, UsageError
 from shrew.folder import Loaded, Packed
+from shrew.folder.grids import Steps
+from shrew.packers.carry import carry
 from shrew.packers.gguf import blocks, tokens
 from shrew.packers.gguf.architectures import for_config
 from shrew.packers.gguf.common import Architecture
@@ -179,34 +181,30 @@ def _packed_parts(row: Row, packed: Packed) -> tuple[list[Part], str]:
         return [], "its rows are stored as columns" if packed.transposed else "llama.cpp stores it otherwise"
     parts = []
     for number, target in enumerate(row.targets):
-
-        shape, codes = _piece(row.change, packed, number)
+        shape, codes, steps = _piece(row.change, packed, number)
         if always_float32(target, shape):
             return [], "llama.cpp takes it as F32 alone"
-        kind, reason = blocks.choose(*codes, packed.grid)
+        kind, reason = blocks.choose(codes, steps, packed.grid)
         if kind is None:
             return [], reason
 
         def content(number: int = number, kind: GGMLQuantizationType = kind) -> Iterator[bytes]:
-            return blocks.encode(kind, *_piece(row.change, packed, number)[1], packed.grid)
+            return blocks.encode(kind, *_piece(row.change, packed, number)[1:], packed.grid)
 
         parts.append(Part(target, row.source, kind, shape, content))
     return parts, ""
 
 
-Codes = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _piece(change: Change, packed: Packed, number: int) -> tuple[tuple[int, ...], Codes]:
-    """The shape of one tensor of a packed weight, and its codes, scales and zero points as rows."""
+def _piece(change: Change, packed: Packed, number: int) -> tuple[tuple[int, ...], Tensor, Steps]:
+    """The shape of one tensor of a packed weight, and its codes and steps as rows."""
     lead = packed.shape[:-1]
 
     def moved(values: Tensor) -> Tensor:
-        return change.out(values.reshape(*lead, -1))[number]
+        return change.out(values.reshape(*lead, *values.shape[1:]))[number]
 
     codes = moved(packed.codes)
-    zeros = None if packed.zeros is None else moved(packed.zeros).flatten(0, -2)
-    return tuple(codes.shape), (codes.flatten(0, -2), moved(packed.scales).flatten(0, -2), zeros)
+    count = len(lead) - 1
+    return tuple(codes.shape), codes.flatten(0, -2), packed.steps.map(lambda values: moved(values).flatten(0, count))
 
 
 def _said(misfits: dict[str, str]) -> str:
@@ -267,43 +265,12 @@ def as_stock(loaded: Loaded) -> Loaded:
     adapter = adapter_of(spec)
     if adapter is None:
         raise UnsupportedError(f"llama.cpp has no architecture for this model: {misfit(spec)}.")
-    same = stock(model)
-    grids = sorted({item.grid for item in loaded.packed.values()}, key=str)
-    state = model.state_dict()
-
-    def passed(part: Callable[[Packed], Tensor]) -> dict[str, Tensor]:
-        """One part of the packed weights, spread over their shapes, in the places where the type has the weights."""
-        spread = {name: part(loaded.packed[name]) if name in loaded.packed else torch.zeros(1).expand(value.shape)
-                  for name, value in state.items()}  # fmt: skip
-        return restated(adapter, spec, spread)
-
-    packed: dict[str, Packed] = {}
-    if grids:
-        numbers = passed(lambda item: torch.full(item.shape, 1.0 + grids.index(item.grid)))
-        codes = passed(lambda item: item.codes.float().reshape(item.shape))
-        scales, zeros = (passed(functools.partial(_spread, which=which)) for which in ("scales", "zeros"))
-        for name, weight in same.named_parameters():
-            number = int(numbers[name].flatten()[0]) if weight.ndim > 1 else 0
-            if not number or not (numbers[name] == number).all():
-                continue
-            grid = grids[number - 1]
-            firsts = range(0, weight.shape[-1], grid.group or weight.shape[-1])
-            rows = [part[name].flatten(0, -2) for part in (codes, scales, zeros)]
-            item = Packed(rows[0].to(torch.uint8), rows[1][:, firsts].bfloat16(),
-                          None if grid.symmetric else rows[2][:, firsts].to(torch.uint8), grid,
-                          tuple(weight.shape))  # fmt: skip
-            if torch.equal(item.dense(), weight.detach().float()):
-                packed[name] = item
-    return replace(loaded, model=same, packed=packed, stored={}, untouched={})
-
-
-def _spread(item: Packed, which: str) -> Tensor:
-    values = item.scales if which == "scales" else item.zeros
-    if values is None:
-        return torch.zeros(item.shape)
-    cols = item.codes.shape[1]
-    group = torch.arange(cols) // (item.grid.group or cols)
-    return values.float()[:, group].reshape(item.shape)
+    same, state = stock(model), model.state_dict()
+    packed = carry(loaded.packed, state, functools.partial(restated, adapter, spec))
+    weights = dict(same.named_parameters())
+    kept = {name: item for name, item in packed.items()
+            if name in weights and torch.equal(item.dense(), weights[name].detach().float())}  # fmt: skip
+    return replace(loaded, model=same, packed=kept, stored={}, untouched={})
 
 
 def misfit(spec: ModelSpec) -> str:

@@ -20,7 +20,8 @@ from shrew import files, folder
 from shrew.errors import FolderError
 from shrew.folder import Loaded
 from shrew.folder.check import quiet
-from shrew.folder.packed import Grid, Packed
+from shrew.folder.grids import Steps, Uniform
+from shrew.folder.packed import Packed
 from shrew.packers.gguf import blocks, tokens
 from shrew.packers.gguf.architectures import ARCHITECTURES
 from shrew.packers.gguf.common import Architecture, Values
@@ -177,8 +178,8 @@ def _packed(header: Header, row: Row, parameter: Tensor) -> Packed | None:
         return None
     codes, scales = zip(*(blocks.decode(kind, header.data(target)) for target in row.targets), strict=True)
     rows = [row.change.back(*parts).flatten(0, -2) for parts in (codes, scales)]
-    grid = Grid(blocks.LEVELS[kind].bit_length(), blocks.BLOCK)
-    item = Packed(rows[0], rows[1], None, grid, tuple(parameter.shape))
+    grid = Uniform(blocks.LEVELS[kind].bit_length(), blocks.BLOCK)
+    item = Packed(rows[0], Steps(rows[1]), grid, tuple(parameter.shape))
     return item if torch.equal(item.dense(), parameter.detach()) else None
 
 

@@ -12,7 +12,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from shrew.folder.packed import CHUNK, Grid
+from shrew.folder.grids import Grid, Steps, Uniform
+from shrew.folder.packed import CHUNK
 
 BLOCK = 32
 LEVELS = {GGMLQuantizationType.Q4_0: 8, GGMLQuantizationType.Q5_0: 16, GGMLQuantizationType.Q8_0: 128}
@@ -22,9 +23,11 @@ FLOATS = {GGMLQuantizationType.BF16: torch.bfloat16, GGMLQuantizationType.F16: t
           GGMLQuantizationType.F32: torch.float32}  # fmt: skip
 
 
-def choose(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> tuple[GGMLQuantizationType | None, str]:
+def choose(codes: Tensor, steps: Steps, grid: Grid) -> tuple[GGMLQuantizationType | None, str]:
     """The smallest block type that holds codes [rows, cols] exactly; or None and the reason."""
-    cols = codes.shape[1]
+    cols, scales = codes.shape[1], steps.scales
+    if not isinstance(grid, Uniform):
+        return None, f"{grid.label()} is no block type of GGUF"
     if cols % BLOCK:
         return None, f"rows of {cols} weights are no whole blocks of {BLOCK}"
     if grid.group % BLOCK:
@@ -32,7 +35,7 @@ def choose(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> t
     if not torch.equal(scales.half().float(), scales.float()):
         return None, "a scale lies outside of what 16-bit floats hold"
     fits = set(ORDER)
-    for part in _parts(codes, scales, zeros, grid):
+    for part in _parts(codes, steps, grid):
         level, code, scale, zero = part
         low, high = level.amin(1), level.amax(1)
         for kind, half in LEVELS.items():
@@ -51,28 +54,21 @@ def _inside(low: Tensor, high: Tensor, half: int) -> Tensor:
     return (low >= -half) & (high < half)
 
 
-def _parts(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _parts(codes: Tensor, steps: Steps, grid: Grid) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Some rows at a time, as blocks: levels int16 [n, 32], codes int16 [n, 32], scales and zeros float32 [n]."""
     cols = codes.shape[1]
     group = torch.arange(0, cols, BLOCK) // (grid.group or cols)
     step = max(1, CHUNK // cols)
     for at in range(0, len(codes), step):
         code = codes[at : at + step].to(torch.int16).reshape(-1, BLOCK)
-        scale = scales[at : at + step].float()[:, group].reshape(-1)
-        if zeros is None:
-            zero = torch.full_like(scale, 2.0 ** (grid.bits - 1))
-        else:
-            zero = zeros[at : at + step].float()[:, group].reshape(-1)
+        here = steps.rows(slice(at, at + step))
+        scale, zero = (item[:, group].reshape(-1) for item in grid.effective(here))
         yield code - zero.to(torch.int16)[:, None], code, scale, zero
 
 
-def encode(
-    kind: GGMLQuantizationType, codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid
-) -> Iterator[bytes]:
+def encode(kind: GGMLQuantizationType, codes: Tensor, steps: Steps, grid: Grid) -> Iterator[bytes]:
     """The bytes of codes [rows, cols] in a type that `choose` gave, some rows at a time."""
-    for level, code, scale, zero in _parts(codes, scales, zeros, grid):
+    for level, code, scale, zero in _parts(codes, steps, grid):
         if kind in OFFSETS:
             heads, value = [scale, -zero * scale], code
         else:

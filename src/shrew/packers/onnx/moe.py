@@ -82,8 +82,7 @@ def _each(g: Graph, runs: list[str], name: str) -> list[str]:
         own, at = f"{name}.{expert}", slice(expert * rows, (expert + 1) * rows)
         weights.dense[f"{own}.weight"] = weights.dense[name][expert]
         if (codes := weights.packed.get(name)) is not None:
-            zeros = None if codes.zeros is None else codes.zeros[at]
-            part = Packed(codes.codes[at], codes.scales[at], zeros, codes.grid, codes.shape[1:])
+            part = Packed(codes.codes[at], codes.steps.rows(at), codes.grid, codes.shape[1:])
             weights.packed[f"{own}.weight"] = part
         found.append(g.linear(run, own))
         for table in (weights.dense, weights.packed):

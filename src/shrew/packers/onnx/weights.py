@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shrew.folder.packed import Grid, Packed, pack_bits
+from shrew.folder.grids import Steps, Uniform
+from shrew.folder.packed import Packed, pack_bits
 
 BLOCKS = (128, 64, 32, 16)  # inputs that can share a scale in MatMulNBits
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -39,19 +40,19 @@ def block_size(group: int, cols: int) -> int:
 def to_blocks(packed: Packed) -> Blocks:
     """The same codes in blocks. Scales are repeated where a group is longer than a block; symmetric codes move with
     their middle. Only for grids that have a `block_size`, and weights whose rows are outputs."""
-    cols, rows, group = packed.codes.shape[1], len(packed.codes), packed.grid.group
+    cols, rows, group, steps = packed.codes.shape[1], len(packed.codes), packed.grid.group, packed.steps
     size = block_size(group, cols)
     bits = stored_bits(packed.grid.bits, size)
     which = torch.arange(0, cols, size) // (group or cols)
-    codes = packed.codes if packed.zeros is not None else packed.codes + (2 ** (bits - 1) - middle(packed.grid))
-    zeros = None if packed.zeros is None else pack_bits(packed.zeros[:, which].contiguous(), bits)
+    codes = packed.codes if steps.zeros is not None else packed.codes + (2 ** (bits - 1) - middle(packed.grid.bits))
+    zeros = None if steps.zeros is None else pack_bits(steps.zeros[:, which].contiguous(), bits)
     codes = pack_bits(codes, bits).view(rows, -1, size * bits // 8)
-    return Blocks(codes, packed.scales[:, which].contiguous(), zeros, bits, size, cols)
+    return Blocks(codes, steps.scales[:, which].contiguous(), zeros, bits, size, cols)
 
 
-def middle(grid: Grid) -> int:
+def middle(bits: int) -> int:
     """The code of zero on a symmetric grid."""
-    return int(2 ** (grid.bits - 1))
+    return int(2 ** (bits - 1))
 
 
 def narrowest(value: Tensor) -> torch.dtype:
@@ -76,16 +77,20 @@ class Weights:
         """The rows of several weights, one under the other, as blocks; None where they have no codes or their codes
         cannot stand in one matrix. `rows` picks among them; -1 is a row of zeros."""
         found = [self.packed[name] for name in names if name in self.packed]
-        kinds = {(item.grid, item.codes.shape[1], item.scales.dtype) for item in found}
+        kinds = {(item.grid, item.codes.shape[1], item.steps.scales.dtype) for item in found}
         if len(found) < len(names) or len(kinds) > 1 or not block_size(found[0].grid.group, found[0].codes.shape[1]):
             return None
         grid = found[0].grid
-        codes, scales = torch.cat([item.codes for item in found]), torch.cat([item.scales for item in found])
-        zeros = None if grid.symmetric else torch.cat([item.zeros for item in found if item.zeros is not None])
+        if not isinstance(grid, Uniform):  # the kernel knows evenly spaced values alone
+            return None
+        codes, scales = torch.cat([item.codes for item in found]), torch.cat([item.steps.scales for item in found])
+        zeros = None
+        if not grid.symmetric:
+            zeros = torch.cat([item.steps.zeros for item in found if item.steps.zeros is not None])
         if rows is not None:
-            codes, scales = picked(codes, rows, middle(grid) if grid.symmetric else 0), picked(scales, rows, 1)
+            codes, scales = picked(codes, rows, middle(grid.bits) if grid.symmetric else 0), picked(scales, rows, 1)
             zeros = None if zeros is None else picked(zeros, rows, 0)
-        blocks = to_blocks(Packed(codes, scales, zeros, grid, tuple(codes.shape)))
+        blocks = to_blocks(Packed(codes, Steps(scales, zeros), grid, tuple(codes.shape)))
         label = grid.label() + (f" in {blocks.bits} bits" if blocks.bits != grid.bits else "")
         self.effective |= dict.fromkeys(names, label)
         return blocks

@@ -1,0 +1,135 @@
+"""Grids: which values a weight may take, and what is stored of it.
+
+A weight is seen as rows of inputs, cut into groups along the row. What a code stands for depends on two numbers of its
+group, a scale and a zero: a grid says how both come out of what is stored (`effective`), and what a code then means
+(`decode`) or which one is nearest (`encode`). The rest of Shrew, rounding with error feedback included, uses those
+three and never asks which grid it has.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a grid stores of each group beside the codes: scales [rows, groups], zeros [rows, groups] or None, and
+    supers [rows, blocks, n] or None, which scales and zeros of several groups are themselves multiples of."""
+
+    scales: Tensor
+    zeros: Tensor | None = None
+    supers: Tensor | None = None
+
+    def parts(self) -> dict[str, Tensor]:
+        """By name, those that are there."""
+        named = {"scales": self.scales, "zeros": self.zeros, "supers": self.supers}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Steps":
+        """The same change of every part."""
+        return Steps(**{name: change(value) for name, value in self.parts().items()})
+
+    def rows(self, which: Any) -> "Steps":
+        """Those of some rows: a slice, or numbers."""
+        return self.map(lambda value: value[which])
+
+
+class Grid(Protocol):
+    """What every grid offers. Frozen dataclasses; `span`: columns whose steps are chosen together, 0 for a whole row.
+
+    `widths` gives the parts (codes, scales, zeros) that lie in a file as a stream of so many bits; the other parts lie
+    there as they are, in a float type.
+    """
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group(self) -> int: ...
+    @property
+    def span(self) -> int: ...
+    @property
+    def widths(self) -> dict[str, int]: ...
+    def label(self) -> str: ...
+    def shapes(self, rows: int, cols: int) -> dict[str, tuple[int, ...]]: ...
+    def effective(self, steps: Steps) -> tuple[Tensor, Tensor]: ...
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor: ...
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor: ...
+
+
+def groups(cols: int, group: int) -> int:
+    """Groups in a row of `cols` weights; the last one may be shorter; a group of 0 is the whole row."""
+    return 1 if group == 0 or cols == 0 else -(-cols // group)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """2^bits evenly spaced values: (code - zero) * scale, scales bf16, zero = 2^(bits-1) where symmetric.
+
+    Products are exact in float32: codes have at most 9 significant bits and scales 8, so a float32 or bf16 reader gets
+    the same numbers whichever order it multiplies in. `group` 0 means one group a row.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool = True
+    kind: ClassVar[str] = "int"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8 or self.group < 0:
+            raise ValueError(f"no grid has {self.bits} bits and groups of {self.group}")
+
+    @property
+    def span(self) -> int:
+        return self.group
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {"codes": self.bits} if self.symmetric else {"codes": self.bits, "zeros": self.bits}
+
+    def label(self) -> str:
+        return f"int{self.bits} g{self.group or 'row'} {'sym' if self.symmetric else 'asym'}"
+
+    def shapes(self, rows: int, cols: int) -> dict[str, tuple[int, ...]]:
+        """Of every part, before its bits are packed."""
+        each = (rows, groups(cols, self.group))
+        found: dict[str, tuple[int, ...]] = {"codes": (rows, cols), "scales": each}
+        return found if self.symmetric else found | {"zeros": each}
+
+    def effective(self, steps: Steps) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every group, float32 [rows, groups]."""
+        scale = steps.scales.float()
+        zero = torch.full_like(scale, 2.0 ** (self.bits - 1)) if steps.zeros is None else steps.zeros.float()
+        return scale, zero
+
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest code, as a float; half-way cases to even. The three shapes must broadcast."""
+        return ((values / scale).round_() + zero).clamp_(0, 2**self.bits - 1)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (codes - zero) * scale
+
+
+# What config.json calls each; a grid's own fields are the other keys of its entry.
+KINDS: dict[str, Any] = {grid.kind: grid for grid in (Uniform,)}
+
+
+def spread(values: Tensor, group: int, cols: int) -> Tensor:
+    """One value a group -> one a column: [rows, groups] -> [rows, cols], or [rows, 1] as it is."""
+    return values if values.shape[1] == 1 else values.repeat_interleave(group or cols, dim=1)[:, :cols]
+
+
+def dequantize(codes: Tensor, steps: Steps, grid: Grid) -> Tensor:
+    """codes [rows, cols] -> float32 [rows, cols]: exactly the numbers that a saved file stands for."""
+    scale, zero = (spread(item, grid.group, codes.shape[1]) for item in grid.effective(steps))
+    return grid.decode(codes.float(), scale, zero)
+
+
+def encode(rows: Tensor, steps: Steps, grid: Grid) -> Tensor:
+    """The nearest code of every weight: uint8 [rows, cols]."""
+    scale, zero = (spread(item, grid.group, rows.shape[1]) for item in grid.effective(steps))
+    return grid.encode(rows, scale, zero).to(torch.uint8)

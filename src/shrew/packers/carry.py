@@ -1,0 +1,60 @@
+"""Codes of a model's weights taken to where another form of the same model has those weights."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from shrew.folder.grids import Steps
+from shrew.folder.packed import Packed, from_rows, to_rows
+
+Tensors = dict[str, Tensor]
+
+
+def carry(
+    packed: Mapping[str, Packed], weights: Mapping[str, Tensor], move: Callable[[Tensors], Tensors]
+) -> dict[str, Packed]:
+    """The codes under the names that `move` gives the weights; without those whose rows do not stay whole.
+
+    `move` takes one tensor in the shape of every weight. It is given the numbers of their rows, so that whatever it
+    splits, joins or sorts, each row of what comes out says which row of codes it is.
+    """
+    first, sources, numbers = 0, [], {}
+    for name, value in weights.items():
+        numbers[name] = torch.full((), -1.0, dtype=torch.float64).expand(value.shape)
+        if (item := packed.get(name)) is not None:
+            rows, cols = item.codes.shape
+            each = torch.arange(first, first + rows, dtype=torch.float64)[:, None].expand(rows, cols)
+            numbers[name] = from_rows(each, item.shape, item.transposed)
+            sources.append((first, item))
+            first += rows
+    found = {name: _taken(to_rows(value, False), tuple(value.shape), sources)
+             for name, value in move(numbers).items() if value.ndim > 1}  # fmt: skip
+    return {name: item for name, item in found.items() if item is not None}
+
+
+def _taken(numbers: Tensor, shape: tuple[int, ...], sources: list[tuple[int, Packed]]) -> Packed | None:
+    """The codes of these rows [rows, cols], each number constant along its row."""
+    if not sources or bool((numbers[:, :1] < 0).any()) or bool((numbers != numbers[:, :1]).any()):
+        return None
+    rows = numbers[:, 0].long()
+    parts = []
+    for first, packed in sources:
+        here = (rows >= first) & (rows < first + len(packed.codes))
+        if here.any():
+            parts.append((here, rows[here] - first, packed))
+    kinds = {(packed.grid, packed.codes.shape[1], packed.steps.scales.dtype) for _, _, packed in parts}
+    if len(kinds) > 1 or parts[0][2].codes.shape[1] != shape[-1]:
+        return None
+
+    def gathered(values: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return torch.as_tensor(values[0][parts[0][1]])
+        joined = values[0].new_empty(len(rows), *values[0].shape[1:])
+        for (here, at, _), value in zip(parts, values, strict=True):
+            joined[here] = value[at]
+        return torch.as_tensor(joined)
+
+    held = [packed.steps.parts() for _, _, packed in parts]
+    steps = Steps(**{name: gathered([one[name] for one in held]) for name in held[0]})
+    return Packed(gathered([packed.codes for _, _, packed in parts]), steps, parts[0][2].grid, shape)
