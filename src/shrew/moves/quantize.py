@@ -14,7 +14,8 @@ from shrew.folder import Loaded
 from shrew.folder.grids import Grid, Steps, Uniform
 from shrew.folder.packed import Packed, to_rows
 from shrew.moves import grids
-from shrew.moves.calibrate import aliases, stages
+from shrew.moves.calibrate import Block, Stage, aliases, stages
+from shrew.moves.learned import learn
 from shrew.spec import Meta, doc
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ class Quantize:
 
     bits: Annotated[int, Meta(ge=2, le=8)] = doc("bits of each weight", 4)
     group: Annotated[int, Meta(ge=0)] = doc("weights that share a scale: 32, 64, 128; 0 for a whole row", 64)
-    method: Literal["gptq", "rtn", "weighted"] = doc(
-        "gptq spreads errors by calibration text; rtn rounds to nearest; weighted does, minding how large inputs are",
+    method: Literal["gptq", "rtn", "weighted", "learned"] = doc(
+        "gptq spreads errors by calibration text; rtn rounds to nearest; weighted does, minding how large inputs are; "
+        "learned moves gptq's codes by gradients of each layer's error (SignRound, arXiv:2309.05516), which is slow",
         "gptq",
     )
+    steps: Annotated[int, Meta(ge=1)] = doc("learned: steps of descent for each layer", 200)
     sequential: bool = doc("calibrate each layer on what the rounded layers before it give", True)
     symmetric: bool = doc("no zero points", True)
     embeddings: bool = doc("quantize embeddings and output head too", False)
@@ -54,30 +57,43 @@ class Quantize:
         """Quantize in place."""
         targets = self._targets(loaded)
         if self.method == "rtn":
-            self._round(loaded, context, targets, {})
+            self._round(loaded, context, targets, Stage(set(targets), {}))
             return loaded
-        for stage in stages(loaded, context.calibration, self.sequential, context.say):
+        for stage in stages(loaded, context.calibration, self.sequential and self.method != "weighted", context.say):
             now = {name: target for name, target in targets.items() if name in stage.names}
-            self._round(loaded, context, now, stage.statistics)
+            exact = {name: target.weight.detach().clone() for name, (target, _) in now.items()}
+            self._round(loaded, context, now, stage)
+            if self.method == "learned" and stage.block is not None and now:
+                self._learn(loaded, context, now, stage.block, exact)
         return loaded
 
+    def _learn(
+        self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], block: Block,
+        exact: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        packed = {name: loaded.packed[name] for name in targets}
+        found, (before, after) = learn(block, packed, exact, self.steps, context.seed)
+        context.say(f"{block.prefix[:-1]}: squared error {before:.3g} by gptq, {after:.3g} learned")
+        for name, item in found.items():
+            _store(loaded, targets[name][0], item)
+
     def _round(
-        self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], statistics: dict[str, Tensor]
+        self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], stage: Stage
     ) -> None:
         by_input: dict[tuple[int, Grid], list[str]] = {}
         for name, (target, grid) in targets.items():
-            hessian = statistics.get(name)
+            hessian = stage.statistics.get(name)
             if hessian is None:
                 if self.method != "rtn" and target.kind != "embedding":
                     context.say(f"{name}: no calibration text reached it, so it is rounded to nearest")
                 rows = to_rows(target.weight.detach().float(), target.transposed)
                 _keep(loaded, target, grid, *grids.nearest(rows, grid))
             elif target.kind in ("experts", "tied"):
-                self._with_statistics(loaded, context, [target], grid, hessian)
+                self._with_statistics(loaded, context, [target], grid, stage)
             else:
                 by_input.setdefault((id(hessian), grid), []).append(name)
         for (_, grid), names in by_input.items():
-            self._with_statistics(loaded, context, [targets[name][0] for name in names], grid, statistics[names[0]])
+            self._with_statistics(loaded, context, [targets[name][0] for name in names], grid, stage)
 
     def _targets(self, loaded: Loaded) -> dict[str, tuple[Target, Grid]]:
         """The weights to quantize with their grids; notes in `untouched` why each other one is left."""
@@ -110,9 +126,10 @@ class Quantize:
         return targets
 
     def _with_statistics(
-        self, loaded: Loaded, context: Context, targets: list[Target], grid: Grid, hessian: Tensor
+        self, loaded: Loaded, context: Context, targets: list[Target], grid: Grid, stage: Stage
     ) -> None:
         """Weights that see the same input; their rows are independent, so they go in one call."""
+        hessian = stage.statistics[targets[0].name]
         if targets[0].kind == "tied":
             # Rows are also looked up as embeddings, where each weight's error counts alike: a second, round quadratic.
             hessian = hessian / hessian.diagonal().mean().clamp(min=1e-30) + torch.eye(len(hessian))
@@ -123,9 +140,10 @@ class Quantize:
             context.say(f"{targets[0].name}: no text reached experts {numbers}, so they are rounded to nearest")
         parts = [to_rows(target.weight.detach().float(), target.transposed) for target in targets]
         rows = torch.cat(parts).reshape(len(batched), -1, batched.shape[-1])
+        if (correction := stage.corrections.get(targets[0].name)) is not None:
+            rows = rows @ correction
         if self.method == "weighted":
-            weights = grids.decompose(batched, self.damp)[1][:, None].expand_as(rows).reshape(-1, rows.shape[-1])
-            codes, steps = grids.nearest(rows.reshape(-1, rows.shape[-1]), grid, importance=weights)
+            codes, steps = grids.weighted(rows, batched.diagonal(dim1=1, dim2=2), grid, self.damp)
         else:
             codes, steps = grids.solve(rows, batched, grid, self.damp)
         first = 0
@@ -136,7 +154,10 @@ class Quantize:
 
 
 def _keep(loaded: Loaded, target: Target, grid: Grid, codes: Tensor, steps: Steps) -> None:
-    packed = Packed(codes, steps, grid, tuple(target.weight.shape), target.transposed)
+    _store(loaded, target, Packed(codes, steps, grid, tuple(target.weight.shape), target.transposed))
+
+
+def _store(loaded: Loaded, target: Target, packed: Packed) -> None:
     loaded.packed[target.name] = packed
     with torch.no_grad():
         target.weight.copy_(packed.dense())
