@@ -26,13 +26,15 @@ RIDGE = 0.1  # of the mean diagonal: how strongly a correction is held back
 class Sums:
     """Sums of x xᵀ over everything that reaches a module; modules fed the same tensor share one sum.
 
-    Where `before` holds what reached a module in the original, `cross` sums that with what reaches it now.
+    Where `before` holds what reached a module in the original, call by call, `cross` sums that with what reaches it
+    now; where these are not the same tokens (`apart`), because a router sends them elsewhere, it sums nothing.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.cross: dict[str, Tensor] = {}
-        self.before: dict[str, Tensor] = {}
+        self.before: dict[str, list[Tensor]] = {}
+        self.apart: set[str] = set()
         self.leader: dict[str, str] = {}
         self._last: tuple[Tensor | None, str] = (None, "")
 
@@ -46,13 +48,18 @@ class Sums:
                 rows = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
                 self._add(self.sums, name, rows, rows)
                 if name in self.before:
-                    self._add(self.cross, name, self.before[name], rows)
+                    before = self.before[name].pop(0) if self.before[name] else rows[:0]
+                    if before.shape == rows.shape:
+                        self._add(self.cross, name, before, rows)
+                    else:
+                        self.apart.add(name)
 
         return hook
 
     def remember(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self.before[name] = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
+            rows = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
+            self.before.setdefault(name, []).append(rows)
 
         return hook
 
@@ -100,7 +107,7 @@ class Sums:
         """By parameter name, [in, in] that weights are to be multiplied by; see `Stage`. Ridge regression."""
         found, made = {}, {}
         for name, leader in self.leader.items():
-            if leader not in self.cross:
+            if leader not in self.cross or leader in self.apart:
                 continue
             if leader not in made:
                 matrix = self.sums[leader].double()
@@ -211,6 +218,7 @@ def stages(
         with torch.no_grad():
             for at, value in enumerate(current):
                 if sequential:
+                    sums.before.clear()
                     with ExitStack() as hooks:
                         sums.watch(hooks, {prefix[:-1]: layer}, remember=True)
                         block.wanted.append(block.run(at, original[at]))

@@ -21,7 +21,9 @@ EDGE = 0.499  # of a step: how far from the middle of its code a weight may star
 
 @dataclass
 class Rounding:
-    """A packed weight as a function of offsets [rows, cols] in steps, and of factors of the scales stored as floats."""
+    """A packed weight as a function of offsets [rows, cols] in steps, and of factors of the scales stored as floats.
+
+    A low-rank correction stays as it is."""
 
     packed: Packed
     base: Tensor
@@ -34,7 +36,8 @@ class Rounding:
         now = dequantize(packed.codes, packed.steps, packed.grid)
         _, unit, _ = _levels(packed, packed.steps)
         reach = EDGE * unit
-        base = now + (to_rows(original, packed.transposed).float() - now).clamp(-reach, reach)
+        wanted = to_rows(original, packed.transposed).float() - packed.correction()
+        base = now + (wanted - now).clamp(-reach, reach)
         codes = encode(base, packed.steps, packed.grid)
         base = torch.where(codes == packed.codes, base, now)  # levels that are not evenly spaced
         factors = {name: torch.ones_like(value, dtype=torch.float32, requires_grad=True)
@@ -61,7 +64,7 @@ class Rounding:
             pull = torch.where(inside, found - wanted, found)
         # By value this is `found`: the other terms are zero and only carry gradients.
         rows = found + torch.where(inside, wanted - wanted.detach(), 0.0) + pull * (scale / scale.detach() - 1)
-        return from_rows(rows, packed.shape, packed.transposed)
+        return from_rows(rows if packed.low is None else rows + packed.correction(), packed.shape, packed.transposed)
 
     @torch.no_grad()
     def done(self) -> Packed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -11,11 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 from shrew.errors import SpecError, UnsupportedError, nearest
 from shrew.folder import Loaded
-from shrew.folder.grids import Grid, Steps, Uniform
+from shrew.folder.grids import Grid, Steps, Uniform, dequantize
 from shrew.folder.packed import Packed, to_rows
 from shrew.moves import grids
 from shrew.moves.calibrate import Block, Stage, aliases, stages
 from shrew.moves.learned import learn
+from shrew.moves.low_rank import factors
 from shrew.spec import Meta, doc
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Quantize:
     symmetric: bool = doc("no zero points", True)
     embeddings: bool = doc("quantize embeddings and output head too", False)
     tensors: dict[str, int] = doc("bits of single weights by name; 0 or 16 leaves one alone", default_factory=dict)
+    low_rank: Annotated[int, Meta(ge=0)] = doc("rank of a correction kept beside the codes, in bf16; 0: none", 0)
     damp: Annotated[float, Meta(gt=0, le=1)] = doc("gptq: added to the diagonal, as a share of its mean", 0.01)
 
     def __post_init__(self) -> None:
@@ -87,7 +89,8 @@ class Quantize:
                 if self.method != "rtn" and target.kind != "embedding":
                     context.say(f"{name}: no calibration text reached it, so it is rounded to nearest")
                 rows = to_rows(target.weight.detach().float(), target.transposed)
-                _keep(loaded, target, grid, *grids.nearest(rows, grid))
+                batched = rows.reshape(target.count, -1, rows.shape[-1])
+                self._keep(loaded, [target], grid, batched, None, grids.nearest(rows, grid))
             elif target.kind in ("experts", "tied"):
                 self._with_statistics(loaded, context, [target], grid, stage)
             else:
@@ -115,7 +118,7 @@ class Quantize:
                 untouched[name] = "left alone on request" if name in asked else HEAD
                 continue
             if name in loaded.packed:
-                now = loaded.packed[name].grid.label()
+                now = loaded.packed[name].label()
                 raise UnsupportedError(f"'{name}' is already {now}; rounding it twice loses more than rounding once, "
                                        "so start from the original.")  # fmt: skip
             cols = target.weight.shape[-2 if target.transposed else -1]
@@ -143,18 +146,26 @@ class Quantize:
         if (correction := stage.corrections.get(targets[0].name)) is not None:
             rows = rows @ correction
         if self.method == "weighted":
-            codes, steps = grids.weighted(rows, batched.diagonal(dim1=1, dim2=2), grid, self.damp)
+            made = grids.weighted(rows, batched.diagonal(dim1=1, dim2=2), grid, self.damp)
         else:
-            codes, steps = grids.solve(rows, batched, grid, self.damp)
-        first = 0
-        for target, part in zip(targets, parts, strict=True):
-            own = slice(first, first + len(part))
-            _keep(loaded, target, grid, codes[own], steps.rows(own))
-            first += len(part)
+            made = grids.solve(rows, batched, grid, self.damp)
+        self._keep(loaded, targets, grid, rows, batched, made)
 
-
-def _keep(loaded: Loaded, target: Target, grid: Grid, codes: Tensor, steps: Steps) -> None:
-    _store(loaded, target, Packed(codes, steps, grid, tuple(target.weight.shape), target.transposed))
+    def _keep(
+        self, loaded: Loaded, targets: list[Target], grid: Grid, rows: Tensor, hessian: Tensor | None,
+        made: tuple[Tensor, Steps],
+    ) -> None:  # fmt: skip
+        """Give each target its codes, and the correction of what they lack of `rows` [batch, rows, cols]."""
+        (codes, steps), first = made, 0
+        for target in targets:
+            own = slice(first, first + target.weight.numel() // codes.shape[1])
+            first, low = own.stop, None
+            packed = Packed(codes[own], steps.rows(own), grid, tuple(target.weight.shape), target.transposed)
+            if self.low_rank:
+                wanted = rows.reshape(-1, rows.shape[-1])[own]
+                error = wanted - dequantize(packed.codes, packed.steps, grid)
+                low = factors(error.reshape(target.count, -1, rows.shape[-1]), hessian, self.low_rank, self.damp)
+            _store(loaded, target, replace(packed, low=low))
 
 
 def _store(loaded: Loaded, target: Target, packed: Packed) -> None:
@@ -171,6 +182,11 @@ class Target:
     weight: nn.Parameter
     kind: Literal["linear", "experts", "embedding", "head", "tied"]
     transposed: bool
+
+    @property
+    def count(self) -> int:
+        """Matrices in it: of experts, how many."""
+        return len(self.weight) if self.weight.ndim == 3 else 1
 
 
 def quantizable(model: Any) -> tuple[dict[str, Target], dict[str, str]]:
