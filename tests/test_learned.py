@@ -41,8 +41,8 @@ def test_layer_by_layer_is_one_pass_where_nothing_changes(kind: str, sequential:
     for stage in stages(loaded, context.calibration, sequential):
         found |= stage.statistics
         names += stage.names
-        for name, matrix in stage.corrections.items():
-            torch.testing.assert_close(matrix, torch.eye(len(matrix)), rtol=0, atol=1e-3)
+        for correction in stage.corrections.values():
+            torch.testing.assert_close(correction, torch.eye(len(correction)), rtol=0, atol=1e-3)
     assert sorted(names) == sorted(name for name, _ in loaded.model.named_parameters())
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -77,7 +77,8 @@ def test_a_correction_is_the_regression_on_todays_inputs(context: Any) -> None:
     seen: dict[int, list[torch.Tensor]] = {}
     for number, model in enumerate((reference.model, loaded.model)):
         seen[number] = []
-        handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args, to=seen[number]: to.append(args[0][0]))
+        module = model.get_submodule(name)
+        handle = module.register_forward_pre_hook(lambda _, args, to=seen[number]: to.append(args[0][0]))
         for sequence in context.calibration:
             model(input_ids=torch.from_numpy(sequence)[None])
         handle.remove()
@@ -211,7 +212,7 @@ def test_error_feedback_is_never_worse_than_rounding(bits: int, group: int, cols
 def test_important_columns_first_is_the_definition_on_sorted_columns() -> None:
     rows, inputs, grid = matrix(3, 12, 96), matrix(4, 300, 96) * torch.linspace(0.1, 3, 96), Uniform(3, 0)
     hessian = (inputs.T @ inputs)[None]
-    upper, importance = grids.decompose(hessian, 0.01)
+    _, importance = grids.decompose(hessian, 0.01)
     order = importance[0].argsort(descending=True, stable=True)
     sorted_upper, _ = grids.decompose(hessian[:, order][:, :, order], 0.01)
     wanted, _ = grids.gptq(rows[None][..., order], sorted_upper, importance[:, order], grid)

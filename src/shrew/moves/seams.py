@@ -159,7 +159,7 @@ def seams(model: Any, ids: Tensor) -> list[Seam]:
                 writers += [Side(f"{norm}.bias", 0)] if getattr(module, "bias", None) is not None else []
                 layer = int(norm.removeprefix(anatomy.path + ".").partition(".")[0])
                 found.append(Seam(norm, layer, tuple(writers), tuple(readers), len(module.weight)))
-    return found + list(_mlps(model, anatomy)) + list(_values(model, anatomy))
+    return found + list(_mlps(model, anatomy)) + list(value_seams(model))
 
 
 def _mlps(model: Any, anatomy: Any) -> Iterator[Seam]:
@@ -175,8 +175,9 @@ def _mlps(model: Any, anatomy: Any) -> Iterator[Seam]:
             yield Seam(mlp.out, mlp.layer, tuple(writers), (_inputs(model, mlp.out),), mlp.width)
 
 
-def _values(model: Any, anatomy: Any) -> Iterator[Seam]:
-    """Values and the out-projection of attention."""
+def value_seams(model: Any) -> Iterator[Seam]:
+    """Values and the out-projection of attention; `run` is the width of a head."""
+    anatomy = read_anatomy(model)
     for part in anatomy.attentions:
         if not part.refusal or part.refusal.endswith("spans all heads"):  # a norm of queries and keys is no obstacle
             width = part.kv_heads * part.head_dim
