@@ -6,6 +6,7 @@ whatever those numbers round to. Nothing leaves the grid, so packed stays packed
 """
 
 import copy
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -88,14 +89,14 @@ class Distil:
         """The teacher, None where none is asked. Raises for settings that do not go together."""
         if not context.healing:
             raise UnsupportedError("distil needs healing text; give a longer text or task.")
+        if loaded.is_classifier and (self.on_policy or self.rationales):
+            raise UnsupportedError("distil: a classifier writes no text; leave out on_policy and rationales.")
         asked = self.teacher or self.hidden or self.attention
         if not asked:
             for name in ("on_policy", "twin", "teacher_model"):
                 if getattr(self, name):
                     raise SpecError(f"distil: {name} needs a teacher; set teacher above 0, or leave it out.")
             return None
-        if loaded.is_classifier and (self.on_policy or self.rationales):
-            raise UnsupportedError("distil: a classifier writes no text; leave out on_policy and rationales.")
         if self.on_policy and not self.teacher:
             raise SpecError("distil: on_policy needs a teacher; set teacher above 0.")
         teacher = folder.load(self.teacher_model) if self.teacher_model else context.teacher
@@ -121,6 +122,7 @@ class Run:
         if move.rationales:
             self.lessons = rationales.read_lessons(move.rationales, loaded, move.rows, move.steps, context)
         if teacher is not None:
+            self.context_of_teacher = likelihood.context_length(teacher.model, sys.maxsize)
             self._meet(teacher)
 
     def _meet(self, teacher: Loaded) -> None:
@@ -135,6 +137,10 @@ class Run:
                                            "places; set hidden and attention to 0.")  # fmt: skip
                 self.spellings = Spelling(mine, widths[0]), Spelling(theirs, widths[1])
                 return
+        longest = max(map(len, self.plan.windows))
+        if longest > self.context_of_teacher:
+            raise UnsupportedError(f"distil: the teacher was made for {self.context_of_teacher} tokens and a window of "
+                                   f"text has {longest}; set a shorter window in [source].")  # fmt: skip
         if move.teacher:
             question = Question(move.top_k, move.mass, move.temperature, self.width)
             self.stored = teacher_predictions(teacher, self.plan, question, self.context)
@@ -291,12 +297,12 @@ class Run:
             told = retold(ids, mine, theirs)
             if told is None:
                 continue
-            one, two = mine.states(ids, 0), theirs.states(*told)
+            one, two = mine.states(ids, 0), theirs.states(told[0][: self.context_of_teacher], told[1])
             asked = [at for at, state in one.items() if state.position + 1 < length and own[row, state.position + 1]]
             states = [(one[at], two[at]) for at in asked if at in two]
             if states:
                 with torch.no_grad():
-                    other = torch.tensor(told[0])[None]
+                    other = torch.tensor(told[0][: self.context_of_teacher])[None]
                     aim = run(self.teacher.model, {}, other, torch.ones_like(other)).logits[0]
                 left, right = ((item.float() / self.move.temperature).log_softmax(-1) for item in (logits[row], aim))
                 total = total + byte_divergence(left, right, states, mine, theirs, self.move.loss, self.move.alpha)
