@@ -17,7 +17,7 @@ from torch import Tensor
 from shrew import folder, objectives
 from shrew.errors import ShrewError, SpecError, UnsupportedError
 from shrew.folder import Loaded
-from shrew.moves.distil import Distil, Plan, teacher
+from shrew.moves.distil import Distil, Plan, Run, teacher
 from shrew.moves.distil.teacher import Question, decoded, encoded, teacher_predictions
 
 LOSSES = ["forward", "reverse", "skewed-forward", "skewed-reverse"]
@@ -116,6 +116,20 @@ def test_each_loss_is_lowered_by_its_own_setting(loss: str, temperature: float, 
     assert measured(student) < 0.94 * before
 
 
+def test_the_loss_of_a_step_is_the_weighted_sum_of_its_parts(tmp_path: Path) -> None:
+    original, student = loaded_of("llama"), quantized("llama", context_for(tmp_path))
+    context = context_for(tmp_path, original)
+    move = Distil(steps=1, rows=3, teacher=0.25, temperature=2.0, top_k=WORDS, mass=1.0, loss="reverse")
+    run = Run(move, student, original, context)
+    windows = [run.plan.windows[index] for index in run.plan.picked(0)]
+    mine, theirs = (torch.cat([logits_of(item, row) for row in windows]) for item in (student, original))
+    targets = torch.from_numpy(np.concatenate([row[1:] for row in windows]))
+    taught = 4 * objectives.divergence((mine / 2).log_softmax(-1), (theirs / 2).log_softmax(-1), "reverse")
+    wanted = 0.75 * objectives.next_token(mine, targets) + 0.25 * taught
+    with torch.no_grad():
+        assert float(run._loss(0)) == pytest.approx(float(wanted) / len(targets), rel=1e-3)
+
+
 def test_attention_maps_come_nearer(tmp_path: Path) -> None:
     original = loaded_of("llama")
     context = context_for(tmp_path, original)
@@ -133,8 +147,8 @@ def test_attention_maps_come_nearer(tmp_path: Path) -> None:
     student = quantized("llama", context)
     before = distance(student)
     Distil(steps=16, lr=4e-3, teacher=0.0, attention=20.0).apply(student, context)
-    assert distance(student) < 0.8 * before
     assert student.model.config._attn_implementation == original.model.config._attn_implementation == "sdpa"
+    assert distance(student) < 0.8 * before
     with pytest.raises(UnsupportedError, match="attention = 0"):
         Distil(steps=1, attention=1.0).apply(of_our_blocks(), context)
 
@@ -259,6 +273,9 @@ def test_size_is_bounded_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     parts = load_file(file)
     assert parts["ids"].dtype == np.uint16
     assert sum(parts[name].nbytes for name in ("counts", "logs", "ids", "rest")) <= bound
+    monkeypatch.setattr(teacher, "REACH", 0.01)
+    unsure = teacher_predictions(original, plan, Question(8, 0.99, 1.0), context).top(plan.used())
+    assert unsure[2].shape[1] == 1  # where nothing is within reach, the likeliest is kept
     monkeypatch.setattr(teacher.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 100}))
     with pytest.raises(ShrewError, match="less room"):
         teacher_predictions(original, plan, Question(9, 1.0, 1.0), context)

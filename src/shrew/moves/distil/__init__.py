@@ -31,7 +31,7 @@ from shrew.moves.distil.weights import Weights
 from shrew.spec import Meta, doc
 from shrew.tasks import likelihood
 
-__all__ = ["Distil", "Plan", "rate"]
+__all__ = ["Distil", "Plan", "Run", "rate"]
 
 
 @dataclass(frozen=True, kw_only=True)
