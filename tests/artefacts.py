@@ -1,4 +1,4 @@
-"""Artefacts of other tools, made by hand in their exact layouts: slow definitions that share no line with the reader."""
+"""Artefacts of other tools, made by hand in their exact layouts: slow definitions that share no line with the code."""
 
 import json
 import shutil

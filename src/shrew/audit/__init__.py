@@ -22,6 +22,8 @@ from shrew.spec import doc
 
 __all__ = ["Audit", "Options", "audit", "main"]
 
+ENDINGS = (".gguf", ".safetensors", ".onnx")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -49,7 +51,11 @@ def audit(path: str | Path, deep: bool = False) -> Audit:
 
 def _read(path: Path) -> Audit:
     if not path.exists():
-        raise FolderError(f"There is nothing at {path}; check the path.")
+        if path.suffix in ENDINGS:
+            raise FolderError(f"There is nothing at {path}; check the path.")
+        from shrew.folder.check import fetch
+
+        path = fetch(path)
     if path.is_file():
         return _file(path)
     if any((path / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -98,7 +104,9 @@ def _file(path: Path) -> Audit:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("shrew audit", description="What a model file really holds.")
-    parser.add_argument("path", metavar="FILE|FOLDER", help="GGUF, safetensors or ONNX; or a folder of any tool")
+    parser.add_argument(
+        "path", metavar="FILE|FOLDER", help="GGUF, safetensors or ONNX; a folder of any tool, a hub name, or 'starter'"
+    )
     spec.add_flags(parser, Options)
     args = parser.parse_args(argv)
     options = spec.from_flags(Options, args)
@@ -107,7 +115,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"to measure what was lost, {need} is needed too.")
     talk = Console(stderr=True, highlight=False)
     found = audit(args.path, options.deep)
-    measured = _measured(Path(args.path).expanduser(), found, options, talk) if options.against else []
+    measured = _measured(found, options, talk) if options.against else []
     if options.json:
         print(json.dumps(plain(found) | {"records": msgspec.to_builtins(measured)}))
     else:
@@ -121,7 +129,7 @@ def main(argv: list[str]) -> int:
     return int(options.fail_on is not None and worst >= order.index(options.fail_on))
 
 
-def _measured(path: Path, found: Audit, options: Options, talk: Console) -> list[Record]:
+def _measured(found: Audit, options: Options, talk: Console) -> list[Record]:
     """Records of the artefact against the original; none, and one line that says why, where it cannot be run."""
     from shrew import folder, machine, tasks
     from shrew.audit import against
@@ -137,13 +145,11 @@ def _measured(path: Path, found: Audit, options: Options, talk: Console) -> list
     say(machine.choose_threads().reason)
     original = folder.load(options.against)
     try:
-        artefact = against.deployed(path, found)
+        artefact = against.deployed(found)
     except UsageError as error:
         say(f"not measured: {error}")
         return []
-    names = [Path(options.against.rstrip("/")).name, found.path.name or str(path)]
+    names = [Path(options.against.rstrip("/")).name, found.path.name or str(found.path)]
     if names[0] == names[1]:
         names = [f"{names[0]} (original)", f"{names[1]} (audited)"]
     return against.records(names[1], artefact, names[0], original, jobs, options.split, options.seed, say)
-
-

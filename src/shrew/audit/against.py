@@ -35,14 +35,15 @@ TEXTS = ("*.json", "*.model", "*.txt", "*.jinja")
 CONV1D = ("gpt2", "openai-gpt")  # their layers hold [inputs, outputs], which quantizers store turned
 
 
-def deployed(path: Path, audit: Audit) -> Loaded:
+def deployed(audit: Audit) -> Loaded:
     """The model of an artefact with the numbers that it holds. Raises UsageError where that is not to be had."""
+    path = audit.path
     if audit.format == "GGUF":
         from shrew.packers.gguf.back import read
 
-        return read(audit.path)[0]
+        return read(path)[0]
     if audit.format == "ONNX":
-        return _graph(audit.path.parent)
+        return _graph(path.parent)
     if path.is_file():
         if path.name != SINGLE or not (path.parent / "config.json").exists():
             raise UnsupportedError(f"{path} is one file of weights; give the model folder that it belongs to.")

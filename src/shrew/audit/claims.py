@@ -194,7 +194,8 @@ def floats(stated: dict[str, Any]) -> Claim:
     algorithm = str(stated.get("quant_algo", method)).lower()
     bits = 4 if "fp4" in algorithm else 8 if "fp8" in algorithm or "int8" in algorithm else 0
     default = Wanted(bits, None, algorithm if bits else "") if bits else None
-    left = stated.get("modules_to_not_convert") or stated.get("exclude_modules") or stated.get("ignore") or []
+    left = stated.get("modules_to_not_convert") or stated.get("exclude_modules") or stated.get("ignore")
+    left = left if isinstance(left, list) else []
     skip = rules.any([re.escape(item).replace(r"\*", ".*") for item in left if isinstance(item, str)], regex=True)
     parts = rules.any(left, part=True)
 
@@ -202,6 +203,19 @@ def floats(stated: dict[str, Any]) -> Claim:
         return default if role == "linear" and not skip(module) and not parts(module) else None
 
     return Claim(f"{printable(method)}, {default or 'nothing said'}", of, tuple(rules.unread))
+
+
+def hqq(stated: dict[str, Any]) -> Claim:
+    rules, settings = Rules(), stated.get("quant_config")
+    weights = settings.get("weight_quant_params") if isinstance(settings, dict) else None
+    bits = _whole(weights.get("nbits")) if isinstance(weights, dict) else None
+    default = Wanted(bits, _group(weights.get("group_size"))) if isinstance(weights, dict) and bits else None
+    left = rules.any(stated.get("skip_modules"), part=True)
+
+    def of(module: str, role: str) -> Wanted | None:
+        return default if role == "linear" and not left(module) else None
+
+    return Claim(f"HQQ, {default or 'nothing said'}", of, tuple(rules.unread))
 
 
 def _words(stated: dict[str, Any], default: Wanted | None) -> str:
@@ -213,7 +227,7 @@ def _words(stated: dict[str, Any], default: Wanted | None) -> str:
 METHODS: dict[str, Callable[[dict[str, Any]], Claim]] = {
     "gptq": gptq, "awq": gptq, "auto-round": auto_round, "intel/auto-round": auto_round, "auto_round": auto_round,
     "bitsandbytes": bitsandbytes, "compressed-tensors": compressed, "fp8": floats, "fbgemm_fp8": floats,
-    "mxfp4": floats, "modelopt": floats,
+    "mxfp4": floats, "modelopt": floats, "hqq": hqq,
 }  # fmt: skip
 
 

@@ -67,6 +67,12 @@ def rows_of_codes(parts: Parts, weight: Weight) -> Iterator[Tensor]:
             if whole < len(codes):
                 yield codes[whole:].reshape(1, -1)
         return
+    if weight.kind == "hqq":  # the codes of each byte stand so many rows apart, the first in the highest bits
+        both = tensor(parts[".W_q"])
+        if both.dtype != torch.uint8 or bits not in (1, 2, 4, 8):
+            raise parts.wrong("is packed in a way that is not read")
+        yield torch.cat([(both >> shift) & (2**bits - 1) for shift in range(8 - bits, -1, -bits)])
+        return
     part = next(parts[end] for end in (".weight_packed", ".weight", "_blocks") if end in parts.found)
     data = mapped(part) if part.dtype != "I32" or weight.kind != "words" else mapped(part).view(np.int32)
     data = data.reshape(math.prod(weight.shape[:-1]), -1)
@@ -121,6 +127,12 @@ def dense(parts: Parts, weight: Weight, stated: dict[str, Any]) -> Tensor:
         return _table(parts, weight)
     if weight.kind == "bnb8":
         return tensor(parts[".weight"]).float() * (tensor(parts[".SCB"]).float() / 127)[:, None]
+    if weight.kind == "hqq":
+        codes, zero = next(rows_of_codes(parts, weight)).float(), parts.get(".zero")
+        scales = tensor(parts[".scale"]).float()
+        if zero is None or scales.dim() != 2 or codes.numel() != math.prod(weight.shape):
+            raise parts.wrong("has codes and scales that do not fit")
+        return ((codes - tensor(zero).float()) * scales).reshape(weight.shape)
     if weight.kind == "dense":
         return tensor(parts[".weight"]).float()
     if weight.kind in ("packed", "words"):

@@ -81,7 +81,8 @@ def _levels(scans: dict[str, tuple[Held, Scan]]) -> Iterator[Finding]:
         spare = sum((item.code - math.ceil(math.log2(found.levels))) * item.weights / 8 for item, found in few)
         used = f"{levels[0]}" + (f" to {levels[-1]}" if len(levels) > 1 else "")
         yield Finding("waste", f"{plural(len(few), 'weight')} of {few[0][0].code:g} bits with only {used} of "
-                      f"{2 ** int(few[0][0].code)} levels in use: {spare:,.0f} bytes carry nothing.", "store them in as many bits as they use",
+                      f"{2 ** int(few[0][0].code)} levels in use: {spare:,.0f} bytes carry nothing.",
+                      "store them in as many bits as they use",
                       tuple(item.name for item, _ in few))  # fmt: skip
     layers = [(item, found) for item, found in coded if item.role == "linear"]
     total = sum(item.weights for item, _ in layers)

@@ -73,6 +73,7 @@ def audit(path: Path) -> Audit:
     stated, findings = stated_of(path, config)
     entries = entries_of(path)
     method = stated.get("quant_method") or ("gptq" if "bits" in stated else "")
+    method = method if isinstance(method, str) else str(method)
     if method == packed.METHOD:
         return _ours(path, config, entries)
     found, rest = assemble(entries)
@@ -99,7 +100,7 @@ def audit(path: Path) -> Audit:
 
 def _ours(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> Audit:
     """A folder that `shrew` packed: its own reader has compared config.json with every part."""
-    listed = folder.tensors(path)
+    listed = folder.tensors(path if path.is_dir() else path.parent)
     table = config["quantization_config"]["tensors"]
     held = []
     for item in listed:
@@ -141,7 +142,8 @@ def size_of(entries: dict[str, Entry]) -> int:
 def _format(method: Any, found: dict[str, tuple[Parts, Weight]]) -> str:
     names = {"gptq": "GPTQ", "awq": "AWQ", "bnb4": "bitsandbytes", "bnb8": "bitsandbytes",
              "packed": "compressed-tensors", "words": "compressed-tensors",
-             "nvfp4": "NVFP4", "mxfp4": "MXFP4", "scaled": "scaled weights", "blocks": "scaled weights"}  # fmt: skip
+             "nvfp4": "NVFP4", "mxfp4": "MXFP4", "scaled": "scaled weights", "blocks": "scaled weights",
+             "hqq": "HQQ"}  # fmt: skip
     kinds = sorted({names.get(weight.kind, weight.kind) for _, weight in found.values() if weight.quantized})
     given = printable(str(method)) if method else ""
     return f"{given} ({', '.join(kinds)})" if given and kinds else given or ", ".join(kinds) or "safetensors"

@@ -156,9 +156,7 @@ def _intended(entry: TensorEntry, base: Kind) -> Kind | None:
     return base if base in asked else asked[0]
 
 
-def _fallback(
-    found: Audit, header: Header, label: str, base: Kind, weights: list[Held], fallen: list[Held]
-) -> Finding:
+def _fallback(found: Audit, header: Header, label: str, base: Kind, weights: list[Held], fallen: list[Held]) -> Finding:
     columns = sorted({item.shape[-1] for item in fallen})
     total = sum(item.weights for item in weights)
     lost = 0.0

@@ -22,6 +22,8 @@ WIDTHS = {"FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "DOUBLE": 64, "INT64": 64,
 DENSE = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
 LARGEST = (1 << 31) - 1  # bytes of a protobuf file
 DEEPEST = 50
+PRODUCTS = ("MatMul", "MatMulNBits", "Gemm", "Conv", "Einsum", "MoE")
+SAME = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 CHUNK = 1 << 22  # weights decoded at once
 PLACES = ("model.onnx", "decoder_model_merged.onnx", "onnx/model.onnx")
 
@@ -85,6 +87,12 @@ def _graphs(path: Path, model: Any) -> Iterator[Any]:
         graph, depth = waiting.pop()
         if depth > DEEPEST:
             raise FolderError(f"{path} has graphs inside graphs without end; it is hostile.")
+        texts = [text for node in graph.node
+                 for text in (node.op_type, node.domain, node.name, *node.input, *node.output)]  # fmt: skip
+        texts += [text for item in graph.initializer for text in (
+            item.name, *(part for pair in item.external_data for part in (pair.key, pair.value)))]  # fmt: skip
+        if not all(isinstance(text, str) for text in texts):  # bytes where a text is no UTF-8
+            raise FolderError(f"{path} has names that are no text; it is damaged, fetch it again.")
         yield graph
         for node in graph.node:
             for item in node.attribute:
@@ -146,6 +154,7 @@ def _weights(graphs: list[Any], stored: dict[str, Stored]) -> tuple[list[Held], 
     tables: set[str] = set()
     outputs = {output.name for graph in graphs for output in graph.output}
     levels: set[int] = set()
+    stored = stored | _passed_on(graphs, stored)
     for graph in graphs:
         for node in graph.node:
             reader = READERS.get(node.op_type)
@@ -154,21 +163,41 @@ def _weights(graphs: list[Any], stored: dict[str, Stored]) -> tuple[list[Held], 
                 tables.add(node.input[0])
             if weight is not None:
                 found.setdefault(weight.name, weight)
-                parts |= {name for name in node.input if name in stored}
+                parts |= {stored[name].name for name in node.input if name in stored}
             if node.op_type == "MatMulNBits":
-                levels.add(int(_attribute(node, "accuracy_level", 0)))
-    found |= {name: _dense(one) for name, one in stored.items() if name not in parts}
+                levels.add(_attribute(node, "accuracy_level"))
+    found |= {one.name: _dense(one) for one in stored.values() if one.name not in parts}
     heads = {name for graph in graphs for node in graph.node if set(node.output) & outputs and "MatMul" in node.op_type
              for name in node.input}  # fmt: skip
-    held = []
-    for name, item in found.items():
+    multiplied = {stored[name].name for graph in graphs for node in graph.node if node.op_type.endswith(PRODUCTS)
+                  for name in node.input if name in stored}  # fmt: skip
+    held: list[Held] = []
+    seen: set[Span] = set()
+    for name, item in sorted(found.items(), key=lambda pair: pair[0] not in tables):
         role = item.role
+        if item.spans[0].start >= 0 and item.spans[0] in seen:  # the same bytes under another name, as tied heads are
+            continue
+        seen.add(item.spans[0])
         if name in tables and role != "other":
             role = "embedding"
+        elif role == "linear" and not item.quantized and name not in multiplied:
+            role = "other"  # tables of rotary embeddings, masks
         elif name in heads and role == "linear":
             role = "head"
         held.append(replace(item, name=printable(name), role=role))
     return held, levels
+
+
+def _passed_on(graphs: list[Any], stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Initializers under the names of the outputs of nodes that only cast or reshape them."""
+    found: dict[str, Stored] = {}
+    for graph in graphs:
+        for node in graph.node:  # in the order of their work
+            if node.op_type in SAME and node.input and node.output and node.domain in ("", "ai.onnx"):
+                first = node.input[0]
+                if (source := found.get(first) or stored.get(first)) is not None and node.output[0] not in stored:
+                    found[node.output[0]] = source
+    return found
 
 
 def _dense(item: Stored) -> Held:
@@ -177,11 +206,9 @@ def _dense(item: Stored) -> Held:
     return Held(item.name, item.shape, kind, width, (item.span,), quantized)
 
 
-def _attribute(node: Any, name: str, default: Any) -> Any:
-    for item in node.attribute:
-        if item.name == name:
-            return onnx.helper.get_attribute_value(item)
-    return default
+def _attribute(node: Any, name: str, default: int = 0) -> int:
+    """A whole number that a node is set to."""
+    return next((int(item.i) for item in node.attribute if item.name == name and item.HasField("i")), default)
 
 
 def _inputs(node: Any, stored: dict[str, Stored], first: int) -> list[Stored]:
@@ -193,10 +220,11 @@ def _matmul(node: Any, stored: dict[str, Stored]) -> Held | None:
     """MatMulNBits: codes [outputs, blocks, bytes] of `bits`, scales, zero points."""
     if len(node.input) < 3 or node.input[1] not in stored:
         return None
-    outputs, inputs, bits, block = (int(_attribute(node, key, 0)) for key in ("N", "K", "bits", "block_size"))
+    outputs, inputs, bits, block = (_attribute(node, key) for key in ("N", "K", "bits", "block_size"))
     codes = stored[node.input[1]]
     blocks = -(-inputs // block) if block > 0 else 0
-    if not 0 < bits <= 8 or count(codes.shape) != outputs * blocks * (block * bits // 8) or not codes.shape:
+    right = 0 < bits <= 8 and min(outputs, inputs) > 0 and len(codes.shape) > 0
+    if not right or count(codes.shape) != outputs * blocks * (block * bits // 8):
         raise FolderError(f"node '{printable(node.name)}': codes of {list(codes.shape)} are no {outputs} x {inputs} "
                           f"weights of {bits} bits; fetch the graph again.")  # fmt: skip
     listed = [stored[name] for name in node.input[1:5] if name in stored]
@@ -223,7 +251,9 @@ def _gather(node: Any, stored: dict[str, Stored]) -> Held | None:
     if len(node.input) < 3 or node.input[0] not in stored:
         return None
     data = stored[node.input[0]]
-    bits, block = int(_attribute(node, "bits", 4)), int(_attribute(node, "block_size", 128))
+    bits, block = _attribute(node, "bits", 4), _attribute(node, "block_size", 128)
+    if block < 8:
+        raise FolderError(f"node '{printable(node.name)}' has blocks of {block}; fetch the graph again.")
     shape = data.shape
     if data.type == "UINT8" and 0 < bits <= 8 and shape:
         shape = (*shape[:-1], shape[-1] * 8 // bits)
@@ -242,7 +272,7 @@ def _dequantize(node: Any, stored: dict[str, Stored]) -> Held | None:
     data, scale = stored[node.input[0]], stored.get(node.input[1])
     if len(data.shape) < 2:
         return None
-    block = int(_attribute(node, "block_size", 0))
+    block = _attribute(node, "block_size")
     groups = f"g{block}" if block else "tensor" if scale is None or count(scale.shape) == 1 else "grow"
     kind = "int" if "INT" in data.type else "fp"
     return Held(data.name, data.shape, f"{kind}{WIDTHS[data.type]} {groups}", float(WIDTHS[data.type]),

@@ -16,6 +16,9 @@ from shrew.errors import FolderError
 from shrew.folder.headers import BITS, Entry
 
 FP8 = {"F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
+HQQ = ("scale", "zero", "shape", "nbits", "group_size", "axis", "packing", "channel_wise", "compute_dtype",
+       "encoded_state_dict", "offload_meta", "optimize", "quant_scale", "quant_zero", "round_zero",
+       "stores_quant_config", "unpack_view_dtype", "view_as_float")  # fmt: skip
 LARGEST_STATE = 1 << 20  # bytes of a quant_state of bitsandbytes, which is a few numbers as JSON
 
 
@@ -206,6 +209,21 @@ def block_weight(parts: Parts) -> Weight:
     return Weight("mxfp4", (*lead, groups * width * 2), f"mxfp4 g{2 * width}", 4.0, 2 * width)
 
 
+def half_quadratic_weight(parts: Parts) -> Weight:
+    """HQQ: codes with scales and zero points in float, and its settings as tensors beside them."""
+    codes, scales, shape, nbits = (parts.get(end) for end in (".W_q", ".scale", ".shape", ".nbits"))
+    if codes is None or scales is None or shape is None or nbits is None or nbits.shape or len(shape.shape) != 1:
+        raise parts.wrong("has codes of HQQ without their settings")
+    if shape.dtype != "I64" or nbits.dtype not in ("I32", "I64") or not 0 < shape.shape[0] < 5:
+        raise parts.wrong("has settings of HQQ that are no numbers")
+    dims, bits = tuple(_numbers(shape)), _numbers(nbits)[0]
+    weights = count(dims)
+    if not 0 < bits <= 8 or min(dims) < 1 or weights >= 2**63 or 8 * codes.bytes < bits * weights:
+        raise parts.wrong(f"has no codes of {list(dims)} weights in {bits} bits")
+    group = weights // max(count(scales.shape), 1)
+    return Weight("hqq", dims, f"int{bits} g{group} asym", float(bits), group)
+
+
 STATES = tuple(f".weight.quant_state.bitsandbytes__{name}" for name in ("nf4", "fp4"))
 NESTED = (".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map")
 SCALED = (".weight", ".weight_scale_2", ".weight_zero_point", ".weight_global_scale", ".input_scale",
@@ -219,6 +237,7 @@ LAYOUTS = (
     Layout(".weight_scale", SCALED, scaled_weight),
     Layout(".weight_scale_inv", SCALED, scaled_weight),
     Layout("_blocks", ("_scales",), block_weight),
+    Layout(".W_q", tuple(f".{name}" for name in HQQ), half_quadratic_weight),
 )
 
 
@@ -236,7 +255,7 @@ def assemble(entries: dict[str, Entry]) -> tuple[dict[str, tuple[Parts, Weight]]
             if layout.mark in (".weight_scale", ".weight_scale_inv") and ".weight" not in ends:
                 continue
             weight = layout.read(parts)
-            if not 0 < count(weight.shape) < 2**63 or not all(item.bytes for item in parts.found.values()):
+            if not 0 < count(weight.shape) < 2**63 or not parts[layout.mark].bytes:
                 raise parts.wrong("has a size that no weight has")
             used |= {stem + end for end in ends}
             found[stem + ("" if layout.mark == "_blocks" else ".weight")] = parts, weight
