@@ -106,6 +106,21 @@ def fp8(weight: Tensor, tile: int = 32) -> tuple[dict[str, Tensor], Tensor]:
     return {"weight": codes.flatten(2).flatten(0, 1), "weight_scale_inv": scales}, dense
 
 
+def hqq(weight: Tensor, group: int = 32) -> tuple[dict[str, Tensor], Tensor]:
+    codes, zeros, scales, dense = integers(weight, 4, group)
+    rows = torch.from_numpy(codes).reshape(-1, group)
+    packed = rows[: len(rows) // 2] << 4 | rows[len(rows) // 2 :]
+    found = {
+        "W_q": packed.to(torch.uint8),
+        "scale": scales.reshape(-1, 1),
+        "zero": torch.from_numpy(zeros).reshape(-1, 1).half(),
+        "shape": torch.tensor(weight.shape),
+        "nbits": torch.tensor(4, dtype=torch.int32),
+        "group_size": torch.tensor(group, dtype=torch.int32),
+    }
+    return found, dense
+
+
 def quantized(
     source: Path, out: Path, pack: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], config: dict[str, Any],
     skip: tuple[str, ...] = (), more: dict[str, Tensor] | None = None,

@@ -120,7 +120,18 @@ def _ordered(codes: Tensor, bits: int) -> Tensor:
 
 
 def dense(parts: Parts, weight: Weight, stated: dict[str, Any]) -> Tensor:
-    """The numbers that a weight stands for, float32 of its shape. `stated` is the folder's quantization_config."""
+    """The numbers that a weight stands for, float32 of its shape. `stated` is the folder's quantization_config. Raises
+    FolderError for parts that do not fit together."""
+    try:
+        found = _dense(parts, weight, stated)
+    except (RuntimeError, IndexError, ValueError, KeyError):  # torch's, for shapes that do not fit
+        raise parts.wrong("has parts that do not fit together") from None
+    if found.shape != weight.shape:
+        raise parts.wrong("has parts that do not fit together")
+    return found
+
+
+def _dense(parts: Parts, weight: Weight, stated: dict[str, Any]) -> Tensor:
     if weight.kind in ("gptq", "awq"):
         return _grouped_integers(parts, weight, stated)
     if weight.kind == "bnb4":

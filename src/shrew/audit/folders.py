@@ -11,7 +11,7 @@ import numpy as np
 
 from shrew import folder
 from shrew.audit import claims, decode
-from shrew.audit.held import Audit, Finding, Held, Span, count, printable
+from shrew.audit.held import Audit, Finding, Held, Span, count, mean_bits, named, printable
 from shrew.audit.layouts import Parts, Weight, assemble, plain
 from shrew.errors import FolderError
 from shrew.folder import packed
@@ -164,6 +164,18 @@ def _general(found: Audit, config: dict[str, Any]) -> None:
     if said:
         found.claims.append(f"name: {said}")
     found.findings += lies
+    dense = [item for item in found.role("embedding", "head") if not item.quantized]
+    share = sum(item.bytes for item in dense) / max(found.size, 1)
+    if share > 0.2 and any(item.quantized for item in found.role("linear")):
+        found.findings.append(
+            Finding(
+                "note",
+                f"{named(item.name for item in dense)} of {mean_bits(dense):g} bits a weight take {share:.0%} of the "
+                f"file: {found.bits['whole file']:.2f} bits a weight in all.",
+                "quantize embeddings and head too, or trim the vocabulary",
+                tuple(item.name for item in dense),
+            )
+        )
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
     heads, tables = found.role("head"), found.role("embedding")

@@ -102,10 +102,7 @@ def compressed_weight(parts: Parts) -> Weight:
         raise parts.wrong("has packed codes without matching scales")
     *lead, width = codes.shape
     if codes.dtype == "U8":
-        inputs = 2 * width
-        group = _group(inputs, max(scales.shape[-1], 1))
-        name = "nvfp4" if scales.dtype == "F8_E4M3" else "mxfp4"
-        return Weight(name, (*lead, inputs), f"{name} g{group}", 4.0, group)
+        return _pairs(parts, codes, scales)
     if codes.dtype != "I32" or shape is None or shape.dtype not in ("I64", "I32") or shape.shape != (len(codes.shape),):
         raise parts.wrong("is packed in a way that is not known")
     dims = _numbers(shape)
@@ -121,6 +118,16 @@ def compressed_weight(parts: Parts) -> Weight:
     group = 0 if scales.shape[-1] == 1 else _group(inputs, scales.shape[-1])
     zeros = "asym" if parts.get(".weight_zero_point") else "sym"
     return Weight(kind, tuple(dims), f"int{bits} g{group or 'row'} {zeros}", float(bits), group)
+
+
+def _pairs(parts: Parts, codes: Entry, scales: Entry) -> Weight:
+    """Two fp4 codes a byte, with a scale in E4M3 (NVFP4) or an exponent (MXFP4) for each group of a row."""
+    *lead, width = codes.shape
+    right = len(scales.shape) == len(codes.shape) and scales.shape[:-1] == tuple(lead) and scales.shape[-1] > 0
+    if scales.dtype not in ("F8_E4M3", "U8") or not right or 2 * width % scales.shape[-1]:
+        raise parts.wrong("has two codes a byte and scales that do not fit")
+    name, group = "nvfp4" if scales.dtype == "F8_E4M3" else "mxfp4", 2 * width // scales.shape[-1]
+    return Weight(name, (*lead, 2 * width), f"{name} g{group}", 4.0, group)
 
 
 def _numbers(entry: Entry) -> list[int]:
@@ -139,11 +146,9 @@ def scaled_weight(parts: Parts) -> Weight:
         raise parts.wrong("has scales of no matrix")
     if codes.dtype in DENSE:  # scales that nothing uses: the weight beside them was never quantized
         return Weight("dense", codes.shape, DENSE[codes.dtype], BITS[codes.dtype], quantized=False)
-    *lead, inputs = codes.shape
-    if codes.dtype == "U8":  # two fp4 codes a byte, as ModelOpt stores them
-        group = _group(2 * inputs, max(scales.shape[-1], 1)) if scales.shape else 0
-        name = "nvfp4" if scales.dtype == "F8_E4M3" else "mxfp4"
-        return Weight(name, (*lead, 2 * inputs), f"{name} g{group}", 4.0, group)
+    inputs = codes.shape[-1]
+    if codes.dtype == "U8":  # as ModelOpt stores them
+        return _pairs(parts, codes, scales)
     if codes.dtype not in ("I8", *FP8):
         raise parts.wrong("is stored in a type that is not known")
     name = FP8.get(codes.dtype, "int8")
@@ -250,7 +255,7 @@ def assemble(entries: dict[str, Entry]) -> tuple[dict[str, tuple[Parts, Weight]]
             if not name.endswith(layout.mark) or name in used:
                 continue
             stem = name.removesuffix(layout.mark)
-            ends = [end for end in (layout.mark, *layout.others) if stem + end in entries]
+            ends = [end for end in (layout.mark, *layout.others) if stem + end in entries and stem + end not in used]
             parts = Parts(stem, {end: entries[stem + end] for end in ends})
             if layout.mark in (".weight_scale", ".weight_scale_inv") and ".weight" not in ends:
                 continue

@@ -11,7 +11,7 @@ from rich.table import Table
 from shrew.audit.held import ROLES, SEVERITIES, Audit, Held, mean_bits, printable
 
 COLORS = {"note": "dim", "waste": "yellow", "fallback": "yellow", "claim": "red", "broken": "bold red"}
-TITLES = {"linear": "linear layers", "embedding": "embeddings", "head": "head", "other": "norms, biases, small"}
+TITLES = {"linear": "linear layers", "embedding": "embeddings", "head": "head", "other": "the rest"}
 
 
 def plain(audit: Audit) -> dict[str, Any]:
@@ -66,14 +66,14 @@ def _tensors(audit: Audit) -> Table:
     rows: dict[tuple[Any, ...], list[Held]] = defaultdict(list)
     for item in audit.held:
         rows[re.sub(r"\d+", "#", item.name), item.shape, item.effective, round(item.bits, 6)].append(item)
-    table = Table("weight", "shape", "effective type", "bits a weight")
+    table = Table("weight", "shape", "type", "bits a weight")
     table.columns[0].overflow = "fold"
     table.columns[3].justify = "right"
     for items in rows.values():
         first = items[0]
         count = f" [dim]× {len(items)}[/dim]" if len(items) > 1 else ""
-        table.add_row(escape(together([item.name for item in items])) + count, " × ".join(map(str, first.shape)),
-                      escape(first.effective), f"{first.bits:.3f}")  # fmt: skip
+        name = escape(together([item.name.removesuffix(".weight") for item in items])) + count
+        table.add_row(name, " × ".join(map(str, first.shape)), escape(first.effective), f"{first.bits:.3f}")
     return table
 
 
