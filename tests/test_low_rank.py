@@ -17,7 +17,7 @@ from shrew.folder import Loaded, Packed, Uniform
 from shrew.folder.packed import from_parts, to_entry, to_parts
 from shrew.moves import grids
 from shrew.moves.calibrate import hessians
-from shrew.moves.distil import on_grid
+from shrew.moves.distil.weights import on_grid
 from shrew.moves.low_rank import factors
 from shrew.moves.quantize import Quantize
 

@@ -81,8 +81,8 @@ def on_grid(value: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
 
 def has_plain_scales(packed: Packed) -> bool:
     """Whether a packed tensor is evenly spaced, without a correction, and its scales are numbers of their own."""
-    steps = packed.steps
-    return isinstance(packed.grid, Uniform) and packed.low is None and steps.supers is None and steps.scales.is_floating_point()
+    steps, plain = packed.steps, packed.low is None and packed.steps.supers is None
+    return plain and isinstance(packed.grid, Uniform) and steps.scales.is_floating_point()
 
 
 def grown(packed: Packed, growth: Tensor) -> Tensor:
