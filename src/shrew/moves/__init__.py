@@ -23,7 +23,8 @@ from shrew.moves.experts import PruneExperts
 from shrew.moves.linearize import Linearize
 from shrew.moves.narrow import Narrow
 from shrew.moves.quantize import Quantize
-from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task
+from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task, suited
+from shrew.moves.trim_vocab import TrimVocab
 from shrew.moves.upcycle import Upcycle
 
 __all__ = ["MOVES", "Context", "Move", "Recipe", "Source", "apply_moves", "main", "parse_moves", "table"]
@@ -37,7 +38,7 @@ class Move(Protocol):
 
 
 MOVES: dict[str, Any] = {
-    move.name: move for move in (Quantize, DropLayers, Narrow, PruneExperts, Upcycle, Linearize, Distil)
+    move.name: move for move in (Quantize, TrimVocab, DropLayers, Narrow, PruneExperts, Upcycle, Linearize, Distil)
 }
 
 
@@ -75,6 +76,7 @@ def apply_moves(original: Path, moves: Sequence[Move], source: Source, context: 
         out = context.cache / "applied" / spec.digest([folder.versions(), base, tables])[:32]
         if not (out / folder.LINEAGE).exists():
             loaded = folder.load(path)
+            context = suited(context, loaded, source)
             origin = loaded.lineage.get("moves", [])
             loaded.lineage = {"parent": {"name": Path(source.model).name, "sha256": base["original"]},
                               "moves": [*origin, tables[-1]], "data": base, "seed": source.seed,
