@@ -22,6 +22,7 @@ from shrew.moves.drop_layers import DropLayers
 from shrew.moves.experts import PruneExperts
 from shrew.moves.linearize import Linearize
 from shrew.moves.narrow import Narrow
+from shrew.moves.prune import Prune
 from shrew.moves.quantize import Quantize
 from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task, suited
 from shrew.moves.trim_vocab import TrimVocab
@@ -38,7 +39,8 @@ class Move(Protocol):
 
 
 MOVES: dict[str, Any] = {
-    move.name: move for move in (Quantize, TrimVocab, DropLayers, Narrow, PruneExperts, Upcycle, Linearize, Distil)
+    move.name: move
+    for move in (Quantize, TrimVocab, DropLayers, Narrow, Prune, PruneExperts, Upcycle, Linearize, Distil)
 }
 
 
