@@ -69,6 +69,7 @@ class ModelSpec:
     )
     ffn: Annotated[Any, Kinds({kind: spec for kind, (spec, _) in FFNS.items()})] = field(default_factory=MlpSpec)
     loops: Annotated[int, Meta(ge=1)] = doc("times that the layers are run, one after the other, same weights", 1)
+    repeats: tuple[Annotated[int, Meta(ge=1)], ...] = doc("times that each layer is run in a row; default: once", ())
     ngrams: NgramSpec | None = doc("hash n-gram embeddings", None)
     exits: ExitSpec | None = doc("early exits", None)
     mixture_of_depths: MixtureOfDepthsSpec | None = doc("tokens that choose their feed-forward layers", None)
@@ -79,6 +80,8 @@ class ModelSpec:
         for letter in self.pattern:
             if letter not in self.mixers:
                 raise SpecError(f"pattern '{self.pattern}': no mixer '{letter}'; {nearest(letter, self.mixers)}")
+        if self.repeats and len(self.repeats) != self.layers:
+            raise SpecError(f"repeats: {len(self.repeats)} numbers for {self.layers} layers; give one for each.")
         mixers = {f"mixers.{letter}": mixer for letter, mixer in self.mixers.items()}
         for name, block in {**mixers, "ffn": self.ffn}.items():
             if problem := block.problem(self.width):
@@ -95,7 +98,13 @@ class ModelSpec:
     @property
     def depth(self) -> int:
         """Layers that a token goes through."""
-        return self.layers * self.loops
+        return len(self.order)
+
+    @property
+    def order(self) -> list[int]:
+        """The layer of each pass, from first to last."""
+        once = [layer for layer in range(self.layers) for _ in range(self.repeats[layer] if self.repeats else 1)]
+        return once * self.loops
 
     def mixer(self, layer: int) -> Any:
         return self.mixers[self.pattern[layer % len(self.pattern)]]
@@ -173,6 +182,7 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocabulary or 0, spec.width)
         self.ngrams = Ngrams(spec.ngrams, spec.width) if spec.ngrams else None
         self.layers = nn.ModuleList(Layer(spec, number) for number in range(spec.layers))
+        self.order = spec.order
         self.norm = RMSNorm(spec.width, spec.eps)
         self.exits = spec.exits.after(spec.depth) if spec.exits else []
         self.exit_norms = nn.ModuleList(RMSNorm(spec.width, spec.eps) for _ in self.exits)
@@ -190,8 +200,8 @@ class Trunk(nn.Module):
         """
         x = self.embed(place, cache)
         penalties = []
-        for number in range(self.spec.depth):
-            layer: Any = self.layers[number % self.spec.layers]
+        for number, which in enumerate(self.order):
+            layer: Any = self.layers[which]
             state = None if cache is None else cache.layers[number]
             if every is not None:
                 every.append(x)
@@ -225,8 +235,8 @@ class Trunk(nn.Module):
         return x
 
     def new_cache(self) -> Cache:
-        """A state for each layer and loop, and that of the n-grams at the end."""
-        layers: list[Any] = list(self.layers) * self.spec.loops
+        """A state for each pass of a layer, and that of the n-grams at the end."""
+        layers: list[Any] = [self.layers[which] for which in self.order]
         last = [] if self.ngrams is None else [self.ngrams.init_state()]
         return Cache(layers=[layer.mixer.init_state() for layer in layers] + last)
 
@@ -320,15 +330,15 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
     def flops(self, context: int, training: bool = False) -> int:
         """Multiply-adds times two of one token's forward pass that sees `context` positions on average; in training
         with the heads of the exits."""
-        layers: list[Any] = list(self.model.layers)
-        each = self.spec.loops * sum(layer.flops(context) for layer in layers)
+        layers: list[Any] = [self.model.layers[which] for which in self.model.order]
+        each = sum(layer.flops(context) for layer in layers)
         heads = 1 + len(self.model.exits) * training
         return each + heads * 2 * self.spec.width * (self.spec.vocabulary or 0)
 
     def state_bytes(self, context: int, element: int = 2) -> int:
         """What a cache of one row holds after `context` positions."""
-        layers: list[Any] = list(self.model.layers)
-        each = self.spec.loops * sum(layer.mixer.state_bytes(context, element) for layer in layers)
+        layers: list[Any] = [self.model.layers[which] for which in self.model.order]
+        each = sum(layer.mixer.state_bytes(context, element) for layer in layers)
         return each + (0 if self.model.ngrams is None else self.model.ngrams.state_bytes())
 
     def forward(

@@ -24,6 +24,7 @@ from shrew.moves.linearize import Linearize
 from shrew.moves.narrow import Narrow
 from shrew.moves.prune import Prune
 from shrew.moves.quantize import Quantize
+from shrew.moves.share import Share
 from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task, suited
 from shrew.moves.trim_vocab import TrimVocab
 from shrew.moves.upcycle import Upcycle
@@ -40,7 +41,18 @@ class Move(Protocol):
 
 MOVES: dict[str, Any] = {
     move.name: move
-    for move in (Quantize, TrimVocab, DropLayers, Narrow, Prune, PruneExperts, Upcycle, Linearize, Distil)
+    for move in (
+        Quantize,
+        TrimVocab,
+        DropLayers,
+        Narrow,
+        Share,
+        Prune,
+        PruneExperts,
+        Upcycle,
+        Linearize,
+        Distil,
+    )
 }
 
 

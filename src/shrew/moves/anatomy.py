@@ -308,8 +308,10 @@ def _without_own_layers(config: ShrewConfig, dropped: set[int]) -> Any:
                                "other layers than they were trained on; leave the layers whole.")  # fmt: skip
     letters = "".join(item.pattern[place % len(item.pattern)] for place in range(item.layers) if place not in dropped)
     mixers = {letter: mixer for letter, mixer in item.mixers.items() if letter in letters}
+    repeats = tuple(times for place, times in enumerate(item.repeats) if place not in dropped)
     try:
-        return _with_spec(config, replace(item, pattern=shortest(letters), layers=len(letters), mixers=mixers))
+        return _with_spec(config, replace(item, pattern=shortest(letters), layers=len(letters), mixers=mixers,
+                                          repeats=repeats))  # fmt: skip
     except SpecError as error:
         raise UnsupportedError(f"shrew: {str(error).rstrip('.')}; leave more of its layers.") from None
 
