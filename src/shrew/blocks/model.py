@@ -22,7 +22,7 @@ from shrew.blocks.conv import Conv, ConvSpec
 from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.depth import EarlyExit, ExitSpec, MixtureOfDepthsSpec, Router, drop_rates, skip_rows
 from shrew.blocks.embeddings import Ngrams, NgramSpec
-from shrew.blocks.layers import Place, RMSNorm, Shape, State, runs
+from shrew.blocks.layers import Factored, Place, RMSNorm, Shape, State, runs
 from shrew.blocks.linear import Linear, LinearSpec
 from shrew.blocks.memory import Memory, MemorySpec
 from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
@@ -70,6 +70,9 @@ class ModelSpec:
     ffn: Annotated[Any, Kinds({kind: spec for kind, (spec, _) in FFNS.items()})] = field(default_factory=MlpSpec)
     loops: Annotated[int, Meta(ge=1)] = doc("times that the layers are run, one after the other, same weights", 1)
     repeats: tuple[Annotated[int, Meta(ge=1)], ...] = doc("times that each layer is run in a row; default: once", ())
+    ranks: dict[str, Annotated[int, Meta(ge=1)]] = doc(
+        "projections of attention, windows and MLPs that are two factors: 'layers.0.ffn.up_proj' and its rank",
+        default_factory=dict)  # fmt: skip
     ngrams: NgramSpec | None = doc("hash n-gram embeddings", None)
     exits: ExitSpec | None = doc("early exits", None)
     mixture_of_depths: MixtureOfDepthsSpec | None = doc("tokens that choose their feed-forward layers", None)
@@ -265,6 +268,19 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(self.spec.width, self.spec.vocabulary or 0, bias=False)
         self.exit_counts: Counter[int] = Counter()  # layers run: tokens decoded so, since `generate` was last called
         self.post_init()
+        for name, rank in self.spec.ranks.items():
+            self._factor(name, rank)
+
+    def _factor(self, name: str, rank: int) -> None:
+        """Make a projection two factors. Raises SpecError where there is none of that name, or no rank that saves."""
+        block, _, own = name.rpartition(".")
+        owner = next((part for path, part in self.model.named_modules() if path == block), None)
+        part = getattr(owner, own, None)
+        if not isinstance(owner, Attention | Mlp) or not isinstance(part, nn.Linear):
+            raise SpecError(f"ranks: '{name}' is no projection of attention, a window or an MLP.")
+        if rank > min(part.weight.shape):
+            raise SpecError(f"ranks: {rank} is more than '{name}' has ({min(part.weight.shape)}).")
+        setattr(owner, own, Factored(part, rank).to(part.weight.device))
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers would pass over modules that hold no parameter of their own, and so over every Layer

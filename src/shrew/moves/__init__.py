@@ -20,6 +20,7 @@ from shrew.moves.context import Context
 from shrew.moves.distil import Distil
 from shrew.moves.drop_layers import DropLayers
 from shrew.moves.experts import PruneExperts
+from shrew.moves.factor import Factor
 from shrew.moves.linearize import Linearize
 from shrew.moves.narrow import Narrow
 from shrew.moves.prune import Prune
@@ -47,6 +48,7 @@ MOVES: dict[str, Any] = {
         DropLayers,
         Narrow,
         Share,
+        Factor,
         Prune,
         PruneExperts,
         Upcycle,

@@ -5,18 +5,20 @@ of the layer's input, leaving out the unit u and letting the others take over wh
 tr(W_u (H⁻¹_uu)⁻¹ W_uᵀ) of the output's power (Hassibi and Stork 1992; in units, Kurtic et al. 2023, ZipLM).
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from shrew.folder import Loaded
 from shrew.moves.anatomy import batches, logits
 from shrew.moves.context import Context
 
 SCORE_TOKENS = 8192  # of calibration text
+BATCH_VALUES = 1 << 25  # logits held at a time: 128 MB a copy
 DAMP = 0.01  # of the mean diagonal of H: holds the new weights near the old ones where the text says little
 ROUNDS = 16  # about so many, after each of which the units left are weighed again
 TOGETHER = 0.5  # partial correlation from which two units do not go in one round
@@ -42,6 +44,24 @@ def moments(loaded: Loaded, context: Context, names: list[str]) -> dict[str, Ten
             logits(loaded, ids)
             tokens += ids.numel()
     return {name: total / tokens for name, total in sums.items()}
+
+
+def damages(
+    loaded: Loaded, context: Context, changes: Sequence[Callable[[], AbstractContextManager[None]]], limit: int
+) -> list[float]:
+    """Mean KL(model || changed model) in nats a prediction, on `limit` tokens of calibration text, of each change: a
+    context in which the model is another."""
+    totals, rows = [0.0] * len(changes), 0
+    with torch.inference_mode():
+        most = max(1, BATCH_VALUES // loaded.model.config.vocab_size)
+        for ids in batches(loaded, context.calibration, min(most, 2048), limit):
+            whole = F.log_softmax(logits(loaded, ids).float(), dim=-1).flatten(0, -2)
+            rows += len(whole)
+            for number, change in enumerate(changes):
+                with change():
+                    new = F.log_softmax(logits(loaded, ids).float(), dim=-1).flatten(0, -2)
+                totals[number] += float(F.kl_div(new, whole, log_target=True, reduction="sum"))
+    return [total / rows for total in totals]
 
 
 def columns_of(units: Tensor, size: int) -> Tensor:
@@ -74,14 +94,14 @@ def missed(weight: Tensor, moment: Tensor, columns: Tensor, new: Tensor) -> floa
 
 def refitted(weight: Tensor, moment: Tensor, columns: Tensor) -> Tensor:
     """The weights [out, kept] on these inputs that miss least of the whole output (damped least squares)."""
-    damped = _damped(moment)
-    found: Tensor = torch.linalg.solve(damped[columns][:, columns], damped[columns] @ weight.T).T
+    held = damped(moment)
+    found: Tensor = torch.linalg.solve(held[columns][:, columns], held[columns] @ weight.T).T
     return found
 
 
 def surgeon(weight: Tensor, moment: Tensor, size: int, keep: int) -> Tensor:
     """The units [keep] left when those that cost least go, round after round, the others taking over each time."""
-    inverse, left = torch.linalg.inv(_damped(moment)), torch.arange(len(moment) // size)
+    inverse, left = torch.linalg.inv(damped(moment)), torch.arange(len(moment) // size)
     most = max(1, (len(left) - keep) // ROUNDS) if size == 1 else 1
     while len(left) > keep:
         units, own = len(left), torch.arange(len(left))
@@ -112,6 +132,7 @@ def _apart(inverse: Tensor, order: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def _damped(moment: Tensor) -> Tensor:
+def damped(moment: Tensor) -> Tensor:
+    """H with DAMP of its mean diagonal added."""
     mean = moment.diagonal().mean().clamp(min=1e-30)
     return moment + DAMP * mean * torch.eye(len(moment), dtype=moment.dtype)

@@ -8,11 +8,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from shrew import files
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM
@@ -20,12 +19,12 @@ from shrew.blocks.stock import adopt
 from shrew.blocks.stock.adapter import shortest
 from shrew.errors import SpecError, UnsupportedError
 from shrew.folder import Loaded
-from shrew.moves.anatomy import batches, fingerprint, logits, rebuild, with_settings
+from shrew.moves.anatomy import fingerprint, rebuild, with_settings
 from shrew.moves.context import Context
+from shrew.moves.importance import damages
 from shrew.spec import Meta, doc, dump
 
 SCORE_TOKENS = 4096  # of calibration text
-BATCH_VALUES = 1 << 25  # logits held at a time
 WEIGHTS = ("average", "first", "second")
 
 
@@ -51,6 +50,8 @@ class Share:
         ours = adopt(loaded.model)
         if self.count >= ours.spec.layers:
             raise SpecError(f"share: {self.count} of {ours.spec.layers} layers cannot go; leave at least one.")
+        if ours.spec.ranks:
+            raise UnsupportedError("share: this model's projections are factored already; put share before factor.")
         if ours.spec.mixture_of_depths:
             raise UnsupportedError("share: mixture-of-depths routes by the number of a layer, which would change; "
                                    "leave the layers whole.")  # fmt: skip
@@ -98,19 +99,9 @@ def pair_scores(
     cached = context.cache / f"share-{key}.json"
     if cached.exists():
         return dict(zip(wanted, json.loads(cached.read_text()), strict=True))
-    totals, rows = dict.fromkeys(wanted, 0.0), 0
-    most = max(1, BATCH_VALUES // ours.config.vocab_size)
-    with torch.inference_mode():
-        for ids in batches(made, context.calibration, min(most, 2048), SCORE_TOKENS):
-            whole = F.log_softmax(logits(made, ids).float(), dim=-1).flatten(0, -2)
-            rows += len(whole)
-            for first, weights in wanted:
-                with _tied_for_now(ours, first, weights):
-                    new = F.log_softmax(logits(made, ids).float(), dim=-1).flatten(0, -2)
-                totals[first, weights] += float(F.kl_div(new, whole, log_target=True, reduction="sum"))
-    found = {item: total / rows for item, total in totals.items()}
-    files.write_text(cached, json.dumps(list(found.values())))
-    return found
+    scores = damages(made, context, [partial(_tied_for_now, ours, *item) for item in wanted], SCORE_TOKENS)
+    files.write_text(cached, json.dumps(scores))
+    return dict(zip(wanted, scores, strict=True))
 
 
 @contextmanager
