@@ -199,3 +199,11 @@ def test_what_is_refused(context: Context) -> None:
         Share().apply(small, context)
     with pytest.raises(UnsupportedError, match="no projection"):
         Factor().apply(make(mixers={"A": ConvSpec()}, ffn=NothingSpec()), context)
+
+
+def test_a_file_for_llama_cpp_is_refused_by_name(context: Context, tmp_path: Path) -> None:
+    from shrew.packers.gguf import Options, write
+
+    small = Factor(keep=0.6, multiple=2).apply(make(mixers={"A": AttentionSpec(heads=2)}), context)
+    with pytest.raises(UnsupportedError, match="no architecture for this model: ranks = "):
+        write(small, tmp_path / "model.gguf", Options(), print)

@@ -186,3 +186,14 @@ def test_what_is_damaged_or_not_possible_is_refused(tiny_llama_folder: Path, con
         folder.load(tmp_path / "out")
     with pytest.raises(DataError, match="no calibration text"):
         Prune().apply(folder.load(tiny_llama_folder), Context([], [], None, 0, tmp_path, print))
+
+
+def test_a_form_without_bitmaps_says_so(
+    trained_llama_folder: Path, context: Context, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from shrew.__main__ import main
+
+    folder.save(Prune(method="magnitude").apply(folder.load(trained_llama_folder), context), tmp_path / "model")
+    for form in ("gguf", "onnx"):
+        assert main(["pack", str(tmp_path / "model"), "--to", form, "--out", str(tmp_path / form)]) == 0
+        assert "Note: pruned weights are written with their zeros" in capsys.readouterr().err

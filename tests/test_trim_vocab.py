@@ -227,6 +227,20 @@ def test_the_best_path_stays_the_best(pieces: list[str], scores: list[float], te
     assert [[kept[token] for token in new.encode(text).ids] for text in texts] == before
 
 
+def test_unknown_characters_cost_what_they_did() -> None:
+    """With bytes to fall back on, single characters may go; the price of one that is not known stays above all."""
+    pieces = {"abc": -10.0, "def": -10.0, "ghi": -10.0, "a": -0.1, "cdefghi": -0.1, "b": -35.0, "z": -20.0}
+    names = [("<unk>", 0.0), *((name, 0.0) for name in sorted(vocabulary.BYTES)), *pieces.items()]
+    old = Tokenizer(models.Unigram(names, unk_id=0, byte_fallback=True))
+    assert old.encode("abcdefghi").tokens == ["abc", "def", "ghi"]
+    known = vocabulary.read(json.loads(old.to_str()))
+    uses = np.bincount(old.encode("abcdefghi").ids, minlength=len(names))
+    kept = vocabulary.choose(known, uses, set(), 0, 1, 1)
+    new = Tokenizer.from_str(json.dumps(vocabulary.rewritten(known, kept)))
+    assert "z" not in new.get_vocab() and new.encode("z").tokens == ["<0x7A>"]
+    assert new.encode("abcdefghi").tokens == ["abc", "def", "ghi"]
+
+
 @settings(max_examples=100, deadline=None)
 @given(table=merge_tables(), size=st.integers(1, 20), multiple=st.integers(1, 8), seed=st.integers(0, 99))
 def test_as_many_as_asked_for_rounded_up(table: Any, size: int, multiple: int, seed: int) -> None:

@@ -17,6 +17,7 @@ from shrew.folder.headers import Entry
 from shrew.folder.packed import pack_bits, unpack_bits
 
 PARTS = (":bitmap", ":values")
+DENSE_NOTE = "pruned weights are written with their zeros: this form has no bitmaps, so they take as much as before"
 
 
 def pays(tensor: Tensor) -> bool:
