@@ -74,6 +74,8 @@ SHAPES = {
     "deltanet": ModelSpec(pattern="D", layers=2, width=32, vocabulary=97, context=64, mixers={"D": DELTANET}),
     "ngrams": ModelSpec(layers=2, width=32, vocabulary=97, context=64, ngrams=NgramSpec(sizes=(2, 4), rows=50)),
     "looped": ModelSpec(layers=2, width=32, vocabulary=97, context=64, loops=2, exits=ExitSpec(every=1)),
+    "repeated": ModelSpec(pattern="AC", layers=2, width=32, vocabulary=97, context=64, repeats=(1, 2),
+                          mixers={"A": PLAIN, "C": ConvSpec(bias=True)}),
     "routed": ModelSpec(layers=2, width=32, vocabulary=97, context=64, mixture_of_depths=MixtureOfDepthsSpec(every=1)),
     "memory": ModelSpec(layers=3, width=32, vocabulary=97, context=64, mixers={"A": MemorySpec(kv_heads=2, segment=4)}),
     "memories": ModelSpec(

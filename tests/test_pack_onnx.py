@@ -118,6 +118,8 @@ SPECS = {
     "ungated squares": spec(ffn=MlpSpec(activation="relu2", gated=False)),
     "gelu": spec(ffn=MlpSpec(activation="gelu_tanh", hidden=40)),
     "scales": spec(norms="sandwich", embedding_scale=8.0, residual_scale=0.5, logit_scale=0.3, softcap=2.0),
+    "repeats": spec(layers=2, repeats=(2, 1), loops=2, pattern="WA", mixers={"W": near(), "A": heads()}),
+    "factors": spec(ranks={f"layers.0.{name}_proj": 12 for name in ("mixer.q", "mixer.o", "ffn.up", "ffn.down")}),
     "loops": spec(loops=2, pattern="WA", mixers={"W": near(), "A": heads()}),
 }
 

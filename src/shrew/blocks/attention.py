@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 
-from shrew.blocks.layers import Place, RMSNorm, Shape, rotate
+from shrew.blocks.layers import Place, RMSNorm, Shape, multiplications, rotate
 from shrew.spec import Meta, doc
 
 PAIRS = 2**24  # scores held at once where no fused kernel computes them: 64 MB in float32
@@ -188,7 +188,7 @@ class Attention(nn.Module):
     def flops(self, context: int) -> int:
         """Multiply-adds times two, per token, when it sees `context` positions on average."""
         parts = [self.q_proj, self.k_proj, self.v_proj, self.o_proj, *([self.g_proj] if self.g_proj else [])]
-        return 2 * sum(part.weight.numel() for part in parts) + 4 * self.heads * self.head_width * context
+        return 2 * sum(multiplications(part) for part in parts) + 4 * self.heads * self.head_width * context
 
     def state_bytes(self, context: int, element: int = 2) -> int:
         return 2 * self.kv_heads * self.head_width * context * element

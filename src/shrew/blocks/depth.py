@@ -1,7 +1,7 @@
 """Depth that is spent where it helps: early exits with layer skip, and mixture-of-depths that is causal.
 
 B rows, T positions, d width, N tokens that are routed. (Layers that are run several times over need no block: see
-`ModelSpec.loops`.)
+`ModelSpec.loops` and `ModelSpec.repeats`.)
 """
 
 from collections.abc import Callable

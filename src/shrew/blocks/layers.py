@@ -266,3 +266,33 @@ def _seam(place: Place, taps: int) -> tuple[Tensor, Tensor, Tensor] | None:
     same = owner[:, place.seen :].unfold(1, taps, 1) == owner[:, place.seen + taps - 1 :, None]
     row, column = (~same.all(-1)).nonzero(as_tuple=True)
     return (row, column, same[row, column]) if len(row) else None
+
+
+class Factored(nn.Module):
+    """A linear layer of low rank: high(low(x)), in the place of a `nn.Linear`."""
+
+    def __init__(self, old: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.low = nn.Linear(old.in_features, rank, bias=False)
+        self.high = nn.Linear(rank, old.out_features, bias=old.bias is not None)
+        parts: list[Any] = [self, self.low, self.high]
+        for part in parts:
+            part._is_hf_initialized = True
+        self.start(0.02)
+
+    def start(self, std: float) -> None:
+        """Normal weights, whose product has this standard deviation."""
+        for part in (self.low, self.high):
+            nn.init.normal_(part.weight, std=(std / self.low.out_features**0.5) ** 0.5)
+        if self.high.bias is not None:
+            nn.init.zeros_(self.high.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        y: Tensor = self.high(self.low(x))
+        return y
+
+
+def multiplications(part: nn.Module) -> int:
+    """Multiply-adds of a token in a linear layer, factored or not."""
+    return sum(weight.numel() for weight in part.parameters() if weight.ndim == 2)

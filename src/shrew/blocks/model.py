@@ -22,7 +22,7 @@ from shrew.blocks.conv import Conv, ConvSpec
 from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.depth import EarlyExit, ExitSpec, MixtureOfDepthsSpec, Router, drop_rates, skip_rows
 from shrew.blocks.embeddings import Ngrams, NgramSpec
-from shrew.blocks.layers import Place, RMSNorm, Shape, State, runs
+from shrew.blocks.layers import Factored, Place, RMSNorm, Shape, State, runs
 from shrew.blocks.linear import Linear, LinearSpec
 from shrew.blocks.memory import Memory, MemorySpec
 from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
@@ -69,6 +69,10 @@ class ModelSpec:
     )
     ffn: Annotated[Any, Kinds({kind: spec for kind, (spec, _) in FFNS.items()})] = field(default_factory=MlpSpec)
     loops: Annotated[int, Meta(ge=1)] = doc("times that the layers are run, one after the other, same weights", 1)
+    repeats: tuple[Annotated[int, Meta(ge=1)], ...] = doc("times that each layer is run in a row; default: once", ())
+    ranks: dict[str, Annotated[int, Meta(ge=1)]] = doc(
+        "projections of attention, windows and MLPs that are two factors: 'layers.0.ffn.up_proj' and its rank",
+        default_factory=dict)  # fmt: skip
     ngrams: NgramSpec | None = doc("hash n-gram embeddings", None)
     exits: ExitSpec | None = doc("early exits", None)
     mixture_of_depths: MixtureOfDepthsSpec | None = doc("tokens that choose their feed-forward layers", None)
@@ -79,6 +83,8 @@ class ModelSpec:
         for letter in self.pattern:
             if letter not in self.mixers:
                 raise SpecError(f"pattern '{self.pattern}': no mixer '{letter}'; {nearest(letter, self.mixers)}")
+        if self.repeats and len(self.repeats) != self.layers:
+            raise SpecError(f"repeats: {len(self.repeats)} numbers for {self.layers} layers; give one for each.")
         mixers = {f"mixers.{letter}": mixer for letter, mixer in self.mixers.items()}
         for name, block in {**mixers, "ffn": self.ffn}.items():
             if problem := block.problem(self.width):
@@ -95,7 +101,13 @@ class ModelSpec:
     @property
     def depth(self) -> int:
         """Layers that a token goes through."""
-        return self.layers * self.loops
+        return len(self.order)
+
+    @property
+    def order(self) -> list[int]:
+        """The layer of each pass, from first to last."""
+        once = [layer for layer in range(self.layers) for _ in range(self.repeats[layer] if self.repeats else 1)]
+        return once * self.loops
 
     def mixer(self, layer: int) -> Any:
         return self.mixers[self.pattern[layer % len(self.pattern)]]
@@ -173,6 +185,7 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(spec.vocabulary or 0, spec.width)
         self.ngrams = Ngrams(spec.ngrams, spec.width) if spec.ngrams else None
         self.layers = nn.ModuleList(Layer(spec, number) for number in range(spec.layers))
+        self.order = spec.order
         self.norm = RMSNorm(spec.width, spec.eps)
         self.exits = spec.exits.after(spec.depth) if spec.exits else []
         self.exit_norms = nn.ModuleList(RMSNorm(spec.width, spec.eps) for _ in self.exits)
@@ -190,8 +203,8 @@ class Trunk(nn.Module):
         """
         x = self.embed(place, cache)
         penalties = []
-        for number in range(self.spec.depth):
-            layer: Any = self.layers[number % self.spec.layers]
+        for number, which in enumerate(self.order):
+            layer: Any = self.layers[which]
             state = None if cache is None else cache.layers[number]
             if every is not None:
                 every.append(x)
@@ -225,8 +238,8 @@ class Trunk(nn.Module):
         return x
 
     def new_cache(self) -> Cache:
-        """A state for each layer and loop, and that of the n-grams at the end."""
-        layers: list[Any] = list(self.layers) * self.spec.loops
+        """A state for each pass of a layer, and that of the n-grams at the end."""
+        layers: list[Any] = [self.layers[which] for which in self.order]
         last = [] if self.ngrams is None else [self.ngrams.init_state()]
         return Cache(layers=[layer.mixer.init_state() for layer in layers] + last)
 
@@ -255,6 +268,19 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(self.spec.width, self.spec.vocabulary or 0, bias=False)
         self.exit_counts: Counter[int] = Counter()  # layers run: tokens decoded so, since `generate` was last called
         self.post_init()
+        for name, rank in self.spec.ranks.items():
+            self._factor(name, rank)
+
+    def _factor(self, name: str, rank: int) -> None:
+        """Make a projection two factors. Raises SpecError where there is none of that name, or no rank that saves."""
+        block, _, own = name.rpartition(".")
+        owner = next((part for path, part in self.model.named_modules() if path == block), None)
+        part = getattr(owner, own, None)
+        if not isinstance(owner, Attention | Mlp) or not isinstance(part, nn.Linear):
+            raise SpecError(f"ranks: '{name}' is no projection of attention, a window or an MLP.")
+        if rank > min(part.weight.shape):
+            raise SpecError(f"ranks: {rank} is more than '{name}' has ({min(part.weight.shape)}).")
+        setattr(owner, own, Factored(part, rank).to(part.weight.device))
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers would pass over modules that hold no parameter of their own, and so over every Layer
@@ -320,15 +346,15 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
     def flops(self, context: int, training: bool = False) -> int:
         """Multiply-adds times two of one token's forward pass that sees `context` positions on average; in training
         with the heads of the exits."""
-        layers: list[Any] = list(self.model.layers)
-        each = self.spec.loops * sum(layer.flops(context) for layer in layers)
+        layers: list[Any] = [self.model.layers[which] for which in self.model.order]
+        each = sum(layer.flops(context) for layer in layers)
         heads = 1 + len(self.model.exits) * training
         return each + heads * 2 * self.spec.width * (self.spec.vocabulary or 0)
 
     def state_bytes(self, context: int, element: int = 2) -> int:
         """What a cache of one row holds after `context` positions."""
-        layers: list[Any] = list(self.model.layers)
-        each = self.spec.loops * sum(layer.mixer.state_bytes(context, element) for layer in layers)
+        layers: list[Any] = [self.model.layers[which] for which in self.model.order]
+        each = sum(layer.mixer.state_bytes(context, element) for layer in layers)
         return each + (0 if self.model.ngrams is None else self.model.ngrams.state_bytes())
 
     def forward(

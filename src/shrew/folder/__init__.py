@@ -25,7 +25,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from shrew import files
 from shrew.errors import ShrewError
-from shrew.folder import compressed, packed
+from shrew.folder import compressed, packed, sparse
 from shrew.folder.check import TORCH_DTYPES, common_dtype, describe, fetch, quiet, read_model, read_packed
 from shrew.folder.grids import Grid, Steps, Uniform
 from shrew.folder.headers import INDEX, SINGLE, Entry, read_headers, read_json
@@ -48,7 +48,8 @@ class Loaded:
     `model` holds float32 weights (of packed tensors: exactly the values that the file's codes stand for), in eval mode.
     `packed` maps parameter names to their chosen codes; `save` writes those codes, nothing is rounded a second time.
     `untouched` names every weight a move left as it was, with the reason. `lineage` is the content of `shrew.json`.
-    `dtype` is what dense weights are stored in; `stored` names the tensors of the file that had another one.
+    `dtype` is what dense weights are stored in; `stored` names the tensors of the file that had another one. Where
+    `sparse`, matrices with zeros are stored as a bitmap and the other values wherever that is smaller.
     """
 
     model: Any
@@ -59,6 +60,7 @@ class Loaded:
     lineage: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
     stored: dict[str, torch.dtype] = field(default_factory=dict)
+    sparse: bool = False
 
     @property
     def is_classifier(self) -> bool:
@@ -88,13 +90,14 @@ def load(name: str | Path, trust_remote_code: bool = False) -> Loaded:
     model, tokenizer = read_model(path, entries, stated, trust_remote_code)
     dtype = common_dtype(entries)
     stored = {
-        key: TORCH_DTYPES[entry.dtype]
+        key.removesuffix(sparse.PARTS[1]): TORCH_DTYPES[entry.dtype]
         for key, entry in entries.items()
         if entry.dtype in TORCH_DTYPES and TORCH_DTYPES[entry.dtype] != dtype and not key.endswith(_PARTS)
     }
     lineage = read_json(path / LINEAGE) if (path / LINEAGE).exists() else {}
     untouched = lineage.pop("untouched", {})
-    return Loaded(model, tokenizer, path, read_packed(model, entries, stated), untouched, lineage, dtype, stored)
+    codes = read_packed(model, entries, stated)
+    return Loaded(model, tokenizer, path, codes, untouched, lineage, dtype, stored, bool(stated.sparse))
 
 
 def save(loaded: Loaded, path: Path, same: bool = False) -> str:
@@ -109,21 +112,28 @@ def save(loaded: Loaded, path: Path, same: bool = False) -> str:
     for name in loaded.model._keys_to_ignore_on_save or ():
         state.pop(name, None)
     chosen = _by_stored_name(loaded, state)
+    zeros = _sparse(loaded, state, chosen)
     reason = compressed.obstacle(loaded.model, loaded.packed) if chosen else ""
-    dense = {name: tensor for name, tensor in state.items() if name not in chosen}
+    if zeros:
+        reason = f"{next(iter(zeros))} is sparse"
+    dense = {name: tensor for name, tensor in state.items() if name not in chosen and name not in zeros}
     dense = revert_weight_conversion(loaded.model, dense)
     content = {name: _as_stored(loaded, name, tensor) for name, tensor in dense.items()}
     config = _config(loaded)
     layout = "dense"
-    if chosen:
+    if chosen or zeros:
         layout = f"shrew ({reason})" if reason else "compressed-tensors"
         write = packed.to_parts if reason else compressed.to_parts
         for name, item in chosen.items():
             content |= write(name, item)
+        for name, tensor in zeros.items():
+            content |= sparse.to_parts(name, tensor)
         tables = {name: packed.to_entry(item) for name, item in chosen.items()}
         config["quantization_config"] = (
             {"quant_method": packed.METHOD, "tensors": tables} if reason else compressed.to_config(chosen)
         )
+        if zeros:
+            config["quantization_config"]["sparse"] = {name: sparse.to_entry(item) for name, item in zeros.items()}
     lineage = loaded.lineage | {"format": 1, "layout": layout, "versions": versions()}
     if loaded.untouched:
         lineage["untouched"] = loaded.untouched
@@ -152,6 +162,14 @@ def _by_stored_name(loaded: Loaded, state: dict[str, Tensor]) -> dict[str, Packe
     """`loaded.packed` under the names that are kept for tied weights."""
     kept = {tensor.data_ptr(): name for name, tensor in state.items()}
     return {kept[loaded.model.get_parameter(name).data_ptr()]: item for name, item in loaded.packed.items()}
+
+
+def _sparse(loaded: Loaded, state: dict[str, Tensor], chosen: dict[str, Packed]) -> dict[str, Tensor]:
+    """The weights to be stored as a bitmap and values, in the dtype of the file."""
+    if not loaded.sparse:
+        return {}
+    found = {name: _as_stored(loaded, name, tensor) for name, tensor in state.items() if name not in chosen}
+    return {name: tensor for name, tensor in found.items() if sparse.pays(tensor)}
 
 
 def _as_stored(loaded: Loaded, name: str, tensor: Tensor) -> Tensor:
@@ -208,13 +226,19 @@ def tensors(path: str | Path) -> list[TensorInfo]:
     """Every weight of a folder with its effective type, read from the files' own headers without loading a weight."""
     path = Path(path)
     entries, stated = describe(path, trust_remote_code=True)
-    table, suffixes = stated.tensors, _PARTS
+    table, suffixes = stated.tensors, _PARTS + sparse.PARTS
     listed = [
         TensorInfo(name, entry.dtype, entry.shape, entry.bytes, _per_weight(entry.bytes, entry.shape),
                    _SHORT.get(entry.dtype, entry.dtype.lower()), entry.file.name)
         for name, entry in entries.items()
-        if not (table and name.endswith(suffixes))
+        if not ((table or stated.sparse) and name.endswith(suffixes))
     ]  # fmt: skip
+    for name, meaning in stated.sparse.items():
+        bitmap, values = (entries[name + part] for part in sparse.PARTS)
+        shape, size = tuple(meaning["shape"]), bitmap.bytes + values.bytes
+        kept = f"{_SHORT[values.dtype]}, {1 - meaning['values'] / max(8 * bitmap.bytes, 1):.0%} zeros in a bitmap"
+        listed.append(TensorInfo(name, values.dtype, shape, size, _per_weight(size, shape), kept,
+                                 _files([bitmap, values])))  # fmt: skip
     for name, meaning in table.items():
         parts = [entries[name.removesuffix(stated.stem) + part] for part in stated.parts
                  if name.removesuffix(stated.stem) + part in entries]  # fmt: skip

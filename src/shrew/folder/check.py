@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from shrew.errors import FolderError
-from shrew.folder import compressed, packed
+from shrew.folder import compressed, packed, sparse
 from shrew.folder.headers import Entry, read_headers, read_json
 from shrew.folder.packed import Packed
 
@@ -32,11 +32,13 @@ CLASSIFIER = "ForSequenceClassification"
 
 @dataclass(frozen=True)
 class Stated:
-    """What config.json says that matters before loading: the kind of model, and the packed weights by name."""
+    """What config.json says that matters before loading: the kind of model, and the packed and the sparse weights by
+    name."""
 
     classifier: bool
     method: str = ""
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sparse: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def stem(self) -> str:
@@ -127,7 +129,8 @@ def describe(path: Path, trust_remote_code: bool) -> tuple[dict[str, Entry], Sta
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method == packed.METHOD:
         packed.check_entries(str(path), quantization, entries)
-        return entries, Stated(classifier, method, quantization["tensors"])
+        return entries, Stated(classifier, method, quantization["tensors"],
+                               sparse.check_entries(str(path), quantization, entries))  # fmt: skip
     if method == compressed.METHOD:
         return entries, Stated(classifier, method, compressed.read_entries(str(path), quantization, entries))
     raise FolderError(f"{path} is quantized with '{method}', which Shrew does not read; start from the model it was "
@@ -152,13 +155,16 @@ def read_model(path: Path, entries: dict[str, Entry], stated: Stated, trust_remo
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             if stated.method:
                 config.quantization_config = {"quant_method": packed.METHOD, "tensors": stated.tensors,
-                                              "layout": stated.method}  # fmt: skip
+                                              "layout": stated.method, "sparse": stated.sparse}  # fmt: skip
             with torch.device("meta"):
                 empty = auto.from_config(config, trust_remote_code=trust_remote_code)
         except Exception as error:
             raise FolderError(f"{path / 'config.json'} describes no model that transformers {transformers.__version__} "
                               f"can build ({_short(error)}).") from None  # fmt: skip
         _check_shapes(path, empty, entries, stated)
+        for name, meaning in stated.sparse.items():
+            bitmap = name + sparse.PARTS[0]
+            sparse.check_bitmap(str(path), name, _tensor(entries[bitmap], bitmap), meaning)
         try:
             loaded: Any = auto.from_pretrained(
                 path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -179,15 +185,16 @@ def read_model(path: Path, entries: dict[str, Entry], stated: Stated, trust_remo
 def _check_shapes(path: Path, empty: Any, entries: dict[str, Entry], stated: Stated) -> None:
     """Compare shapes by name before any memory is taken, so that a config that lies costs nothing."""
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
-    found = {name: tuple(meaning["shape"]) for name, meaning in stated.tensors.items()}
+    stored = [*stated.tensors.items(), *stated.sparse.items()]
+    found = {name: tuple(meaning["shape"]) for name, meaning in stored}
     found |= {name: entry.shape for name, entry in entries.items() if name in shapes}
     for name, shape in found.items():
         if name in shapes and shape != shapes[name]:
             raise _shape_error(path, name, shape, shapes[name])
     needed = sum(parameter.numel() for parameter in empty.parameters())
-    parts = packed.PARTS + compressed.PARTS if stated.tensors else ("\0",)
+    parts = packed.PARTS + compressed.PARTS + sparse.PARTS if stored else ("\0",)
     have = sum(math.prod(entry.shape) for name, entry in entries.items() if not name.endswith(parts))
-    have += sum(math.prod(meaning["shape"]) for meaning in stated.tensors.values())
+    have += sum(math.prod(meaning["shape"]) for _, meaning in stored)
     if needed > 2 * have + 1_000_000:
         raise FolderError(f"{path}: config.json describes {needed} weights and the files hold {have}; "
                           "the two do not belong together.")  # fmt: skip

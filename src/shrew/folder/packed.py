@@ -206,11 +206,15 @@ def _expected_parts(
 
 
 class ShrewConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed folder; `tensors` maps parameter names to what their codes mean."""
+    """`quantization_config` of a packed folder; `tensors` maps parameter names to what their codes mean, `sparse` to
+    how many of their weights are not zero."""
 
-    def __init__(self, tensors: dict[str, Any] | None = None, layout: str = METHOD, **_: Any) -> None:
+    def __init__(
+        self, tensors: dict[str, Any] | None = None, sparse: dict[str, Any] | None = None, layout: str = METHOD,
+        **_: Any,
+    ) -> None:  # fmt: skip
         self.quant_method: Any = METHOD
-        self.tensors = tensors or {}
+        self.tensors, self.sparse = tensors or {}, sparse or {}
         self.layout = layout
         self.dequantize = True  # the loaded model is an ordinary dense one; transformers then forgets the packing
 
@@ -218,10 +222,9 @@ class ShrewConfig(QuantizationConfigMixin):
 class Unpack(ConversionOps):
     """One weight's parts -> the dense weight, computed in float32 and then cast to the model's dtype."""
 
-    def __init__(self, hf_quantizer: "ShrewQuantizer", read: Callable[..., Packed]) -> None:
+    def __init__(self, hf_quantizer: "ShrewQuantizer", tensors: dict[str, Any], read: Callable[..., Tensor]) -> None:
         self.hf_quantizer = hf_quantizer  # its presence tells transformers not to cast the parts
-        self.tensors = hf_quantizer.quantization_config.tensors
-        self.read = read
+        self.tensors, self.read = tensors, read
 
     def __deepcopy__(self, _: Any) -> "Unpack":
         return self  # transformers copies the operation for every weight; the table of tensors need not follow
@@ -237,19 +240,23 @@ class Unpack(ConversionOps):
         if entry is None:
             entry = tensors[full_layer_name.removeprefix(prefix)]
         dtype = model.get_parameter(full_layer_name).dtype
-        return {full_layer_name: self.read(parts, entry).dense().to(device, dtype)}
+        return {full_layer_name: self.read(parts, entry).to(device, dtype)}
 
 
 class ShrewQuantizer(HfQuantizer):
     quantization_config: ShrewConfig
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        from shrew.folder import compressed  # it builds on this file
+        from shrew.folder import compressed, sparse  # they build on this file
 
-        if self.quantization_config.layout == compressed.METHOD:
+        config = self.quantization_config
+        if config.layout == compressed.METHOD:
             names = [part.lstrip(".") for part in compressed.PARTS]
-            return [WeightConverter(names, "weight", [Unpack(self, compressed.from_parts)])]
-        return [WeightConverter(list(PARTS), "", [Unpack(self, from_parts)])]
+            read = Unpack(self, config.tensors, lambda *given: compressed.from_parts(*given).dense())
+            return [WeightConverter(names, "weight", [read])]
+        codes = Unpack(self, config.tensors, lambda *given: from_parts(*given).dense())
+        values = Unpack(self, config.sparse, sparse.from_parts)
+        return [WeightConverter(list(PARTS), "", [codes]), WeightConverter(list(sparse.PARTS), "", [values])]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # Nothing is left to undo when this model is saved: its weights are dense now.

@@ -24,12 +24,16 @@ from shrew.moves.distil import Distil
 from shrew.moves.distil.twin import sentence
 from shrew.moves.drop_layers import DropLayers
 from shrew.moves.experts import PruneExperts
+from shrew.moves.factor import Factor
 from shrew.moves.linearize import Linearize
 from shrew.moves.narrow import Narrow
+from shrew.moves.prune import Prune
 from shrew.moves.quantize import Quantize
 from shrew.moves.rotate import Rotate
+from shrew.moves.share import Share
 from shrew.moves.smooth import Smooth
-from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task
+from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task, suited
+from shrew.moves.trim_vocab import TrimVocab
 from shrew.moves.upcycle import Upcycle
 
 __all__ = ["MOVES", "Context", "Move", "Recipe", "Source", "apply_moves", "main", "parse_moves", "table"]
@@ -44,7 +48,21 @@ class Move(Protocol):
 
 MOVES: dict[str, Any] = {
     move.name: move
-    for move in (Quantize, Smooth, Rotate, DropLayers, Narrow, PruneExperts, Upcycle, Linearize, Distil)
+    for move in (
+        Quantize,
+        Smooth,
+        Rotate,
+        TrimVocab,
+        DropLayers,
+        Narrow,
+        Share,
+        Factor,
+        Prune,
+        PruneExperts,
+        Upcycle,
+        Linearize,
+        Distil,
+    )
 }
 
 
@@ -96,6 +114,7 @@ def apply_moves(original: Path, moves: Sequence[Move], source: Source, context: 
         out = context.cache / "applied" / spec.digest([folder.versions(), data, tables])[:32]
         if not (out / folder.LINEAGE).exists():
             loaded = folder.load(path)
+            context = suited(context, loaded, source)
             origin, twins = loaded.lineage.get("moves", []), loaded.lineage.get("twins")
             loaded.lineage = {"parent": {"name": Path(source.model).name, "sha256": base["original"]},
                               "moves": [*origin, tables[-1]], "data": data, "seed": source.seed,

@@ -313,10 +313,15 @@ def _without_own_layers(config: ShrewConfig, dropped: set[int]) -> Any:
     if item.exits:
         raise UnsupportedError("shrew: early exits stand after a number of layers, so those after a cut would read "
                                "other layers than they were trained on; leave the layers whole.")  # fmt: skip
+    if item.ranks:
+        raise UnsupportedError("shrew: this model's projections are factored by the number of their layer; put factor "
+                               "behind the moves that take layers out.")  # fmt: skip
     letters = "".join(item.pattern[place % len(item.pattern)] for place in range(item.layers) if place not in dropped)
     mixers = {letter: mixer for letter, mixer in item.mixers.items() if letter in letters}
+    repeats = tuple(times for place, times in enumerate(item.repeats) if place not in dropped)
     try:
-        return _with_spec(config, replace(item, pattern=shortest(letters), layers=len(letters), mixers=mixers))
+        return _with_spec(config, replace(item, pattern=shortest(letters), layers=len(letters), mixers=mixers,
+                                          repeats=repeats))  # fmt: skip
     except SpecError as error:
         raise UnsupportedError(f"shrew: {str(error).rstrip('.')}; leave more of its layers.") from None
 

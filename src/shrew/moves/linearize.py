@@ -211,7 +211,7 @@ def _head_sizes(ours: Any, chosen: list[int], loaded: Loaded, plan: Plan) -> dic
             hooks.enter_context(ours.model.layers[number].mixer.o_proj.register_forward_pre_hook(note(number)))
         for step in range(plan.steps):
             count += watch(ours, [], loaded, plan, step)[1].numel()
-    return {number: (value / count / ours.spec.loops).sqrt() for number, value in total.items()}
+    return {number: (value / count / ours.spec.order.count(number)).sqrt() for number, value in total.items()}
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +15,7 @@ from torch import nn
 from shrew import files
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
+from shrew.moves import importance
 from shrew.moves.anatomy import (
     Anatomy,
     Attention,
@@ -47,6 +48,10 @@ class Narrow:
         "share of the attention's key-value groups to keep, with their query heads", 1.0
     )
     multiple: Annotated[int, Meta(ge=1)] = doc("keep a multiple of this many MLP channels", 32)
+    measure: Literal["activation", "hessian"] = doc(
+        "activation: what matters is the size of a channel's part in the output; hessian: also how far the others can "
+        "make up for it, which they then do, and the better of the two by the layer's output", "activation"
+    )  # fmt: skip
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
         """Raises UnsupportedError where the architecture, or an earlier quantize, allows no such cut."""
@@ -61,15 +66,50 @@ class Narrow:
         config = with_widths(loaded.model.config, **settings)
         _check(loaded, config, mlps, attentions)
         scores = channel_scores(loaded, context)
+        seen = self._moments(loaded, context, [*mlps, *attentions])
         state = dict(loaded.model.state_dict())
         for mlp in mlps:
-            _narrow_mlp(loaded.model, state, mlp, _best(scores[mlp.out], settings[mlp.key]))
+            keep, new = _chosen(loaded, context, seen, scores, mlp.out, settings[mlp.key], 1)
+            _narrow_mlp(loaded.model, state, mlp, keep)
+            _refit(loaded.model, state, mlp.out, new)
         for attention in attentions:
             groups = settings.get("num_key_value_heads", settings["num_attention_heads"])
-            _narrow_attention(loaded.model, state, attention, _best(scores[attention.out], groups))
+            size = attention.heads // attention.kv_heads * attention.head_dim
+            keep, new = _chosen(loaded, context, seen, scores, attention.out, groups, size)
+            _narrow_attention(loaded.model, state, attention, keep)
+            _refit(loaded.model, state, attention.out, new)
         said = ", ".join(f"{key} {value}" for key, value in settings.items())
         context.say(f"narrow: {said}")
         return dataclasses.replace(loaded, model=rebuild(loaded.model, config, state))
+
+    def _moments(self, loaded: Loaded, context: Context, parts: list[Mlp | Attention]) -> dict[str, torch.Tensor]:
+        """What `measure` has to know of the inputs of each out-projection; nothing of experts, whose inputs no hook
+        sees: their channels are chosen by activation alone."""
+        if self.measure == "activation":
+            return {}
+        names = [part.out for part in parts if isinstance(part, Attention) or not part.experts]
+        if len(names) < len(parts):
+            context.say("narrow: channels of experts are chosen by activation")
+        return importance.moments(loaded, context, names)
+
+
+def _chosen(
+    loaded: Loaded, context: Context, seen: dict[str, torch.Tensor], scores: dict[str, torch.Tensor], name: str,
+    count: int, size: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The units of `size` inputs that the out-projection `name` keeps, and its new weight [out, in] where its inputs'
+    moments are known."""
+    keep = _best(scores[name], count)
+    if name not in seen:
+        return keep, None
+    keep, new, how = importance.best_cut(_as_linear(loaded.model, name).cpu(), seen[name], keep, size)
+    context.say(f"narrow: {name}: {how}")
+    return keep, new
+
+
+def _refit(model: Any, state: dict[str, torch.Tensor], name: str, new: torch.Tensor | None) -> None:
+    if new is not None:
+        state[name] = (new.T if is_transposed(model, name) else new).contiguous().to(state[name])
 
 
 def _cut_mlps(anatomy: Anatomy, share: float, multiple: int, settings: dict[str, int]) -> list[Mlp]:

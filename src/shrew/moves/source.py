@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from shrew.data import python
 from shrew.errors import DataError, UsageError
 from shrew.folder import Loaded
 from shrew.moves.context import Context
+from shrew.moves.trim_vocab import with_rows
 from shrew.spec import Meta, digest, doc
 from shrew.tasks import Task, read, read_text_task
 from shrew.tasks.labels import Labels, label_ids
@@ -72,6 +73,24 @@ def context_of(source: Source, original: Loaded, task: Task, say: Callable[[str]
         raise DataError("the calibration text is shorter than two tokens; give more text.")
     labels = labels[: len(healing)] if labels is not None else None
     return Context(calibration, healing, original, source.seed, files.cache_folder(), say, labels)
+
+
+def suited(context: Context, loaded: Loaded, source: Source) -> Context:
+    """The context for a model that has lost tokens: the same texts in the tokens that it has, and the teacher without
+    the others. For any other model it is the context itself."""
+    teacher = context.teacher
+    if teacher is None or loaded.tokenizer is None:
+        return context
+    known, left = teacher.tokenizer.get_vocab(), loaded.tokenizer.get_vocab()
+    rows, fewer = (item.model.get_input_embeddings().weight.shape[0] for item in (teacher, loaded))
+    if (known == left and rows == fewer) or not known.keys() >= left.keys():
+        return context
+    kept = [known[token] for token, _ in sorted(left.items(), key=lambda item: item[1])]
+    smaller = with_rows(teacher, kept, loaded.tokenizer)
+    if not context.calibration and not context.healing:
+        return replace(context, teacher=smaller)
+    made = context_of(source, smaller, open_task(source, teacher), context.say)
+    return replace(made, cache=context.cache)
 
 
 def windows(loaded: Loaded, texts: list[str], length: int, limit: int) -> list[np.ndarray]:

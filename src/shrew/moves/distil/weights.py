@@ -17,6 +17,8 @@ class Weights:
         self.loaded = loaded
         self.latent = {name: p.detach().clone().requires_grad_(rank == 0) for name, p in
                        loaded.model.named_parameters()}  # fmt: skip
+        named = loaded.model.named_parameters() if loaded.sparse else ()
+        self.masks = {name: p.detach() != 0 for name, p in named if p.ndim > 1}  # what was pruned stays zero
         self.update: dict[str, tuple[Tensor, Tensor]] = {}
         if rank:
             ends = (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings())
@@ -46,10 +48,11 @@ class Weights:
         return value + (on_grid(value.detach(), packed)[1] - value.detach())
 
     def _behind(self, name: str) -> Tensor:
-        if name not in self.update:
-            return self.latent[name]
-        high, low = self.update[name]
-        return self.latent[name] + high @ low
+        value = self.latent[name]
+        if name in self.update:
+            high, low = self.update[name]
+            value = value + high @ low
+        return value * self.masks[name] if name in self.masks else value
 
     @torch.no_grad()
     def show(self) -> None:

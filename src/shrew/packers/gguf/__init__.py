@@ -21,7 +21,7 @@ from shrew import files, folder
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM
 from shrew.blocks.stock import adapter_of, restated, stock
 from shrew.errors import ShrewError, UnsupportedError, UsageError
-from shrew.folder import Loaded, Packed
+from shrew.folder import Loaded, Packed, sparse
 from shrew.folder.grids import Steps
 from shrew.packers.carry import carry, refuse_corrections
 from shrew.packers.gguf import blocks, tokens
@@ -100,6 +100,7 @@ def write(
     ids = {key: _first(getattr(generation, f"{key}_token_id", None), getattr(config, f"{key}_token_id", None))
            for key in ("bos", "eos", "pad")}  # fmt: skip
     words, notes = tokens.describe(loaded.tokenizer, config.vocab_size, ids)
+    notes += [sparse.DENSE_NOTE] if loaded.sparse else []
     parts, misfits = _parts(loaded, architecture, options)
     for note in notes:
         say(f"Note: {note}.")
@@ -292,7 +293,8 @@ def misfit(spec: ModelSpec) -> str:
 
 def _chosen(part: Any) -> list[tuple[str, Any, Any]]:
     """Settings other than the defaults: name, value, default."""
-    values = ((item.name, getattr(part, item.name), item.default) for item in fields(part))
+    values = ((item.name, getattr(part, item.name), item.default_factory() if callable(item.default_factory)
+               else item.default) for item in fields(part))  # fmt: skip
     return [(key, value, default) for key, value, default in values if value != default and key != "kind"]
 
 

@@ -14,7 +14,7 @@ import onnxruntime
 
 from shrew import data, files, folder, machine
 from shrew.errors import DataError, ShrewError, UnsupportedError
-from shrew.folder import LINEAGE, Loaded
+from shrew.folder import LINEAGE, Loaded, sparse
 from shrew.folder.check import quiet
 from shrew.packers.carry import refuse_corrections
 from shrew.packers.onnx import check
@@ -52,6 +52,8 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     refuse_corrections(loaded.packed, "the graph")
     text = _text(loaded, options.text)
     built = build(loaded)
+    if loaded.sparse:
+        say(f"Note: {sparse.DENSE_NOTE}.")
     say(f"{name}: {sum(value.numel() for value in loaded.model.parameters()):,} parameters")
     try:
         with files.new_folder(out, MANIFEST) as where:

@@ -166,6 +166,10 @@ class Graph:
         """x [..., in] -> [..., out] by the `weight` of the linear layer of that name (and its `bias`); several names
         give their outputs one after the other, by one product where their weights can stand in one matrix. `rows` puts
         the outputs in another order; -1 is an output that is zero."""
+        if any(f"{name}.low.weight" in self.weights.dense for name in names):  # two factors
+            parts = [self._one(x, name) for name in names]
+            y = parts[0] if len(parts) == 1 else str(self.node("Concat", *parts, axis=-1))
+            return y if rows is None else self.reordered(y, rows)
         weights, biases = [f"{name}.weight" for name in names], [f"{name}.bias" for name in names]
         bias = self._bias(biases, rows) if biases[0] in self.weights.dense else ""
         blocks = self.weights.blocks(*weights, rows=rows)
@@ -178,6 +182,11 @@ class Graph:
         matrix = self._wide(("matrix", *names), (value.shape[1], value.shape[0]), value.dtype, value.t)
         y = str(self.node("MatMul", x, matrix))
         return self.add(y, bias) if bias else y
+
+    def _one(self, x: str, name: str) -> str:
+        """x through one linear layer, or through its two factors."""
+        factored = f"{name}.low.weight" in self.weights.dense
+        return self.linear(self.linear(x, f"{name}.low"), f"{name}.high") if factored else self.linear(x, name)
 
     def _bias(self, names: Sequence[str], rows: Tensor | None) -> str:
         value = torch.cat([self.weights.dense[name].detach() for name in names])

@@ -58,10 +58,9 @@ def _hidden(g: Graph, model: ShrewForCausalLM, call: Call) -> str:
     """[batch * length, width]: the hidden states after the last norm."""
     spec = model.spec
     x, added = _embedded(g, model, call), ""
-    for number in range(spec.depth):
-        at = number % spec.layers
+    for number, at in enumerate(spec.order):
         layer: Any = model.model.layers[at]
-        call.prefix = f"loop.{number // spec.layers}." if spec.loops > 1 else ""
+        call.prefix = f"loop.{spec.order[:number].count(at)}." if spec.depth > spec.layers else ""
         x, added = _layer(g, layer, f"model.layers.{at}", x, added, call)
     return g.reshape(g.add_norm(x, added, "model.norm", spec.eps)[0], -1, spec.width)
 
