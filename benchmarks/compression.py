@@ -46,11 +46,12 @@ from shrew.measure.statistics import interval, paired_bootstrap, ratio_interval
 from shrew.moves import Source, open_task
 from shrew.moves.quantize import hessians
 from shrew.record import Record
-from shrew.tasks import Text
+from shrew.tasks import Scores, Text
+from shrew.tasks.likelihood import context_length, first_token
 from shrew.tasks.text import compare as diverge
 
 HERE = Path(__file__).parent
-LENGTH = 512  # tokens of a row
+LENGTH = 512  # tokens of a row, where the model reads as many
 CHECK = (2, 128)  # rows and tokens on which an artefact's own forward pass is looked at
 RUN = 16384  # tokens at most that a GGUF file is run on, from the beginnings of the documents
 
@@ -88,8 +89,9 @@ class Reference:
     def beginnings(self) -> list[list[int]]:
         """The first tokens of each document, the token that stands before it included."""
         tokenizer, found, total = self.loaded.tokenizer, [], 0
+        length = context_length(self.loaded.model, LENGTH)
         for item in self.task.examples("final"):
-            row = [tokenizer.eos_token_id, *tokenizer.encode(item.text, add_special_tokens=False)][:LENGTH]
+            row = [first_token(tokenizer) or 0, *tokenizer.encode(item.text, add_special_tokens=False)][:length]
             if total + len(row) <= RUN or not found:
                 found.append(row)
                 total += len(row)
@@ -134,16 +136,17 @@ def shortened(task: Text, most: int) -> Text:
 
 
 def evenly(loaded: Loaded, texts: Sequence[str], count: int) -> np.ndarray:
-    """[count, LENGTH] token ids: the texts one after the other, cut where a row is full."""
+    """[count, length] token ids: the texts one after the other, cut where a row is full."""
+    length = context_length(loaded.model, LENGTH)
     found: list[int] = []
     for text in texts:
-        if len(found) >= count * LENGTH:
+        if len(found) >= count * length:
             break
         found += data.encode(loaded.tokenizer, [text])[0]
-    full = min(count, len(found) // LENGTH)
+    full = min(count, len(found) // length)
     if not full:
-        raise SystemExit(f"the calibration text has fewer than {LENGTH} tokens; give more.")
-    return np.array(found[: full * LENGTH], np.int64).reshape(full, LENGTH)
+        raise SystemExit(f"the calibration text has fewer than {length} tokens; give more.")
+    return np.array(found[: full * length], np.int64).reshape(full, length)
 
 
 def weigh(reference: Reference) -> None:
@@ -330,7 +333,7 @@ def fact(reference: Reference, arm: Arm, found: dict[str, Any], original: Any) -
     about = {"peer": arm.peer, "settings": arm.settings, "alone": arm.alone, "healed": arm.healed, "stock": arm.stock}
     if "cannot" in found:
         return Record(**common, metric="cannot", value=found["cannot"], detail=about)
-    scores = scores_of(found)
+    scores = Scores.parse(found["scores"])
     kl, same = (ratio_interval(scores, top, "tokens") for top in ("kl_bits", "agree"))
     own, kept = interval(scores), paired_bootstrap(original, scores)
     detail = about | found["sizes"] | found["result"] | {
@@ -344,12 +347,6 @@ def fact(reference: Reference, arm: Arm, found: dict[str, Any], original: Any) -
         detail["deployed_top1_agreement"] = sum(run["agree"]) / sum(run["tokens"])
     return Record(**common, metric="kl", value=kl.value, low=kl.low, high=kl.high, unit="bits/token", n=scores.n,
                   detail=detail)  # fmt: skip
-
-
-def scores_of(found: dict[str, Any]) -> Any:
-    from shrew.tasks import Scores
-
-    return Scores.parse(found["scores"])
 
 
 Found = list[tuple[Arm, dict[str, Any]]]

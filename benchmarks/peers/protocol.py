@@ -87,9 +87,12 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def load(job: Job, dtype: str = "auto") -> Any:
-    """The model as transformers loads it, in the dtype of the folder or another."""
+    """The model as transformers loads it, in the dtype of the folder or another; chance is seeded."""
+    import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
     return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype).eval()
 
 
@@ -109,11 +112,6 @@ def serve(work: Callable[[Job], dict[str, Any]]) -> None:
     said = json.loads((folder / "job.json").read_text("utf-8"))
     job = Job(folder, said["model"], said["gguf"], said["settings"], said["threads"])
     try:
-        if "torch" in sys.modules or _has("torch"):
-            import torch
-
-            torch.set_num_threads(job.threads)
-            torch.manual_seed(0)
         job.result |= work(job)
     except Exception as error:
         traceback.print_exc()
@@ -121,9 +119,3 @@ def serve(work: Callable[[Job], dict[str, Any]]) -> None:
     part = folder / "result.json.part"
     part.write_text(json.dumps(job.result), "utf-8")
     part.replace(folder / "result.json")
-
-
-def _has(name: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(name) is not None
