@@ -1,7 +1,7 @@
 """llm-compressor: GPTQ, AWQ and SparseGPT, as compressed-tensors. Settings: `algorithm` and what its modifier takes."""
 
 import torch
-from protocol import Job, layers, load, serve, versions
+from protocol import Job, load, serve, versions
 
 
 def work(job: Job) -> dict[str, object]:
@@ -34,7 +34,7 @@ def work(job: Job) -> dict[str, object]:
         oneshot(model=model, dataset=batches, recipe=recipe, num_calibration_samples=len(rows))
         model.save_pretrained(job.artefact, save_compressed=algorithm != "sparsegpt")
     made = load_back(job)
-    job.keep({f"{name}.weight": module.weight for name, module in layers(made).items()})
+    job.keep(dict(made.named_parameters()))  # AWQ changes norms too
     job.check(made)
     return {"versions": versions("llmcompressor", "compressed-tensors", "torch", "transformers")}
 
