@@ -102,8 +102,7 @@ def prepare(name: str, args: argparse.Namespace) -> Reference:
     """The reference's folder, GGUF file, importance matrix and rows; what is there already is used."""
     with quiet():
         loaded = folder.load(name)
-    source = Source(model=name, text=args.text if name != "starter" else [])
-    task = open_task(source, loaded)
+    task = open_task(Source(model=name, text=args.text), loaded)
     if not isinstance(task, Text):
         raise SystemExit(f"{name}: this needs text to measure bits per byte on; give --text.")
     task = shortened(task, args.bytes)
