@@ -526,3 +526,13 @@ def test_flags_overrule_the_recipe(home: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out) == _log()[-1]
     lineage = json.loads(Path("other/shrew.json").read_text())
     assert lineage["recipe"]["train"]["lr"] == 0.001
+
+
+def test_text_can_be_given_instead_of_the_recipes(home: Path) -> None:
+    values = _values()
+    (data,) = values["train"].pop("data")
+    Path("r.toml").write_text(spec.to_toml(values))
+    with pytest.raises(errors.SpecError, match="data"):
+        main(["r.toml"])
+    assert main(["r.toml", "--steps", "1", "--text", data]) == 0
+    assert json.loads(Path(values["train"]["out"], "shrew.json").read_text())["recipe"]["train"]["data"] == [data]

@@ -70,11 +70,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="shrew train", description="Train a small language model from a recipe.")
     parser.add_argument("recipe", type=Path, help="a TOML file with [train] and [model]")
     parser.add_argument("--json", action="store_true", help="print the last line of the log as JSON")
+    parser.add_argument("--text", action="append", default=[], help="train on this instead of the recipe's data")
     spec.add_flags(parser, TrainSpec)
     args = parser.parse_args(argv)
     values = spec.read_toml(args.recipe)
     names = TrainSpec.__dataclass_fields__
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    given |= {"data": args.text} if args.text else {}
     if isinstance(values.get("train"), dict):
         values["train"].update(given)
     result = train(spec.parse(Recipe, values, str(args.recipe)))
