@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from shrew.folder.blocktypes import Levels
 from shrew.folder.grids import Grid, Steps, Uniform, encode, groups
+from shrew.moves.fits import levels
 
-CHUNK = 1 << 22  # weights searched at once; bounds memory
+CHUNK = 1 << 17  # weights searched at once: few enough for a processor's cache
 BLOCK = 64  # columns, at least, whose errors are spread together in gptq
 
 
@@ -72,7 +74,7 @@ def _uniform(rows: Tensor, grid: Uniform, importance: Tensor | None, search: boo
 
 
 # How each kind of grid finds its steps: (rows, grid, importance or None, search) -> Steps.
-FITS: dict[type, Callable[..., Steps]] = {Uniform: _uniform}
+FITS: dict[type, Callable[..., Steps]] = {Uniform: _uniform, Levels: levels}
 
 
 def nearest(rows: Tensor, grid: Grid, search: bool = True, importance: Tensor | None = None) -> tuple[Tensor, Steps]:
