@@ -1,14 +1,15 @@
 """Grids by a table of levels: NF4, ternary, MXFP4, and the block types of GGUF.
 
-A weight is level * scale - zero, in float32 and in that order, which is bit for bit what gguf's own arithmetic gives for
-its types. K types keep scales (and minima, our zeros) as small codes of 16 or 32 weights, multiples of the two floats of
-a super-block of 256.
+A weight is level * scale - zero, in float32 and in that order, which is bit for bit what gguf's own arithmetic gives
+for its types. K types have a small code for the scale (and the minimum, our zero) of 16 or 32 weights, and for 256 of
+them two floats that those are multiples of.
 """
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -31,10 +32,10 @@ IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 class Table:
     """One kind of grid: the `levels` that codes stand for, and how the steps of a group are stored.
 
-    `groups` are the sizes it comes in. `scale` is the type of a scale that stands alone: a float, or a power of two by its
-    exponent (OCP MX's E8M0). `per` groups make a super-block, where a scale is a code of `scale_bits`, less `middle`,
-    times an fp16. `mins`: a group has a minimum as well, of the same form as its scale. `ragged`: a row may end in a
-    shorter group.
+    `groups` are the sizes it comes in. `scale` is the type of a scale that stands alone: a float, or a power of two by
+    its exponent (OCP MX's E8M0). `per` groups make a super-block, where a scale is a code of `scale_bits`, less
+    `middle`, times an fp16. `mins`: a group has a minimum as well, of the same form as its scale. `ragged`: a row may
+    end in a shorter group.
     """
 
     bits: int
@@ -100,7 +101,7 @@ class Levels:
         if table.scale == "e8m0":
             found["scales"] = 8
         if table.per:
-            found |= {"scales": table.scale_bits} | ({"zeros": table.scale_bits} if table.mins else {})
+            found |= dict.fromkeys(("scales", "zeros") if table.mins else ("scales",), table.scale_bits)
         return found
 
     def label(self) -> str:
@@ -174,13 +175,13 @@ def _levels(kind: str) -> Tensor:
 
 @cache
 def _cells(kind: str) -> tuple[float, float, Tensor, Tensor, Tensor]:
-    """The range of the levels cut into CELLS, so small that at most one border between two levels lies in each: where it
-    begins, cells in a unit, and of every cell the border and the codes below and above it. Looking a value up so is
+    """The range of the levels cut into CELLS, so small that at most one border between two levels lies in each: where
+    it begins, cells in a unit, and of every cell the border and the codes below and above it. Looking a value up so is
     several times as fast as a binary search."""
     codes = {level: float(code) for code, level in reversed(list(enumerate(TYPES[kind].levels)))}
     upward = sorted(codes)
     lowest, size = upward[0], (upward[-1] - upward[0]) / CELLS
-    borders = [(one + next) / 2 for one, next in zip(upward, upward[1:], strict=False)]
+    borders = [(one + other) / 2 for one, other in pairwise(upward)]
     between, below, above = [], [], []
     for cell in range(CELLS):
         passed = sum(border < lowest + cell * size for border in borders)

@@ -60,8 +60,8 @@ def from_rows(rows: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
 def pack_bits(codes: Tensor, bits: int | Fraction, align: int = 1) -> Tensor:
     """uint8 codes [rows, cols] below 2^bits -> uint8 [rows, bytes]; each row is padded to `align` bytes.
 
-    Code i of a row takes bits [i * bits, (i + 1) * bits) of a little-endian stream. Codes of TRITS bits are the digits of
-    a byte to base 3, the lowest first.
+    Code i of a row takes bits [i * bits, (i + 1) * bits) of a little-endian stream. Where five codes share a byte
+    (`bits` is 8 / 5), they are its digits to base 3, the lowest first.
     """
     rows, cols = codes.shape
     if isinstance(bits, Fraction):

@@ -5,6 +5,7 @@ what can be saved. K types add the codes of scales and minima, and the two float
 """
 
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ CUTS = {2: (0.3, 1.1), 3: (0.5, 1.1), 4: (0.7, 1.05), 5: (0.75, 1.05), 6: (0.85,
 TRIALS = 8  # cuts
 SHARES = (0.0, 0.5, 1.0)  # of what is cut off, at the lower end, where a group has a minimum
 STARTS = (1.0, 0.9, 1.1)  # times the float of a super-block that lets its largest scale have the largest code
-NEARBY = (0, -1, 1)  # codes of a scale that are tried around the best one
+NEARBY = (0, -1, 1, -2, 2)  # codes of scales and minima that are tried around the best ones
 ROUNDS = 3  # of codes, scales and super-blocks after one another
 LARGEST = 65504.0  # of 16-bit floats
 
@@ -34,7 +35,8 @@ class Best:
         better = loss < self.loss
         for name, value in parts.items():
             held = self.parts.get(name, value)
-            self.parts[name] = torch.where(better.reshape(*better.shape, *[1] * (value.ndim - better.ndim)), value, held)
+            which = better.reshape(*better.shape, *[1] * (value.ndim - better.ndim))
+            self.parts[name] = torch.where(which, value, held)
         self.loss = torch.where(better, loss, self.loss)
 
 
@@ -62,14 +64,17 @@ class Groups:
 
     def solve(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero of least squares for these levels, of every group."""
-        a, b, c, p, q = self.sums(level)
-        alone = _ratio(p, a)
-        if not self.grid.table.mins:
-            return alone, torch.zeros_like(alone)
-        scale, zero = _pair(a, b, c, p, q)
-        if self.grid.table.per:  # minima of K types are never above zero
-            scale, zero = torch.where(zero < 0, alone, scale), zero.clamp(min=0)
-        return scale, zero
+        return _solved(self.grid, *self.sums(level))
+
+
+def _solved(grid: Levels, a: Tensor, b: Tensor, c: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    alone = _ratio(p, a)
+    if not grid.table.mins:
+        return alone, torch.zeros_like(alone)
+    scale, zero = _pair(a, b, c, p, q)
+    if grid.table.per:  # minima of K types are never above zero
+        scale, zero = torch.where(zero < 0, alone, scale), zero.clamp(min=0)
+    return scale, zero
 
 
 def _ratio(above: Tensor, below: Tensor) -> Tensor:
@@ -135,23 +140,23 @@ def _ranges(groups: Groups, search: bool) -> dict[str, Tensor]:
         return level
 
     first, last = CUTS[table.bits]
-    cuts = torch.linspace(first, last, TRIALS).tolist() if search else [1.0]
+    cuts = [1.0, *torch.linspace(first, last, TRIALS).tolist()] if search else [1.0]
     if table.mins:
         low, high = (low.clamp(max=0), high.clamp(min=0)) if table.per else (low, high)
         for cut in cuts:
-            for share in SHARES if search else (0.0,):
+            for share in SHARES if search else SHARES[:1]:
                 bottom = low + (high - low) * (1 - cut) * share
                 bottom = bottom.clamp(max=0) if table.per else bottom
                 level = offer((high - low) * cut / table.levels[-1], -bottom)
                 if search:
                     offer(*groups.solve(level))
     else:
-        bottom, top = min(table.levels), max(table.levels)
-        upright, turned = torch.maximum(high / top, low / bottom), torch.minimum(high / bottom, low / top)
+        least, most = min(table.levels), max(table.levels)
+        upright, turned = torch.maximum(high / most, low / least), torch.minimum(high / least, low / most)
         if not search:
             upright = torch.where(-turned < upright, turned, upright)
         for cut in cuts:
-            for unit in (upright, turned) if search and bottom != -top else (upright,):
+            for unit in (upright, turned) if search and least != -most else (upright,):
                 level = offer(unit * cut, torch.zeros_like(unit))
                 if search:
                     offer(*groups.solve(level))
@@ -182,6 +187,13 @@ def _supers(groups: Groups, start: dict[str, Tensor], search: bool) -> Steps:
     def half(value: Tensor) -> Tensor:
         return value.clamp(-LARGEST, LARGEST).half().float()
 
+    def refitted(level: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c, p, q = inner.sums(level)
+        if not table.mins:
+            return half(_ratio((p * u).sum(2), (a * u * u).sum(2))), torch.zeros_like(u[..., 0])
+        d, m = _pair((a * u * u).sum(2), (b * u * v).sum(2), (c * v * v).sum(2), (p * u).sum(2), (q * v).sum(2))
+        return half(d), half(m)
+
     # A code reaches one further down than up where it has a sign.
     unit = scale.gather(2, scale.abs().argmax(2, keepdim=True))[..., 0] / (lowest or highest)
     for start_at in STARTS if search else (1.0,):
@@ -189,14 +201,10 @@ def _supers(groups: Groups, start: dict[str, Tensor], search: bool) -> Steps:
         u, v = coded(scale, d), coded(zero, m)
         level = offer(d, m, u, v)
         for _ in range(ROUNDS if search else 0):
+            d, m = refitted(level, u, v)
             a, b, c, p, q = inner.sums(level)
-            if table.mins:
-                d, m = _pair((a * u * u).sum(2), (b * u * v).sum(2), (c * v * v).sum(2), (p * u).sum(2), (q * v).sum(2))
-                d, m = half(d), half(m)
-            else:
-                d = half(_ratio((p * u).sum(2), (a * u * u).sum(2)))
-            centre, near = coded(inner.solve(level)[0], d), Best(torch.full_like(scale, torch.inf))
-            for step in NEARBY if table.mins else (0,):
+            centre, near = coded(_solved(grid, a, b, c, p, q)[0], d), Best(torch.full_like(scale, torch.inf))
+            for step in (0, -1, 1) if table.mins else (0,):  # by the quadratic loss of these levels
                 u = (centre + step).clamp(lowest, highest)
                 s = u * d[..., None]
                 v = coded(_ratio(b * s - q, c), m)
@@ -204,6 +212,16 @@ def _supers(groups: Groups, start: dict[str, Tensor], search: bool) -> Steps:
                 near.offer(a * s * s - 2 * b * s * z + c * z * z - 2 * p * s + 2 * q * z, u=u, v=v)
             u, v = near.parts["u"], near.parts["v"]
             level = offer(d, m, u, v)
+    if search:
+        d, m, u0, v0 = (best.parts[name] for name in "dmuv")
+        near = Best(torch.full_like(scale, torch.inf))
+        for one, other in product(NEARBY, NEARBY if table.mins else (0,)):  # by the levels that each pair leads to
+            u, v = (u0 + one).clamp(lowest, highest), (v0 + other).clamp(lowest, highest)
+            level, loss = inner.levels(d[..., None] * u, m[..., None] * v)
+            near.offer(loss, u=u, v=v, level=level)
+        u, v, level = (near.parts[name] for name in ("u", "v", "level"))
+        best.offer(near.loss.sum(-1), d=d, m=m, u=u, v=v)
+        offer(*refitted(level, u, v), u, v)
     parts = best.parts
     codes = [(parts[name] + table.middle).flatten(1).to(torch.uint8) for name in "uv"]
     supers = torch.stack([parts["d"], parts["m"]][: 1 + table.mins], -1).half()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shrew.folder.blocktypes import Levels
-from shrew.folder.grids import Grid, Steps, Uniform, encode, groups
+from shrew.folder.grids import Grid, Steps, Uniform, dequantize, encode, groups
 from shrew.moves.fits import levels
 
 CHUNK = 1 << 17  # weights searched at once: few enough for a processor's cache
@@ -141,3 +141,18 @@ def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[T
         rest[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ errors
     steps = Steps(**{name: torch.cat([part[name] for part in found], dim=1) for name in found[0]})
     return codes.transpose(1, 2).reshape(batch * count, cols), steps
+
+
+def output_error(rows: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, steps: Steps) -> Tensor:
+    """The squared error that codes leave in the output of each row: [batch * rows], of rows [batch, rows, cols] and
+    sums of x xᵀ over its inputs [batch, cols, cols]."""
+    error = dequantize(codes, steps, grid).reshape(rows.shape) - rows
+    return ((error @ hessian) * error).sum(-1).flatten()
+
+
+def better(
+    rows: Tensor, hessian: Tensor, grid: Grid, first: tuple[Tensor, Steps], second: tuple[Tensor, Steps]
+) -> tuple[Tensor, Steps]:
+    """Row by row, whichever of two leaves less error in the output; the first where they are equal."""
+    kept = output_error(rows, hessian, grid, *first) <= output_error(rows, hessian, grid, *second)
+    return torch.where(kept[:, None], first[0], second[0]), first[1].where(kept, second[1])

@@ -3,8 +3,8 @@ values of the codes.
 
 A weight on a grid of that name is its block type. One on an integer grid becomes blocks of 32 weights of a row with one
 16-bit float scale d: Q4_0, Q5_0 and Q8_0 hold d * v for v from -8, -16 or -128 upward, Q4_1 and Q5_1 d * q + m with a
-second 16-bit float. A group of 64 or 128 becomes blocks of the same scale. Where zero points make d * q + m inexact, the
-level v = code - zero itself may fit a type one bit wider.
+second 16-bit float. A group of 64 or 128 becomes blocks of the same scale. Where zero points make d * q + m inexact,
+the level v = code - zero itself may fit a type one bit wider.
 """
 
 from collections.abc import Iterator
@@ -31,8 +31,8 @@ FLOATS = {GGMLQuantizationType.BF16: torch.bfloat16, GGMLQuantizationType.F16: t
 class Plane:
     """Some bits of every code of a part of a block: those from `shift` on, `bits` of them.
 
-    `width` codes lie in as many bytes, the next `width` in the next bits of the same bytes, until those are full. `flip`
-    turns codes that count from zero into two's complement.
+    `width` codes lie in as many bytes, the next `width` in the next bits of the same bytes, until those are full.
+    `flip` turns codes that count from zero into two's complement.
     """
 
     part: str
