@@ -26,6 +26,7 @@ from shrew.blocks.stock import adopt, stock
 from shrew.blocks.window import WindowSpec
 from shrew.errors import FolderError, UnsupportedError
 from shrew.folder import Loaded, Packed
+from shrew.folder.blocktypes import Levels
 from shrew.folder.grids import Grid, Uniform
 from shrew.folder.packed import to_rows
 from shrew.moves import grids
@@ -196,6 +197,39 @@ def test_packed_weights_are_blocks_of_the_same_values(kind: str, tiny_tokenizer:
     first, second_data = numbers(out), numbers(second)
     assert first.keys() == second_data.keys()
     assert all(np.array_equal(first[name], second_data[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "granite-hybrid", "qwen3-next"])
+@pytest.mark.parametrize("own", [False, True])
+def test_super_blocks_follow_rows_that_are_split_and_turned(
+    kind: str, own: bool, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Heads rotate, and gate and up of experts part, with the codes of scales and minima and their floats."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 3 if kind == "qwen3-next" else 2, "mamba_n_heads": 32}
+    theirs = tiny(kind, **sizes | ({"layer_types": ["mamba", "attention"]} if kind == "granite-hybrid" else {}))
+    model = adopt(theirs) if own else theirs
+    packed = {}
+    for number, (name, target) in enumerate(quantizable(model)[0].items()):
+        rows = to_rows(target.weight.detach(), False)
+        wide = (Levels("q2_k", 16), Levels("q4_k", 32), Levels("q3_k", 16))[number % 3]
+        grid = wide if rows.shape[1] % 256 == 0 else Levels("iq4_nl", 32)
+        packed[name] = Packed(*grids.nearest(rows, grid, search=False), grid, tuple(target.weight.shape))
+        target.weight.data.copy_(packed[name].dense())
+    made = put(model, tiny_tokenizer, tmp_path / "a.gguf", torch.float32, **packed)
+    put(stock(model) if own else model, tiny_tokenizer, tmp_path / "dense.gguf", torch.float32)
+    dense, blocky = numbers(tmp_path / "dense.gguf"), numbers(tmp_path / "a.gguf")
+    assert dense.keys() == blocky.keys()
+    assert all(np.array_equal(dense[name], blocky[name]) for name in dense)
+    if not own:  # adapters may join rows of unlike grids
+        assert made["said"] == []
+    types = {item["type"] for item in made["tensors"]}
+    assert {"Q2_K", "Q3_K", "Q4_K", "IQ4_NL"} <= types
+    back.pack(str(tmp_path / "a.gguf"), tmp_path / "back", back.Options(), quiet)
+    put_again = write(folder.load(tmp_path / "back"), tmp_path / "b.gguf", Options(), quiet)
+    again = numbers(tmp_path / "b.gguf")
+    assert all(np.array_equal(again[name], blocky[name]) for name in again)
+    assert {item["name"]: item["type"] for item in put_again["tensors"] if "_K" in item["type"]} == {
+        item["name"]: item["type"] for item in made["tensors"] if "_K" in item["type"]}  # fmt: skip
 
 
 def test_what_no_block_holds_is_said_and_written_exactly(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -244,7 +244,8 @@ def tensors(path: str | Path) -> list[TensorInfo]:
                  if name.removesuffix(stated.stem) + part in entries]  # fmt: skip
         shape, size = tuple(meaning["shape"]), sum(part.bytes for part in parts)
         grid = packed.grid_of(meaning)
-        listed.append(TensorInfo(name, f"INT{grid.bits}", shape, size, _per_weight(size, shape),
+        dtype = f"INT{grid.bits}" if isinstance(grid, Uniform) else grid.label().partition(" ")[0].upper()
+        listed.append(TensorInfo(name, dtype, shape, size, _per_weight(size, shape),
                                  packed.label(grid, meaning.get("rank", 0)), _files(parts)))  # fmt: skip
     return sorted(listed, key=lambda item: item.name)
 

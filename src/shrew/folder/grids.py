@@ -6,12 +6,15 @@ group, a scale and a zero: a grid says how both come out of what is stored (`eff
 three and never asks which grid it has.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from shrew.folder.blocktypes import TYPES, Levels
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -38,12 +41,18 @@ class Steps:
         """Those of some rows: a slice, or numbers."""
         return self.map(lambda value: value[which])
 
+    def where(self, which: Tensor, other: "Steps") -> "Steps":
+        """These of the rows that `which` [rows] picks, and the other ones of the rest."""
+        theirs = other.parts()
+        return Steps(**{name: torch.where(which.reshape(-1, *[1] * (value.ndim - 1)), value, theirs[name])
+                        for name, value in self.parts().items()})  # fmt: skip
+
 
 class Grid(Protocol):
     """What every grid offers. Frozen dataclasses; `span`: columns whose steps are chosen together, 0 for a whole row.
 
     `widths` gives the parts (codes, scales, zeros) that lie in a file as a stream of so many bits; the other parts lie
-    there as they are, in a float type.
+    there as they are, in a float type. `shapes` raises ValueError for rows that the grid cannot have.
     """
 
     @property
@@ -53,7 +62,7 @@ class Grid(Protocol):
     @property
     def span(self) -> int: ...
     @property
-    def widths(self) -> dict[str, int]: ...
+    def widths(self) -> Mapping[str, int | Fraction]: ...
     def label(self) -> str: ...
     def shapes(self, rows: int, cols: int) -> dict[str, tuple[int, ...]]: ...
     def effective(self, steps: Steps) -> tuple[Tensor, Tensor]: ...
@@ -115,7 +124,7 @@ class Uniform:
 
 
 # What config.json calls each; a grid's own fields are the other keys of its entry.
-KINDS: dict[str, Any] = {grid.kind: grid for grid in (Uniform,)}
+KINDS: dict[str, Any] = {Uniform.kind: Uniform} | dict.fromkeys(TYPES, Levels)
 
 
 def spread(values: Tensor, group: int, cols: int) -> Tensor:

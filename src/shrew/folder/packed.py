@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ from shrew.folder.headers import Entry
 
 METHOD = "shrew"
 PARTS = (":codes", ":scales", ":zeros", ":supers", ":left", ":right")
+PLACES = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
 CHUNK = 1 << 22  # elements unpacked at once; bounds the memory that single bits need
 
 
@@ -84,12 +86,16 @@ def from_rows(rows: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
     return rows.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2).contiguous()
 
 
-def pack_bits(codes: Tensor, bits: int, align: int = 1) -> Tensor:
+def pack_bits(codes: Tensor, bits: int | Fraction, align: int = 1) -> Tensor:
     """uint8 codes [rows, cols] below 2^bits -> uint8 [rows, bytes]; each row is padded to `align` bytes.
 
-    Code i of a row takes bits [i * bits, (i + 1) * bits) of a little-endian stream.
+    Code i of a row takes bits [i * bits, (i + 1) * bits) of a little-endian stream. Where five codes share a byte
+    (`bits` is 8 / 5), they are its digits to base 3, the lowest first.
     """
     rows, cols = codes.shape
+    if isinstance(bits, Fraction):
+        five = torch.nn.functional.pad(codes, (0, -cols % 5)).reshape(rows, -1, 5)
+        return (five * PLACES).sum(2, dtype=torch.uint8)
     width = -(-cols * bits // (8 * align)) * align
     packed = np.zeros((rows, width), np.uint8)
     step = max(1, CHUNK // max(cols, 1))
@@ -101,9 +107,11 @@ def pack_bits(codes: Tensor, bits: int, align: int = 1) -> Tensor:
     return torch.from_numpy(packed)
 
 
-def unpack_bits(packed: Tensor, bits: int, cols: int) -> Tensor:
+def unpack_bits(packed: Tensor, bits: int | Fraction, cols: int) -> Tensor:
     """The inverse of `pack_bits`: uint8 [rows, bytes] -> uint8 codes [rows, cols]."""
     rows = packed.shape[0]
+    if isinstance(bits, Fraction):
+        return (packed[..., None] // PLACES % 3).flatten(1)[:, :cols].contiguous()
     codes = np.empty((rows, cols), np.uint8)
     step = max(1, CHUNK // max(cols, 1))
     for at in range(0, rows, step):
@@ -145,7 +153,8 @@ def grid_of(entry: dict[str, Any]) -> Grid:
     """The grid that an entry of config.json names. Raises KeyError, TypeError or ValueError for what is none."""
     kind = KINDS[entry.get("kind", Uniform.kind)]
     known = {item.name: item.type for item in fields(kind)}
-    given = {key: value for key, value in entry.items() if key not in ("kind", "shape", "transposed", "rank")}
+    others = ("kind", "shape", "transposed", "rank")
+    given = {key: value for key, value in entry.items() if key in known or key not in others}
     if set(given) != set(known) or any(type(given[key]) is not known[key] for key in known):
         raise ValueError("unknown settings of a grid")
     grid: Grid = kind(**given)
@@ -191,12 +200,13 @@ def _expected_parts(
             raise ValueError("no rank")
         if type(transposed) is not bool or len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
             raise ValueError("no shape")
+        shapes = grid.shapes(*_rows_and_cols(shape, transposed))
     except (KeyError, TypeError, ValueError):
         raise FolderError(
             f"{where}: quantization_config says nothing usable of '{name}'; fetch the model again."
         ) from None
     parts: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
-    for part, extent in grid.shapes(*_rows_and_cols(shape, transposed)).items():
+    for part, extent in shapes.items():
         width = grid.widths.get(part)
         parts[":" + part] = (FLOATS, extent) if width is None else (("U8",), (extent[0], -(-extent[1] * width // 8)))
     if rank:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from shrew.folder.blocktypes import Levels
 from shrew.folder.grids import Grid, Steps, Uniform, dequantize, encode, groups, spread
+from shrew.moves.fits import levels
 
-CHUNK = 1 << 22  # weights searched at once; bounds memory
+CHUNK = 1 << 17  # weights searched at once: few enough for a processor's cache
 BLOCK = 64  # columns, at least, whose errors are spread together in gptq
 
 
@@ -72,7 +74,7 @@ def _uniform(rows: Tensor, grid: Uniform, importance: Tensor | None, search: boo
 
 
 # How each kind of grid finds its steps: (rows, grid, importance or None, search) -> Steps.
-FITS: dict[type, Callable[..., Steps]] = {Uniform: _uniform}
+FITS: dict[type, Callable[..., Steps]] = {Uniform: _uniform, Levels: levels}
 
 
 def nearest(rows: Tensor, grid: Grid, search: bool = True, importance: Tensor | None = None) -> tuple[Tensor, Steps]:
@@ -212,10 +214,4 @@ def solve(rows: Tensor, hessian: Tensor, grid: Grid, damp: float) -> tuple[Tenso
 
 def pick(which: Tensor, ones: tuple[Tensor, Steps], others: tuple[Tensor, Steps]) -> tuple[Tensor, Steps]:
     """Codes and steps of `ones` in the rows where `which` is true, of `others` elsewhere."""
-
-    def chosen(one: Tensor, other: Tensor) -> Tensor:
-        return torch.where(which.view(-1, *[1] * (one.ndim - 1)), one, other)
-
-    held = others[1].parts()
-    steps = Steps(**{name: chosen(value, held[name]) for name, value in ones[1].parts().items()})
-    return chosen(ones[0], others[0]), steps
+    return torch.where(which[:, None], ones[0], others[0]), ones[1].where(which, others[1])

@@ -1,4 +1,8 @@
-"""The `quantize` move: weights on a grid of 2 to 8 bits, by rounding to nearest or with GPTQ's error feedback."""
+"""The `quantize` move: weights on a grid of 2 to 8 bits, by rounding to nearest or with GPTQ's error feedback.
+
+Rows are independent of each other, so of every row the better one of the two is kept, by the error that it leaves in
+the layer's output on calibration text: feedback is never worse than rounding.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from shrew.errors import SpecError, UnsupportedError, nearest
 from shrew.folder import Loaded
-from shrew.folder.grids import Grid, Steps, Uniform, dequantize
+from shrew.folder.blocktypes import TYPES, Levels
+from shrew.folder.grids import KINDS, Grid, Steps, Uniform, dequantize
 from shrew.folder.packed import Packed, to_rows
 from shrew.moves import grids
 from shrew.moves.calibrate import Block, Stage, aliases, stages
@@ -33,8 +38,11 @@ class Quantize:
     name: ClassVar[str] = "quantize"
     paper: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv:2210.17323"
 
-    bits: Annotated[int, Meta(ge=2, le=8)] = doc("bits of each weight", 4)
-    group: Annotated[int, Meta(ge=0)] = doc("weights that share a scale: 32, 64, 128; 0 for a whole row", 64)
+    grid: str = doc(f"values that weights may take: {', '.join(KINDS)}", Uniform.kind)
+    bits: Annotated[int, Meta(ge=2, le=8)] = doc("bits of each weight on the grid int", 4)
+    group: Annotated[int, Meta(ge=0)] = doc(
+        "weights that share a scale on int, nf4 and ternary: 32, 64, 128; 0 for a whole row, on int", 64
+    )
     method: Literal["gptq", "rtn", "weighted", "learned"] = doc(
         "gptq spreads errors by calibration text; rtn rounds to nearest; weighted does, minding how large inputs are; "
         "learned moves gptq's codes by gradients of each layer's error (SignRound, arXiv:2309.05516), which is slow",
@@ -42,18 +50,52 @@ class Quantize:
     )
     steps: Annotated[int, Meta(ge=1)] = doc("learned: steps of descent for each layer", 200)
     sequential: bool = doc("calibrate each layer on what the rounded layers before it give", True)
-    symmetric: bool = doc("no zero points", True)
+    symmetric: bool = doc("no zero points on the grid int", True)
     embeddings: bool = doc("quantize embeddings and output head too", False)
-    tensors: dict[str, int] = doc("bits of single weights by name; 0 or 16 leaves one alone", default_factory=dict)
+    tensors: dict[str, int | str] = doc(
+        "bits, or the grid, of single weights by name; 0 or 16 leaves one alone", default_factory=dict
+    )
     low_rank: Annotated[int, Meta(ge=0)] = doc("rank of a correction kept beside the codes, in bf16; 0: none", 0)
     damp: Annotated[float, Meta(gt=0, le=1)] = doc("gptq: added to the diagonal, as a share of its mean", 0.01)
 
     def __post_init__(self) -> None:
         if 0 < self.group < 16:
             raise SpecError(f"quantize: group {self.group} costs more in scales than it saves; use 16 or more, or 0.")
-        for name, bits in self.tensors.items():
-            if bits not in (0, 2, 3, 4, 5, 6, 7, 8, 16):
-                raise SpecError(f"quantize: {bits} bits for '{name}'; use 2 to 8, or 0 to leave it alone.")
+        self._check_grid(self.grid)
+        own = any(isinstance(asked, int) and asked not in (0, 16) for asked in self.tensors.values())
+        if self.grid != Uniform.kind and (self.bits != 4 or not (self.symmetric or own)):
+            raise SpecError(f"quantize: bits and symmetric speak of the grid int, and {self.grid} has its own; leave "
+                            "them out, or choose another grid.")  # fmt: skip
+        for name, asked in self.tensors.items():
+            if isinstance(asked, str):
+                self._check_grid(asked)
+            elif asked not in (0, 2, 3, 4, 5, 6, 7, 8, 16):
+                raise SpecError(f"quantize: {asked} bits for '{name}'; use 2 to 8, a grid, or 0 to leave it alone.")
+
+    def _check_grid(self, kind: str) -> None:
+        if kind not in KINDS:
+            raise SpecError(f"quantize: no grid is called '{kind}'; {nearest(kind, KINDS)}")
+        sizes = TYPES[kind].groups if kind in TYPES else ()
+        if len(sizes) > 1 and self.group not in sizes:
+            raise SpecError(f"quantize: {kind} has groups of {', '.join(map(str, sizes))}, and not of {self.group}.")
+
+    def _grid(self, asked: int | str, name: str, cols: int) -> Grid:
+        """The grid of one weight. Raises UnsupportedError for one whose rows it does not fit."""
+        if isinstance(asked, int) or asked == Uniform.kind:
+            bits = asked if isinstance(asked, int) else self.bits
+            return Uniform(bits, self.group if self.group < cols else 0, self.symmetric)
+        sizes = TYPES[asked].groups
+        grid = Levels(asked, self.group if len(sizes) > 1 else sizes[0])
+        if grid.fits(cols):
+            return grid
+        if cols % 32:
+            advice = "use int, nf4 or ternary, whose rows may have any length"
+        else:
+            shorter = cols // grid.span * grid.span
+            narrow = f"narrow {cols} to {shorter} first, or " if shorter else ""
+            advice = f"{narrow}use iq4_nl or q5_0, whose blocks are 32 (tensors = {{{name!r} = 'q5_0'}} for this one)"
+        raise UnsupportedError(f"'{name}' has rows of {cols} weights, which are no whole blocks of {grid.span} as "
+                               f"{asked} has them; {advice}.")  # fmt: skip
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
         """Quantize in place."""
@@ -102,19 +144,19 @@ class Quantize:
         """The weights to quantize with their grids; notes in `untouched` why each other one is left."""
         found, untouched = quantizable(loaded.model)
         first_names = aliases(loaded.model)
-        asked = {}
-        for name, bits in self.tensors.items():
+        asked: dict[str, int | str] = {}
+        for name, own in self.tensors.items():
             known = first_names.get(name, name)
             if known not in found:
                 reason = untouched.get(known)
                 raise SpecError(f"quantize: '{name}' cannot be quantized: {reason}." if reason else
                                 f"quantize: no weight is named '{name}'; {nearest(name, found)}")  # fmt: skip
-            asked[known] = bits
+            asked[known] = own
         targets: dict[str, tuple[Target, Grid]] = {}
         for name, target in found.items():
             head = target.kind in ("embedding", "tied", "head")
-            bits = asked.get(name, 0 if head and not self.embeddings else self.bits)
-            if bits in (0, 16):
+            own = asked.get(name, 0 if head and not self.embeddings else self.grid)
+            if own in (0, 16):
                 untouched[name] = "left alone on request" if name in asked else HEAD
                 continue
             if name in loaded.packed:
@@ -122,7 +164,7 @@ class Quantize:
                 raise UnsupportedError(f"'{name}' is already {now}; rounding it twice loses more than rounding once, "
                                        "so start from the original.")  # fmt: skip
             cols = target.weight.shape[-2 if target.transposed else -1]
-            targets[name] = target, Uniform(bits, self.group if self.group < cols else 0, self.symmetric)
+            targets[name] = target, self._grid(own, name, cols)
         loaded.untouched |= untouched
         for name in targets:
             loaded.untouched.pop(name, None)

@@ -1,4 +1,4 @@
-"""Codes of a model's weights taken to where another form of the same model has those weights."""
+"""Codes of a model's weights taken to where another form of the same model has those weights, or to another grid."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from shrew.errors import UnsupportedError
-from shrew.folder.grids import Steps
+from shrew.folder.blocktypes import Levels
+from shrew.folder.grids import Steps, Uniform
 from shrew.folder.packed import Packed, from_rows, to_rows
 
 Tensors = dict[str, Tensor]
@@ -68,3 +69,28 @@ def _taken(numbers: Tensor, shape: tuple[int, ...], sources: list[tuple[int, Pac
     held = [packed.steps.parts() for _, _, packed in parts]
     steps = Steps(**{name: gathered([one[name] for one in held]) for name in held[0]})
     return Packed(gathered([packed.codes for _, _, packed in parts]), steps, parts[0][2].grid, shape)
+
+
+def as_uniform(packed: Packed) -> Packed | None:
+    """The same values on an integer grid, whose scales may be wider floats; None where there is none."""
+    grid, steps = packed.grid, packed.steps
+    if isinstance(grid, Uniform):
+        return packed
+    if not isinstance(grid, Levels) or any(level != int(level) for level in grid.table.levels):
+        return None
+    scale, zero = grid.effective(steps)
+    least, most = int(min(grid.table.levels)), int(max(grid.table.levels))
+    level = grid.decode(packed.codes.float(), torch.ones(()), torch.zeros(()))
+    if steps.zeros is None:
+        bits, zeros = next(bits for bits in range(2, 9) if -(2 ** (bits - 1)) <= least and most < 2 ** (bits - 1)), None
+        level += 2 ** (bits - 1)
+    else:
+        bits, zeros = grid.bits, torch.where(scale == 0, torch.zeros_like(zero), zero / scale)
+        if not torch.equal(zeros, zeros.round().clamp(0, 2**bits - 1)):
+            return None
+        zeros = zeros.to(torch.uint8)
+    kept = steps.scales.dtype if steps.scales.is_floating_point() else torch.bfloat16  # holds any power of two
+    same = Uniform(bits, grid.group, zeros is None)
+    found = Packed(level.to(torch.uint8), Steps(scale.to(kept if steps.supers is None else torch.float32), zeros), same,
+                   packed.shape, packed.transposed)  # fmt: skip
+    return found if torch.equal(found.dense(), packed.dense()) else None

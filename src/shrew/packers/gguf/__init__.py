@@ -5,6 +5,7 @@ where a block type holds exactly the values of its codes, else in the smallest f
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -31,9 +32,7 @@ from shrew.packers.gguf.header import ALIGNMENT, MAGIC
 from shrew.packers.gguf.rows import Change, Row, always_float32, plan
 from shrew.spec import doc
 
-FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16,
-              "Q4_0": LlamaFileType.MOSTLY_Q4_0, "Q4_1": LlamaFileType.MOSTLY_Q4_1, "Q5_0": LlamaFileType.MOSTLY_Q5_0,
-              "Q5_1": LlamaFileType.MOSTLY_Q5_1, "Q8_0": LlamaFileType.MOSTLY_Q8_0}  # fmt: skip
+FILE_TYPES = {item.name.removeprefix("MOSTLY_").removeprefix("ALL_"): item for item in LlamaFileType}
 DTYPES = {"f16": torch.float16, "f32": torch.float32}
 
 
@@ -124,15 +123,24 @@ def _first(*given: Any) -> int | None:
 
 
 def _values(title: str, architecture: Architecture, config: Any, parts: list[Part]) -> dict[str, Any]:
-    sizes: Counter[str] = Counter()
-    for part in parts:
-        sizes[part.type.name] += part.bytes
     blocky = {part.type for part in parts} - set(blocks.FLOATS)
-    common = {"general.type": "model", "general.name": title,
-              "general.file_type": int(FILE_TYPES[sizes.most_common(1)[0][0]])}  # fmt: skip
+    common = {"general.type": "model", "general.name": title, "general.file_type": int(_file_type(parts))}
     if blocky:
         common["general.quantization_version"] = GGML_QUANT_VERSION
     return common | {f"{architecture.name}.{key}": value for key, value in architecture.values(config).items()}
+
+
+def _file_type(parts: list[Part]) -> LlamaFileType:
+    """What llama.cpp calls a file: by the type that most weights have, and of K types S where all blocks are of it,
+    else M (which is also what a mixture by llama.cpp's own rules is called)."""
+    counts: Counter[GGMLQuantizationType] = Counter()
+    for part in parts:
+        counts[part.type] += math.prod(part.shape)
+    most = counts.most_common(1)[0][0]
+    names = [f"{most.name}_S", f"{most.name}_M", most.name, f"{most.name}_MOE"]
+    if set(counts) - set(blocks.FLOATS) - {most}:
+        names = names[1:]
+    return next(FILE_TYPES[name] for name in names if name in FILE_TYPES)
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -202,11 +210,12 @@ def _piece(change: Change, packed: Packed, number: int) -> tuple[tuple[int, ...]
     lead = packed.shape[:-1]
 
     def moved(values: Tensor) -> Tensor:
-        return change.out(values.reshape(*lead, *values.shape[1:]))[number]
+        """Whatever a row has of them goes with it, as one vector."""
+        return change.out(values.reshape(*lead, -1))[number]
 
     codes = moved(packed.codes)
-    count = len(lead) - 1
-    return tuple(codes.shape), codes.flatten(0, -2), packed.steps.map(lambda values: moved(values).flatten(0, count))
+    steps = packed.steps.map(lambda values: moved(values).reshape(-1, *values.shape[1:]))
+    return tuple(codes.shape), codes.flatten(0, -2), steps
 
 
 def _said(misfits: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """A GGUF file as a model folder: `shrew pack FILE.gguf --to folder --out FOLDER`.
 
-Tensors are computed by gguf's own arithmetic, and nothing is rounded: weights of Q4_0, Q5_0 and Q8_0 stay packed,
-others are kept in the smallest of bf16, f16 and f32 that holds them exactly.
+Tensors are computed by gguf's own arithmetic, and nothing is rounded: weights of block types that are grids of Shrew
+stay packed, others are kept in the smallest of bf16, f16 and f32 that holds them exactly.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from shrew import files, folder
 from shrew.errors import FolderError
 from shrew.folder import Loaded
 from shrew.folder.check import quiet
-from shrew.folder.grids import Steps, Uniform
+from shrew.folder.grids import Steps
 from shrew.folder.packed import Packed
 from shrew.packers.gguf import blocks, tokens
 from shrew.packers.gguf.architectures import ARCHITECTURES
@@ -171,15 +171,18 @@ def _fill(header: Header, row: Row, parameter: Tensor) -> torch.dtype:
 
 
 def _packed(header: Header, row: Row, parameter: Tensor) -> Packed | None:
-    """The codes of a weight whose tensors are all blocks of one symmetric type; None for others."""
+    """The codes of a weight whose tensors are all blocks of one type; None for others."""
     kinds = {header.tensors[target].type for target in row.targets}
-    kind = kinds.pop()
-    if kinds or kind not in blocks.LEVELS or not row.change.whole_rows:
+    grid = blocks.grid_for(kinds.pop())
+    if kinds or grid is None or not row.change.whole_rows:
         return None
-    codes, scales = zip(*(blocks.decode(kind, header.data(target)) for target in row.targets), strict=True)
-    rows = [row.change.back(*parts).flatten(0, -2) for parts in (codes, scales)]
-    grid = Uniform(blocks.LEVELS[kind].bit_length(), blocks.BLOCK)
-    item = Packed(rows[0], Steps(rows[1]), grid, tuple(parameter.shape))
+    found = [blocks.decode(header.tensors[target].type, header.data(target)) for target in row.targets]
+    codes = row.change.back(*(codes for codes, _ in found)).flatten(0, -2)
+    parts = {}
+    for name, extent in grid.shapes(*codes.shape).items():
+        if name != "codes":
+            parts[name] = row.change.back(*(steps.parts()[name] for _, steps in found)).reshape(extent)
+    item = Packed(codes, Steps(**parts), grid, tuple(parameter.shape))
     return item if torch.equal(item.dense(), parameter.detach()) else None
 
 

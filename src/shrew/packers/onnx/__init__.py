@@ -20,7 +20,7 @@ from shrew.packers.carry import refuse_corrections
 from shrew.packers.onnx import check
 from shrew.packers.onnx.build import CHUNK, Built, build
 from shrew.packers.onnx.graph import DATA, MODEL
-from shrew.packers.onnx.weights import Weights
+from shrew.packers.onnx.weights import VALUES_OF, Weights
 from shrew.spec import doc
 
 __all__ = ["MANIFEST", "Options", "pack"]
@@ -99,6 +99,10 @@ def _say_types(weights: Weights, loaded: Loaded, say: Say) -> None:
         sizes[kind] += weights.dense[name].numel()
     total = sum(sizes.values())
     say("weights: " + ", ".join(f"{kind} {size / total:.1%}" for kind, size in sizes.most_common()))
+    dense = [kind.partition(VALUES_OF)[2].rstrip(")") for kind in weights.effective.values() if VALUES_OF in kind]
+    if dense:
+        say(f"{len(dense)} quantized weights are written dense, with the same values, as MatMulNBits cannot hold their "
+            f"grid and rows ({', '.join(sorted(set(dense)))})")  # fmt: skip
     if not loaded.packed:
         say("nothing is quantized here: the model is packed as it is; `shrew apply` quantizes")
 

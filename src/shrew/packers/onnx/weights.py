@@ -1,14 +1,17 @@
 """Weights as a graph stores them: the codes that were chosen, in blocks, or dense in the narrowest exact type."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shrew.folder.grids import Steps, Uniform
+from shrew.folder.grids import Steps
 from shrew.folder.packed import Packed, pack_bits
+from shrew.packers.carry import as_uniform
 
 BLOCKS = (128, 64, 32, 16)  # inputs that can share a scale in MatMulNBits
+VALUES_OF = " (values of "
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -74,15 +77,13 @@ class Weights:
     effective: dict[str, str] = field(default_factory=dict)
 
     def blocks(self, *names: str, rows: Tensor | None = None) -> Blocks | None:
-        """The rows of several weights, one under the other, as blocks; None where they have no codes or their codes
-        cannot stand in one matrix. `rows` picks among them; -1 is a row of zeros."""
-        found = [self.packed[name] for name in names if name in self.packed]
+        """The rows of several weights, one under the other, as blocks; None where they have no codes, or codes that no
+        integer grid says or that cannot stand in one matrix. `rows` picks among them; -1 is a row of zeros."""
+        found = [same for name in names if name in self.packed and (same := as_uniform(self.packed[name])) is not None]
         kinds = {(item.grid, item.codes.shape[1], item.steps.scales.dtype) for item in found}
         if len(found) < len(names) or len(kinds) > 1 or not block_size(found[0].grid.group, found[0].codes.shape[1]):
             return None
-        grid = found[0].grid
-        if not isinstance(grid, Uniform):  # the kernel knows evenly spaced values alone
-            return None
+        grid: Any = found[0].grid  # a uniform one
         codes, scales = torch.cat([item.codes for item in found]), torch.cat([item.steps.scales for item in found])
         zeros = None
         if not grid.symmetric:
@@ -91,8 +92,9 @@ class Weights:
             codes, scales = picked(codes, rows, middle(grid.bits) if grid.symmetric else 0), picked(scales, rows, 1)
             zeros = None if zeros is None else picked(zeros, rows, 0)
         blocks = to_blocks(Packed(codes, Steps(scales, zeros), grid, tuple(codes.shape)))
-        label = grid.label() + (f" in {blocks.bits} bits" if blocks.bits != grid.bits else "")
-        self.effective |= dict.fromkeys(names, label)
+        for name in names:
+            held = self.packed[name].grid
+            self.effective[name] = held.label() + (f" in {blocks.bits} bits" if blocks.bits != held.bits else "")
         return blocks
 
     def exact(self, *names: str, rows: Tensor | None = None) -> Tensor:
@@ -101,7 +103,7 @@ class Weights:
         value = value.detach() if rows is None else picked(value.detach(), rows, 0)
         dtype = narrowest(value)
         for name in names:
-            codes = f" (values of {self.packed[name].grid.label()})" if name in self.packed else ""
+            codes = f"{VALUES_OF}{self.packed[name].grid.label()})" if name in self.packed else ""
             self.effective[name] = SHORT[dtype] + codes
         return value.to(dtype)
 
