@@ -25,7 +25,8 @@ from shrew.folder.blocktypes import NF4, TYPES, Levels
 from shrew.folder.grids import KINDS, dequantize, encode
 from shrew.folder.packed import from_parts, pack_bits, to_entry, to_parts, unpack_bits
 from shrew.moves import grids
-from shrew.moves.quantize import Quantize, hessians
+from shrew.moves.calibrate import hessians
+from shrew.moves.quantize import Quantize
 from shrew.packers import onnx as onnx_packer
 from shrew.packers.carry import as_uniform
 from shrew.packers.gguf import Options, back, blocks, write
