@@ -10,10 +10,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from shrew import folder, machine, record, tasks
+from shrew import folder, machine, record, spec, tasks
 from shrew.errors import DataError, UsageError
 from shrew.folder import Loaded
-from shrew.measure import cost
+from shrew.measure import cost, kv
 from shrew.measure.forgotten import bias_records, forgotten_records, tail_records
 from shrew.measure.statistics import (
     Interval,
@@ -143,6 +143,9 @@ def main(argv: list[str]) -> int:
         jobs += [tasks.read(path) for path in args.task]
     if args.text:
         jobs.append(tasks.read_text_task(args.text))
+    cache = spec.from_flags(kv.CacheSpec, args)
+    if cache.kv and not jobs:
+        raise UsageError("--kv compares predictions; give --text FILES or --task FILE.")
     if not jobs and args.no_cost:
         raise UsageError("there is nothing to measure: give --task FILE or --text FILES, or leave out --no-cost.")
     for task in jobs:
@@ -153,16 +156,23 @@ def main(argv: list[str]) -> int:
     models = [folder.load(name) for name in args.models]
     run = f"measure {record.now()}"
     found: list[Record] = []
+    shown: list[tuple[str, Loaded, str]] = []  # label, model, and the label of what it is compared with
+    for label, loaded in zip(labels, models, strict=True):
+        shown.append((label, loaded, "" if loaded is models[0] else labels[0]))
+        if cache.kv:
+            shown.append((f"{label}, {cache.label}", kv.with_rounded_cache(loaded, cache), label))
+            found += kv.cache_records(run, label, shown[-1][1])
     for task in jobs:
-        original: Scores | None = None
-        for label, loaded in zip(labels, models, strict=True):
+        scored: dict[str, tuple[Scores, Loaded]] = {}
+        for label, loaded, base in shown:
             talk.print(f"measuring {label} on {task.label}/{args.split}", soft_wrap=True, markup=False)
-            scores = task.score(loaded, args.split, None if original is None else models[0])
-            found += quality_records(run, label, scores, original, labels[0], seed=args.seed)
-            found += forgotten_records(run, label, task, scores, original, labels[0], args.seed)
-            if original is not None:
-                found += tail_records(run, label, task, scores, original, loaded, models[0], labels[0])
-            original = scores if original is None else original
+            original, before = scored.get(base, (None, None))
+            scores = task.score(loaded, args.split, before)
+            found += quality_records(run, label, scores, original, base, seed=args.seed)
+            found += forgotten_records(run, label, task, scores, original, base, args.seed)
+            if original is not None and before is not None:
+                found += tail_records(run, label, task, scores, original, loaded, before, base)
+            scored[label] = scores, loaded
     if not args.no_cost:
         talk.print("measuring bytes, memory and speed")
         for label, loaded in zip(labels, models, strict=True):
@@ -175,7 +185,7 @@ def main(argv: list[str]) -> int:
         for item in found:
             print(msgspec.json.encode(item).decode())
     else:
-        show(found, labels)
+        show(found, [label for label, _, _ in shown])
     return 0
 
 
@@ -190,6 +200,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-cost", action="store_true", help="quality only: no bytes, speed, memory or energy")
     parser.add_argument("--records", type=Path, metavar="FILE", help="append the records to this file")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling (default 0)")
+    spec.add_flags(parser, kv.CacheSpec)
     return parser.parse_args(argv)
 
 

@@ -22,6 +22,7 @@ the two-sided 95 % interval; `n` counts what was resampled (`detail["units"]`, "
     prefill_ratio,
     decode_ratio        ""            speed ÷ the original's speed, above 1 is faster
     peak_memory         "bytes"       of a fresh process
+    kv_bytes            "bytes/token" keys and values, steps included
     kl                  "nats/token"  from the original
     top1_agreement      ""            share of tokens with the original's first choice
     (any other)         (any)         shown under its own name

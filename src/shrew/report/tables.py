@@ -38,6 +38,7 @@ METRICS = {
     "top1_agreement": Metric("Same first choice", "as the original", words.percent),
     "prefill_ratio": Metric("Prefill speed", "original = 1", _ratio),
     "decode_ratio": Metric("Decoding speed", "original = 1", _ratio),
+    "kv_bytes": Metric("Cache a token", "keys and values", words.size),
     "peak_memory": Metric("Peak memory", "fresh process", words.size),
 }
 
