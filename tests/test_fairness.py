@@ -88,6 +88,13 @@ def test_the_gap_and_the_flips_are_paired() -> None:
     assert told.detail["difference_low"] < 0 < told.detail["difference"] < told.detail["difference_high"]
 
 
+def test_a_share_of_few_pairs_is_never_certain() -> None:
+    found = statistics.share_interval(np.zeros(6))
+    assert found.value == found.low == 0 and 0.3 < found.high < 0.5  # Agresti and Coull: 0 of 6 is at most 44 %
+    half = statistics.share_interval(np.array([0.0, 1.0] * 200))
+    assert (half.low, half.high) == pytest.approx((0.5 - 0.0488, 0.5 + 0.0488), abs=1e-4)
+
+
 def test_kinds_are_told_apart_and_corrected() -> None:
     old, new = shares([1, 1, 0, 0, 0.5, 1], [0, 0, 0, 1, 1, 2]), shares([1, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 2])
     found = measure.forgotten_records("run", "new", pairs(("a", "b")), new, old)

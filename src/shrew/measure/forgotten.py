@@ -4,7 +4,6 @@ Everything is paired with the original, unit by unit. What is counted over units
 none, they are shown because they changed most.
 """
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,10 @@ from shrew.folder import Loaded
 from shrew.measure.statistics import (
     Interval,
     binomial_two_sided,
-    interval,
     paired_share,
     ratio_difference,
     ratio_interval,
+    share_interval,
 )
 from shrew.record import Record
 from shrew.tasks import Scores, Task
@@ -144,8 +143,7 @@ def bias_records(scores: Scores, original: Scores | None, against: str, common: 
     pairs that flipped either way."""
     found = []
     for metric, column in (("stereotype_share", "more"), ("stereotype_share_per_token", "more_per_token")):
-        picked = dataclasses.replace(scores, columns={"more": scores.columns[column]})
-        share = interval(picked, seed=common["seed"])
+        share = share_interval(scores.columns[column])
         detail: dict[str, Any] = {"units": "pairs", "gap": share.value - 0.5,
                                   "unequal_tokens": int(scores.columns["unequal"].sum())}  # fmt: skip
         if original is not None:

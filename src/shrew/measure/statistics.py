@@ -111,6 +111,15 @@ def paired_share(gaps: np.ndarray, level: float = 0.95) -> Interval:
     return Interval(total / max(n, 1), max(-1.0, middle - reach), min(1.0, middle + reach), n)
 
 
+def share_interval(values: np.ndarray, level: float = 0.95) -> Interval:
+    """Mean of [n] numbers from 0 to 1 with Agresti and Coull's interval (1998), which has a width at 0 and at 1 too."""
+    n, z = len(values), NormalDist().inv_cdf((1 + level) / 2)
+    wide = n + z * z
+    middle = (float(values.sum()) + z * z / 2) / wide
+    reach = z * float(np.sqrt(middle * (1 - middle) / wide))
+    return Interval(float(values.mean()), max(0.0, middle - reach), min(1.0, middle + reach), n)
+
+
 def lower_bound(original: Scores, new: Scores, alpha: float = 0.05, samples: int = 2000, seed: int = 0) -> float:
     """One-sided lower confidence bound of retention at level 1 - alpha: the number the gate compares with its floor.
 
