@@ -220,8 +220,8 @@ def tensors(path: str | Path) -> list[TensorInfo]:
                  if name.removesuffix(stated.stem) + part in entries]  # fmt: skip
         shape, size = tuple(meaning["shape"]), sum(part.bytes for part in parts)
         grid = packed.grid_of(meaning)
-        listed.append(TensorInfo(name, f"INT{grid.bits}", shape, size, _per_weight(size, shape), grid.label(),
-                                 _files(parts)))  # fmt: skip
+        listed.append(TensorInfo(name, f"INT{grid.bits}", shape, size, _per_weight(size, shape),
+                                 packed.label(grid, meaning.get("rank", 0)), _files(parts)))  # fmt: skip
     return sorted(listed, key=lambda item: item.name)
 
 
