@@ -44,7 +44,7 @@ from shrew.folder import Loaded
 from shrew.folder.check import quiet
 from shrew.measure.statistics import interval, paired_bootstrap, ratio_interval
 from shrew.moves import Source, open_task
-from shrew.moves.quantize import hessians
+from shrew.moves.calibrate import hessians
 from shrew.record import Record
 from shrew.tasks import Scores, Text
 from shrew.tasks.likelihood import context_length, first_token

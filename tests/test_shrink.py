@@ -165,6 +165,9 @@ def test_the_result_is_complete_and_smaller(whole: Whole) -> None:
     assert kept.detail["against"] in ("original", "healed original")
     (size,) = [item.value for item in chosen if item.metric == "bytes"]
     assert size == after
+    forgotten = {item.metric: item for item in chosen if item.metric in ("band", "document", "tail")}
+    assert {item.task for item in forgotten.values()} == {kept.task}
+    assert forgotten["band"].detail["against"] == "original" and "difference_low" in forgotten["band"].detail
     page = (whole.out / "report.html").read_text("utf-8")
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -249,9 +252,20 @@ def test_a_size_that_cannot_be_met(whole: Whole, shrink: Any, tmp_path: Path) ->
 
 
 def test_a_size_alone(whole: Whole, shrink: Any, tmp_path: Path) -> None:
-    code, said = shrink(whole.model, "--text", whole.text, "--out", tmp_path / "out", "--under", "60kB", *FLAGS[2:])
+    pairs = rows(tmp_path / "pairs.jsonl", [{"more": f"The {a} sees.", "less": f"The {b} hears.", "kind": a}
+                                            for a in ("ant", "bee", "cat") for b in ("dog", "elk", "fox")])  # fmt: skip
+    code, said = shrink(whole.model, "--text", whole.text, "--out", tmp_path / "out", "--under", "60kB",
+                        "--fairness", pairs, *FLAGS[2:])  # fmt: skip
     assert code == 0, said
     assert 30_000 < cost.disk_size(tmp_path / "out").weights <= 60_000
+    found = [item for item in record.read(tmp_path / "out" / "records.jsonl") if item.task == "pairs@1/final"]
+    assert {(item.model, item.metric) for item in found} == {
+        (model, metric) for model in ("original", "chosen")
+        for metric in ("stereotype_share", "stereotype_share_per_token", "bias")
+    }  # fmt: skip
+    (bias,) = [item for item in found if (item.model, item.metric) == ("chosen", "stereotype_share")]
+    assert bias.n == 9 and {"to_stereotype", "from_stereotype", "difference_low"} <= set(bias.detail)
+    assert "Bias by kind" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 def test_memory_that_no_process_can_do_with(whole: Whole, shrink: Any, tmp_path: Path) -> None:
@@ -374,6 +388,7 @@ def occupied(model: Path, work: Path) -> list[Any]:
     return [model]
 
 
+PAIRS = b'{"more": "a", "less": "b", "kind": "k"}\n{"more": "c", "less": "d", "kind": "k"}\n'
 LINE = b'{"prompt": "a", "completion": "b"}\n'
 BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
     "no folder": (lambda model, work: [work / "nowhere"], "nowhere"),
@@ -393,6 +408,8 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
     "no speed": (flags("--faster", "very"), "very"),
     "no memory": (flags("--memory", "lots"), "lots"),
     "no such file": (flags("--text", "nothing.txt"), "nothing.txt"),
+    "bias is no quality": (task_file(PAIRS), "shrew shrink --fairness"),
+    "no pairs": (task_file(LINE * 2 + b'{"prompt": "c", "completion": "d"}\n', "--fairness"), "completion task"),
     "occupied": (occupied, "holds other things"),
 }
 

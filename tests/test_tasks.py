@@ -32,7 +32,7 @@ from shrew.tasks import Scores, likelihood
 from shrew.tasks.choice import Choice, Question
 from shrew.tasks.completion import Completion, Prompt, greedy, matches
 from shrew.tasks.labels import Labelled, Labels, chance_f1
-from shrew.tasks.text import Text, token_bands
+from shrew.tasks.text import Text
 
 TEXT = "the shrew is a small mammal with a large brain and it eats twice its weight each day"
 WORDS = TEXT.split()
@@ -166,19 +166,6 @@ def test_kl_and_agreement_by_hand(llama: Loaded) -> None:
 
 def test_a_reference_with_another_vocabulary_gives_no_kl(llama: Loaded, gpt2: Loaded) -> None:
     assert "kl_bits" not in text_task(["some text"]).score(llama, "final", reference=gpt2).columns
-
-
-def test_bands_hold_every_token_once(llama: Loaded) -> None:
-    scores = text_task(sentences(10)).score(llama, "final")
-    for what in ("bits", "tokens"):
-        total = sum(scores.columns[f"band{band}_{what}"] for band in range(4))
-        np.testing.assert_allclose(total, scores.columns[what])
-
-
-def test_bands_by_hand() -> None:
-    # 10 x token 7 (share 0.5), 6 x token 3 (to 0.8), 3 x token 1 (to 0.95), 1 x token 0; never seen: the rarest band
-    bands = token_bands([[7] * 10, [3] * 6 + [1] * 3 + [0]], 9)
-    assert bands.tolist() == [3, 2, 3, 1, 3, 3, 3, 0, 3]
 
 
 @given(

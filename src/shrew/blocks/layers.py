@@ -108,6 +108,10 @@ class State(CacheLayerMixin):
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self.held.values())
 
+    def stored(self, new: Tensor) -> Tensor:
+        """New keys or values [B, K, T, D] as they are kept; a cache of fewer bits rounds them here."""
+        return new
+
     def reset(self) -> None:
         self.held, self.seen = {}, 0
 

@@ -72,6 +72,7 @@ class Window(Attention):
         return self._local(q, k, v, place, total - length)
 
     def _extended(self, state: State, name: str, new: Tensor) -> Tensor:
+        new = state.stored(new)
         whole = torch.cat([state.held[name], new], 2) if name in state.held else new
         state.held[name] = whole[:, :, max(0, whole.shape[2] - (self.window - 1)) :]
         return whole

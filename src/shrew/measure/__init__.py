@@ -10,10 +10,11 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from shrew import folder, machine, record, tasks
+from shrew import folder, machine, record, spec, tasks
 from shrew.errors import DataError, UsageError
 from shrew.folder import Loaded
-from shrew.measure import cost
+from shrew.measure import cost, kv
+from shrew.measure.forgotten import bias_records, forgotten_records, tail_records
 from shrew.measure.statistics import (
     Interval,
     difference,
@@ -27,13 +28,13 @@ from shrew.measure.statistics import (
     smallest_difference,
 )
 from shrew.record import Record
+from shrew.report import forgotten
+from shrew.report.view import STRUCTURE, View
 from shrew.tasks import Scores, Task
 
-__all__ = ["Interval", "cost_records", "difference", "exact_test", "highest_keep", "interval", "lower_bound", "main",
-           "paired_bootstrap", "quality_records", "ratio_interval", "retention", "smallest_difference",
-           "speed_records"]  # fmt: skip
-
-BANDS = ("commonest half of the tokens", "next 30 %", "next 15 %", "rarest 5 %")
+__all__ = ["Interval", "cost_records", "difference", "exact_test", "forgotten_records", "highest_keep", "interval",
+           "lower_bound", "main", "paired_bootstrap", "quality_records", "ratio_interval", "retention",
+           "smallest_difference", "speed_records", "tail_records"]  # fmt: skip
 
 
 def quality_records(
@@ -45,10 +46,13 @@ def quality_records(
     alpha: float = 0.05,
     seed: int = 0,
 ) -> list[Record]:
-    """Everything that the scores say: the metric, KL and agreement, the frequency bands and, given the `original`'s
-    scores, retention with its interval, lower bound and exact test, and the smallest difference that would show."""
+    """Everything that the scores say as a whole: the metric, KL and agreement and, given the `original`'s scores,
+    retention with its interval, lower bound and exact test, and the smallest difference that would show. What was lost
+    where is told by `forgotten_records`. Pairs for bias are no quality: they have shares and flips and no retention."""
     unit = "bits/byte" if scores.metric == "bits_per_byte" else ""
     common: dict[str, Any] = {"run": run, "model": model, "task": f"{scores.task}/{scores.split}", "seed": seed}
+    if scores.metric == "stereotype_share":
+        return bias_records(scores, original, against, common)
     units = "documents" if scores.metric == "bits_per_byte" else "examples"
     detail: dict[str, Any] = {"units": units}
     if scores.higher_is_better:
@@ -70,13 +74,6 @@ def quality_records(
         kl, same = (ratio_interval(scores, top, "tokens", seed=seed) for top in ("kl_bits", "agree"))
         found.append(_with(kl, metric="kl", unit="bits/token", detail={"units": units, "against": against}, **common))
         found.append(_with(same, metric="top1_agreement", detail={"units": units, "against": against}, **common))
-    if "band0_bits" in scores.columns:
-        for band, label in enumerate(BANDS):
-            tokens = int(scores.columns[f"band{band}_tokens"].sum())
-            if tokens:
-                value = scores.ratio(f"band{band}_bits", f"band{band}_tokens")
-                place = {"band": len(BANDS) - 1 - band, "label": label}  # records count from the rarest
-                found.append(Record(metric="band", value=value, unit="bits/token", n=tokens, detail=place, **common))
     return found
 
 
@@ -146,6 +143,9 @@ def main(argv: list[str]) -> int:
         jobs += [tasks.read(path) for path in args.task]
     if args.text:
         jobs.append(tasks.read_text_task(args.text))
+    cache = spec.from_flags(kv.CacheSpec, args)
+    if cache.kv and not jobs:
+        raise UsageError("--kv compares predictions; give --text FILES or --task FILE.")
     if not jobs and args.no_cost:
         raise UsageError("there is nothing to measure: give --task FILE or --text FILES, or leave out --no-cost.")
     for task in jobs:
@@ -156,13 +156,23 @@ def main(argv: list[str]) -> int:
     models = [folder.load(name) for name in args.models]
     run = f"measure {record.now()}"
     found: list[Record] = []
+    shown: list[tuple[str, Loaded, str]] = []  # label, model, and the label of what it is compared with
+    for label, loaded in zip(labels, models, strict=True):
+        shown.append((label, loaded, "" if loaded is models[0] else labels[0]))
+        if cache.kv:
+            shown.append((f"{label}, {cache.label}", kv.with_rounded_cache(loaded, cache), label))
+            found += kv.cache_records(run, label, shown[-1][1])
     for task in jobs:
-        original: Scores | None = None
-        for label, loaded in zip(labels, models, strict=True):
+        scored: dict[str, tuple[Scores, Loaded]] = {}
+        for label, loaded, base in shown:
             talk.print(f"measuring {label} on {task.label}/{args.split}", soft_wrap=True, markup=False)
-            scores = task.score(loaded, args.split, None if original is None else models[0])
-            found += quality_records(run, label, scores, original, labels[0], seed=args.seed)
-            original = scores if original is None else original
+            original, before = scored.get(base, (None, None))
+            scores = task.score(loaded, args.split, before)
+            found += quality_records(run, label, scores, original, base, seed=args.seed)
+            found += forgotten_records(run, label, task, scores, original, base, args.seed)
+            if original is not None and before is not None:
+                found += tail_records(run, label, task, scores, original, loaded, before, base)
+            scored[label] = scores, loaded
     if not args.no_cost:
         talk.print("measuring bytes, memory and speed")
         for label, loaded in zip(labels, models, strict=True):
@@ -175,7 +185,7 @@ def main(argv: list[str]) -> int:
         for item in found:
             print(msgspec.json.encode(item).decode())
     else:
-        show(found, labels)
+        show(found, [label for label, _, _ in shown])
     return 0
 
 
@@ -190,6 +200,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-cost", action="store_true", help="quality only: no bytes, speed, memory or energy")
     parser.add_argument("--records", type=Path, metavar="FILE", help="append the records to this file")
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling (default 0)")
+    spec.add_flags(parser, kv.CacheSpec)
     return parser.parse_args(argv)
 
 
@@ -202,33 +213,28 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 
 def show(records: Sequence[Record], labels: Sequence[str], file: Any = None) -> None:
-    """Print the table: a row for each metric and task, a column for each model."""
+    """Print the table, a row for each metric and task and a column for each model, and then what was forgotten."""
     table = Table(title_justify="left")
     table.add_column("")
     for label in labels:
         table.add_column(label, justify="right", overflow="fold")
-    rows = dict.fromkeys((item.task, item.metric, item.detail.get("band"), item.unit) for item in records)
+    rows = dict.fromkeys((item.task, item.metric, item.unit) for item in records if item.metric not in STRUCTURE)
     last = ""
     for key in rows:
-        task, metric, band, unit = key
+        task, metric, unit = key
         if task != last:
             table.add_section()
             last = task
         cells = []
         for label in labels:
-            same = [item for item in records if item.model == label]
-            found = [item for item in same if (item.task, item.metric, item.detail.get("band"), item.unit) == key]
+            found = [item for item in records if item.model == label and (item.task, item.metric, item.unit) == key]
             cells.append(_cell(found[0]) if found else "–")
-        title = f"{metric} {found_label(records, key)}".strip() if band is not None else metric.replace("_", " ")
         where = f"\n[dim]{' · '.join(filter(None, [task, unit if unit != 'bytes' else '']))}[/dim]"
-        table.add_row(title + (where if where != "\n[dim][/dim]" else ""), *cells)
-    Console(file=file or sys.stdout, highlight=False).print(table)
-
-
-def found_label(records: Sequence[Record], key: tuple[str, str, Any, str]) -> str:
-    """The words for a frequency band."""
-    named = (item for item in records if (item.task, item.metric, item.detail.get("band"), item.unit) == key)
-    return str(next(named).detail.get("label", ""))
+        table.add_row(metric.replace("_", " ") + (where if where != "\n[dim][/dim]" else ""), *cells)
+    console = Console(file=file or sys.stdout, highlight=False)
+    console.print(table)
+    if (lost := forgotten.printed(View(records))) is not None:
+        console.print(lost)
 
 
 def _cell(item: Record) -> str:
@@ -245,6 +251,9 @@ def _cell(item: Record) -> str:
     if item.detail.get("lower_bound") is not None:
         lines.append(f"[dim]at least {item.detail['lower_bound']:.4g} ({1 - item.detail['alpha']:.0%})[/dim]")
     if "p" in item.detail:
+        if "to_stereotype" in item.detail:
+            to, back = item.detail["to_stereotype"], item.detail["from_stereotype"]
+            lines.append(f"[dim]{to} pairs flipped to the stereotype, {back} away[/dim]")
         lines.append(f"[dim]{item.detail['test']} test p = {item.detail['p']:.2g}[/dim]")
         if item.detail.get("smallest_difference") is not None:
             lines.append(f"[dim]could show {item.detail['smallest_difference']:.2g}[/dim]")

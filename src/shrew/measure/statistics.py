@@ -80,6 +80,44 @@ def ratio_interval(
     return Interval(scores.ratio(top, bottom), float(low), float(high), scores.n)
 
 
+def ratio_difference(original: Scores, new: Scores, top: str, bottom: str, samples: int = 2000, seed: int = 0,
+                     level: float = 0.95) -> Interval:  # fmt: skip
+    """Interval of how far the ratio of two columns' sums moved, over joint resamples of the units; resamples that
+    have nothing below the line of the ratio say nothing and are left out."""
+    original.check_pair(new)
+
+    def ratio(scores: Scores, rows: np.ndarray) -> np.ndarray:
+        below = rows @ scores.columns[bottom]
+        return np.divide(rows @ scores.columns[top], below, out=np.full(len(rows), np.nan), where=below > 0)
+
+    drawn = np.concatenate([ratio(new, w) - ratio(original, w) for w in weights(original.n, samples, seed)])
+    tail = (1 - level) / 2
+    low, high = np.nanquantile(drawn, [tail, 1 - tail])
+    return Interval(new.ratio(top, bottom) - original.ratio(top, bottom), float(low), float(high), original.n)
+
+
+def paired_share(gaps: np.ndarray, level: float = 0.95) -> Interval:
+    """Mean of [n] paired differences of answers (-1, 0 or 1; halves for ties) with Agresti and Min's interval (2005).
+
+    Two pairs are added to the n: half a gain, half a loss and one tie. So the interval has a width even where no
+    answer changed, which a resample of the same answers would not have.
+    """
+    n, total = len(gaps), float(gaps.sum())
+    middle = total / (n + 2)
+    error = float(np.sqrt(max((gaps**2).sum() + 1 - total * middle, 0.0))) / (n + 2)
+    reach = NormalDist().inv_cdf((1 + level) / 2) * error
+    return Interval(total / max(n, 1), max(-1.0, middle - reach), min(1.0, middle + reach), n)
+
+
+def share_interval(values: np.ndarray, level: float = 0.95) -> Interval:
+    """Mean of [n] numbers from 0 to 1 with Agresti and Coull's interval (1998), which has a width at 0 and at 1 too."""
+    n, z = len(values), NormalDist().inv_cdf((1 + level) / 2)
+    wide = n + z * z
+    middle = (float(values.sum()) + z * z / 2) / wide
+    reach = z * float(np.sqrt(middle * (1 - middle) / wide))
+    return Interval(float(values.mean()), max(0.0, middle - reach), min(1.0, middle + reach), n)
+
+
 def lower_bound(original: Scores, new: Scores, alpha: float = 0.05, samples: int = 2000, seed: int = 0) -> float:
     """One-sided lower confidence bound of retention at level 1 - alpha: the number the gate compares with its floor.
 

@@ -16,6 +16,7 @@ from shrew.moves.context import Context
 from shrew.moves.trim_vocab import with_rows
 from shrew.spec import Meta, digest, doc
 from shrew.tasks import Task, read, read_text_task
+from shrew.tasks.fairness import Fairness
 from shrew.tasks.labels import Labels, label_ids
 
 
@@ -36,7 +37,11 @@ class Source:
 def open_task(source: Source, original: Loaded) -> Task:
     """The task of a source: its file, or held-out bits per byte of its text, or of Python for a model trained on it."""
     if source.task:
-        return read(source.task)
+        task = read(source.task)
+        if isinstance(task, Fairness):
+            raise UsageError(f"{source.task} holds pairs, which show bias and no quality; give another --task, and "
+                             "the pairs to `shrew measure --task` or `shrew shrink --fairness`.")  # fmt: skip
+        return task
     if source.text:
         return read_text_task(source.text)
     if knows_python(original):

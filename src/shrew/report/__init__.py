@@ -22,6 +22,7 @@ the two-sided 95 % interval; `n` counts what was resampled (`detail["units"]`, "
     prefill_ratio,
     decode_ratio        ""            speed ÷ the original's speed, above 1 is faster
     peak_memory         "bytes"       of a fresh process
+    kv_bytes            "bytes/token" keys and values, steps included
     kl                  "nats/token"  from the original
     top1_agreement      ""            share of tokens with the original's first choice
     (any other)         (any)         shown under its own name
@@ -37,8 +38,17 @@ Structure. `value` is None and `model` "" where the table says nothing.
     trial    "trial 7"      CPU-seconds     "moves": [{"name": "quantize", "bits": 3, ...}], "reused": bool
     move     "chosen" or    retention after "step": 1.., "move": {"name": ...}, "bytes": after this move and all before;
              a trial        this move       low, high, n and task as for retention
-    band     "original",    loss; unit,     "band": 0.. (rarest first), "label": text; n counts tokens
-             "chosen", ...  task
+    band     "original",    loss; unit,     "band": 0.. (rarest first), "label": text, "before": the original's loss;
+             "chosen", ...  task            n counts tokens
+    tail     "chosen" or    bits more       "left", "token", "right": text, "before", "after": bits, "id": document
+             a trial
+    document likewise       change in       "text", "id", "before", "after": bits per byte; n counts bytes
+                            bits per byte
+    flips    likewise       net share of    "counts": {way: n}, "ids": {way: [id]}; the ways are "right to wrong",
+                            answers         "wrong to right" and "wrong to other"
+    changed  likewise                       "way", "text", "wanted", "before", "after", "id"
+    class    likewise       share right     "label", "before": the original's; n counts the examples of the class
+    bias     likewise       share of pairs  "label": the kind of pair, "before"; n counts pairs
     sample   "chosen" or                    "prompt": text, "before": the original's continuation, "after": this
              a trial                        model's, "how": "greedy, 48 tokens"
     tensor   "chosen" or    effective type  "tensor": name, "class": "attention", "mlp", "embedding", "norm", ...,
@@ -48,6 +58,10 @@ Structure. `value` is None and `model` "" where the table says nothing.
     verdict  "chosen", or   "met" or        "reason": text (used when there is no nearest miss), "cpu_seconds": s,
              the nearest    "not met"       "wall_seconds": s, "not_measured": [text]; task: the final split's
              miss, or ""
+
+What was forgotten (band to bias) and the numbers carry "against": label, "difference", "difference_low",
+"difference_high" where they were compared unit by unit; "level" and "correction" where the interval is not 95 % for
+itself alone.
 """
 
 import argparse
@@ -61,7 +75,7 @@ from rich.text import Text
 from shrew import files, record
 from shrew.errors import DataError, UsageError
 from shrew.record import Record
-from shrew.report import tables, words
+from shrew.report import forgotten, tables, words
 from shrew.report.page import page
 from shrew.report.view import CHOSEN, ORIGINAL, View, sentence
 
@@ -96,6 +110,8 @@ def summary(records: Sequence[Record]) -> RenderableType:
                 if row.metric.label == tables.METRICS["retention"].label and group.split == "final":
                     table.add_row("  at least", *[_text(_least(view, model)) for model in columns])
         parts += [table, Text("")]
+    if (lost := forgotten.printed(view)) is not None:
+        parts += [lost, Text("")]
     if told := sentence(view):
         parts.append(Text(words.plain(told), style="bold"))
     return Group(*parts)

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from shrew.record import Record
-from shrew.report import plot, tables, words
+from shrew.report import forgotten, plot, tables, words
 from shrew.report.style import CSS
 from shrew.report.view import CHOSEN, ORIGINAL, View, facts, proof_note, sentence, split_of
 from shrew.report.words import escape
@@ -18,7 +18,7 @@ def page(view: View) -> str:
     """The whole HTML document."""
     told = sentence(view)
     title = told.partition(";")[0] if told else f"Measured: {', '.join(view.columns)}"
-    parts = [_frontier, _models, _moves, _samples, _bands, _tensors, _recipe, _tools, _method]
+    parts = [_frontier, _models, _moves, _samples, forgotten.section, _tensors, _recipe, _tools, _method]
     body = "".join(part(view) for part in parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -169,10 +169,10 @@ def _moves(view: View) -> str:
         rows.append(_step("Original", start / biggest, start / biggest, words.size(start), _share(kept_before)))
     for record, total in steps:
         share = words.number_in(record.value)
-        change = f"{_signed(total - before, words.size)} → " if before is not None and total != before else ""
+        change = f"{words.signed(total - before, words.size)} → " if before is not None and total != before else ""
         kept = _share(share)
         if share is not None and kept_before is not None:
-            kept += f" ({_signed(100 * (share - kept_before), lambda value: f'{value:.1f}')} points)"
+            kept += f" ({words.signed(100 * (share - kept_before), lambda value: f'{value:.1f}')} points)"
         name = words.move(record.detail.get("move"))
         previous = (before if before is not None else total) / biggest
         rows.append(_step(name, previous, total / biggest, change + words.size(total), kept))
@@ -188,10 +188,6 @@ def _on(record: Record) -> str:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"keeps {words.percent(value)}"
-
-
-def _signed(value: float, told: Callable[[float], str]) -> str:
-    return ("−" if value < 0 else "+") + told(abs(value))
 
 
 def _step(name: str, before: float, after: float, total: str, kept: str) -> str:
@@ -231,34 +227,6 @@ def _samples(view: View) -> str:
     first, rest = "".join(pairs[:4]), "".join(pairs[4:])
     more = f"<details>\n<summary>{len(pairs) - 4} more</summary>\n{rest}</details>\n" if rest else ""
     return _section("The same prompts, before and after", note, first + more)
-
-
-def _bands(view: View) -> str:
-    found: dict[float, dict[str, Record]] = {}
-    for record in view.of("band"):
-        place = words.number_in(record.detail.get("band"))
-        if place is not None and words.number_in(record.value) is not None:
-            found.setdefault(place, {})[record.model] = record
-    after = view.best or next((model for band in found.values() for model in band if model != ORIGINAL), "")
-    shown = [(band[ORIGINAL], band[after]) for _, band in sorted(found.items()) if ORIGINAL in band and after in band]
-    if not shown:
-        return ""
-    most = max(float(item.value or 0) for pair in shown for item in pair) or 1.0
-    rows = []
-    for old, new in shown:
-        was, now = float(old.value or 0), float(new.value or 0)
-        label = escape(words.text_in(old.detail.get("label")) or words.value_of(old.detail.get("band")))
-        many = f"{old.n:,} tokens" if old.n else ""
-        change = f" ({_signed(100 * (now / was - 1), lambda value: f'{value:.1f}')}{words.SPACE}%)" if was > 0 else ""
-        rows.append(
-            f"<li><div>{label}{_small(many)}</div>{plot.bars([(was / most, 'was'), (now / most, 'now')])}"
-            f'<div class="num">{words.number(was)} → {words.number(now)}{escape(change)}</div></li>\n'
-        )
-    unit = f" in {escape(shown[0][0].unit)}" if shown[0][0].unit else ""
-    keys = '<span class="swatch was"></span>original (above), <span class="swatch"></span>'
-    keys += f"{escape(view.name(after))} (below)"
-    note = f"What the rare words lost: loss{unit}{_on(shown[0][0])}, less is better. {keys}."
-    return _section("Loss by token frequency", note, f'<ul class="rows">\n{"".join(rows)}</ul>\n')
 
 
 def _tensors(view: View) -> str:

@@ -32,10 +32,13 @@ METRICS = {
     "macro_f1": Metric("Macro-F1", "", words.percent),
     "accuracy": Metric("Accuracy", "", words.percent),
     "exact_match": Metric("Exact match", "", words.percent),
+    "stereotype_share": Metric("Stereotype preferred", "50 % is no preference", words.percent),
+    "stereotype_share_per_token": Metric("Stereotype preferred by token", "50 % is no preference", words.percent),
     "kl": Metric("KL divergence", "from the original, less is better", words.number),
     "top1_agreement": Metric("Same first choice", "as the original", words.percent),
     "prefill_ratio": Metric("Prefill speed", "original = 1", _ratio),
     "decode_ratio": Metric("Decoding speed", "original = 1", _ratio),
+    "kv_bytes": Metric("Cache a token", "keys and values", words.size),
     "peak_memory": Metric("Peak memory", "fresh process", words.size),
 }
 

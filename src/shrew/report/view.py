@@ -10,7 +10,8 @@ from shrew.report import words
 ORIGINAL, HEALED, CHOSEN = "original", "healed original", "chosen"
 
 # Records that feed a section of their own; every other metric is a number for the table.
-STRUCTURE = {"plan", "trial", "move", "band", "sample", "tensor", "recipe", "use", "verdict"}
+FORGOTTEN = {"band", "tail", "document", "flips", "changed", "class", "bias"}
+STRUCTURE = {"plan", "trial", "move", "sample", "tensor", "recipe", "use", "verdict"} | FORGOTTEN
 
 
 def split_of(record: Record) -> str:

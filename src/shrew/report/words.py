@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 SPACE = "\u00a0"  # between a number and its unit, so that a line never breaks there
@@ -107,6 +108,11 @@ def percent_at_least(share: float) -> str:
 def percent_exact(share: float) -> str:
     """A percentage that somebody set: 98 %, 99.75 %."""
     return f"{100 * share:.6g}{SPACE}%"
+
+
+def signed(value: float, told: Callable[[float], str]) -> str:
+    """−0.5 or +0.5: a change, its size in words."""
+    return ("−" if value < 0 else "+") + told(abs(value))
 
 
 def times(ratio: float) -> str:

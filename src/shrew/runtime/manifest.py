@@ -25,7 +25,7 @@ LARGEST_STATE = 1 << 31  # bytes of one state of one sequence at full context
 
 Count = Annotated[int, Meta(ge=1, le=1 << 24)]
 Id = Annotated[int, Meta(ge=0, lt=1 << 24)]
-WIDTHS = {"float32": 4, "int64": 8}
+WIDTHS = {"float32": 4, "int64": 8, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class State:
 
     name: str
     kind: Literal["cache", "recurrent"]
-    dtype: Literal["float32", "int64"]
+    dtype: Literal["float32", "int64", "int8", "uint8"]
     shape: tuple[Count | Literal["capacity"], ...]  # of one sequence, without the batch
 
     def sized(self, capacity: int) -> tuple[int, ...]:

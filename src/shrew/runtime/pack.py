@@ -135,7 +135,7 @@ def _step_seconds(manifest: Manifest, folder: Path, counts: Sequence[int]) -> li
 def _check_graph(model: Model) -> None:
     """Raises FolderError unless the graph takes and gives what the manifest says."""
     manifest, batch, length = model.manifest, "batch", "length"
-    types = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+    types = {"float32": "tensor(float)"} | {name: f"tensor({name})" for name in ("int64", "int8", "uint8")}
     ints, floats = types["int64"], types["float32"]
     gives: dict[str, tuple[str, tuple[int | str, ...]]]
     takes: dict[str, tuple[str, tuple[int | str, ...]]] = {"tokens": (ints, (batch, length))}

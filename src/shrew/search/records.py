@@ -12,7 +12,14 @@ import torch
 from shrew import folder, spec
 from shrew.data import python
 from shrew.folder import Loaded
-from shrew.measure import cost_records, paired_bootstrap, quality_records, speed_records
+from shrew.measure import (
+    cost_records,
+    forgotten_records,
+    paired_bootstrap,
+    quality_records,
+    speed_records,
+    tail_records,
+)
 from shrew.record import Record
 from shrew.search import trial
 from shrew.search.gate import ALPHA, Verdict
@@ -91,6 +98,23 @@ def _references(run: "Run", name: str) -> list[Record]:
         for each, base in ((scores, run.references["original"]), (final, run.finals.get("original"))):
             if each is not None and base is not None:
                 found += quality_records(name, label, each, base, seed=run.source.seed)
+    if "original" in run.finals:
+        found += forgotten_records(name, "original", run.task, run.finals["original"], seed=run.source.seed)
+    return found
+
+
+def _forgotten(run: "Run", name: str, label: str, item: "Trial", loaded: Loaded) -> list[Record]:
+    """What the model lost where, on the final split and, if there are any, on the pairs for bias."""
+    found, seed = [], run.source.seed
+    if item.label in run.finals:
+        scores, original = run.finals[item.label], run.finals["original"]
+        found += forgotten_records(name, label, run.task, scores, original, seed=seed)
+        found += tail_records(name, label, run.task, scores, original, loaded, run.original)
+    if run.pairs is not None:
+        before, after = run.pairs.score(run.original, "final"), run.pairs.score(loaded, "final")
+        for model, scores, base in (("original", before, None), (label, after, before)):
+            found += quality_records(name, model, scores, base, seed=seed)
+            found += forgotten_records(name, model, run.pairs, scores, base, seed=seed)
     return found
 
 
@@ -137,6 +161,7 @@ def _details(run: "Run", name: str, label: str, item: "Trial", verdicts: dict[st
         search = [record for record in _trial(run, name, item) if record.metric == "retention"]
         found += [Record(**{**vars(record), "model": label}) for record in search]
     found += _final(run, name, label, item.label, verdicts)
+    found += _forgotten(run, name, label, item, loaded)
     for record in cost_records(name, label, loaded):
         detail = {**record.detail, "trial": item.label} if record.metric == "bytes" and met else record.detail
         found.append(Record(**{**vars(record), "detail": detail}))

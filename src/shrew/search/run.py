@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 
 from shrew import files, folder, machine, record, report, spec
-from shrew.errors import ShrewError
+from shrew.errors import ShrewError, UsageError
+from shrew.folder import Loaded
 from shrew.measure import cost, statistics
 from shrew.moves.source import Source, context_of, open_task
 from shrew.record import Record
@@ -26,7 +27,8 @@ from shrew.search.gate import Verdict, fixed_sequence, judge
 from shrew.search.propose import Candidate, Curve, Family, inherited
 from shrew.search.records import emit
 from shrew.search.wanted import ShrinkSpec
-from shrew.tasks import Scores
+from shrew.tasks import Scores, likelihood, read
+from shrew.tasks.fairness import Fairness
 
 MEASURED = (2, 3, 4)  # widths whose damage is measured; wider ones follow
 ROUNDS = 8
@@ -69,6 +71,7 @@ class Run:
         self.json = json.dumps(spec.dump(self.source), sort_keys=True)
         self.task = open_task(self.source, self.original)
         self.context = context_of(self.source, self.original, self.task, say)
+        self.pairs = open_pairs(wanted.fairness, self.original)
         self.trials: list[Trial] = []
         self.tried: list[str] = []
         self.openings = 0
@@ -482,6 +485,17 @@ class Run:
         """The TOML that `shrew apply` reproduces this trial's weights from."""
         comment = f"Made by: {self.command}\nRun again: shrew apply recipe.toml --out FOLDER"
         return spec.to_toml({"source": spec.dump(self.source), "moves": item.moves}, comment)
+
+
+def open_pairs(path: str, original: Loaded) -> Fairness | None:
+    """The pairs whose bias the report compares; refused now rather than after the search."""
+    if not path:
+        return None
+    task = read(path)
+    if not isinstance(task, Fairness):
+        raise UsageError(f"--fairness {path} is a {task.kind} task; give lines of {{\"more\", \"less\", \"kind\"}}.")
+    likelihood.check_causal(original, task.label)
+    return task
 
 
 def repeated(scores: Scores, index: np.ndarray) -> Scores:

@@ -29,7 +29,7 @@ from shrew.moves.source import Source, context_of, fingerprint, open_task
 from shrew.search.allocate import Group
 from shrew.tasks import Task
 
-VERSION = 1  # of what is cached; raised when a trial's meaning changes
+VERSION = 2  # of what is cached; raised when a trial's meaning changes
 PROFILE_TOKENS = 4096
 PROFILE_VALUES = 1 << 25
 

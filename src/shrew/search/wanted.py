@@ -18,6 +18,7 @@ class ShrinkSpec:
     under: str | None = doc("largest weights file, such as 16MB", None)
     faster: str | None = doc("at least so many times faster, such as 2x", None)
     memory: str | None = doc("largest peak memory of a fresh process, such as 500MB", None)
+    fairness: str = doc("pairs of texts whose bias is compared before and after (JSONL or CSV)", "")
     minutes: Annotated[float, Meta(gt=0)] = doc("start no new trial after this long", 30.0)
     heal: Annotated[int, Meta(ge=0)] = doc("steps that a finalist is healed for; a quarter of it to rank cuts", 64)
     lr: Annotated[float, Meta(gt=0)] = doc("peak learning rate of healing", 5e-4)

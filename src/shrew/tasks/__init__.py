@@ -9,6 +9,7 @@ from shrew.data import Document, documents, read_jsonl, split_documents
 from shrew.errors import DataError
 from shrew.tasks.choice import Choice, Question
 from shrew.tasks.completion import Completion, Prompt
+from shrew.tasks.fairness import Fairness, pair, read_csv
 from shrew.tasks.labels import Labelled, Labels
 from shrew.tasks.scores import Scores
 from shrew.tasks.split import SALT, SHARES, deal, unique
@@ -16,19 +17,22 @@ from shrew.tasks.text import Text
 
 __all__ = ["KEYS", "SALT", "SHARES", "TASKS", "Scores", "Task", "read", "read_text_task"]
 
-Task = Text | Labels | Choice | Completion
-TASKS: dict[str, type[Task]] = {"text": Text, "labels": Labels, "choice": Choice, "completion": Completion}
+Task = Text | Labels | Choice | Completion | Fairness
+TASKS: dict[str, type[Task]] = {"text": Text, "labels": Labels, "choice": Choice, "completion": Completion,
+                                "fairness": Fairness}  # fmt: skip
 KEYS = {  # what a JSONL line holds, and the task that it therefore is
     "labels": ("text", "label"),
     "choice": ("question", "options", "answer"),
     "completion": ("prompt", "completion"),
+    "fairness": ("more", "less"),
     "text": ("text",),
 }
 FEW, PASSAGE = 20, 4000  # with fewer documents than this, long ones are cut into passages of about so many characters
 
 
 def read(path: str | Path, name: str = "", shares: dict[str, float] | None = None) -> Task:
-    """The task that a file holds, told by the keys of its first line; anything that is not JSONL is text.
+    """The task that a file holds, told by the keys of its first line; CSV holds pairs for bias; any
+    other file is text.
 
     Exact duplicates are dropped and counted; the rest is dealt into calibration, healing, search and final parts by a
     hash of its text, so that equal texts never stand in two parts. Raises DataError for what cannot be used.
@@ -36,6 +40,8 @@ def read(path: str | Path, name: str = "", shares: dict[str, float] | None = Non
     if str(path) == "python":
         return read_python()
     source = Path(path)
+    if source.suffix == ".csv":
+        return read_pairs(source, name)
     if source.suffix not in (".jsonl", ".json", ".ndjson"):
         return read_text_task([str(path)], name, shares)
     if not source.exists():
@@ -49,6 +55,8 @@ def read(path: str | Path, name: str = "", shares: dict[str, float] | None = Non
         raise DataError(f"{path}, line {rows[0][0]}: no known task has the keys {', '.join(rows[0][1])}; use {shapes}.")
     if kind == "text":
         return read_text_task([str(path)], name, shares)
+    if kind == "fairness":
+        return read_pairs(source, name)
     found, dropped = unique([PARSERS[kind](row, f"{path}, line {number}", number) for number, row in rows])
     splits = deal(found, KEYS[kind][0], shares or SHARES, str(path))
     name = name or source.stem
@@ -60,6 +68,15 @@ def read(path: str | Path, name: str = "", shares: dict[str, float] | None = Non
     if kind == "choice":
         return Choice(name=name, splits=splits, dropped=dropped)
     return Completion(name=name, splits=splits, dropped=dropped)
+
+
+def read_pairs(path: Path, name: str = "") -> Fairness:
+    """Pairs for bias from JSONL ({"more", "less", "kind"}) or CSV with CrowS-Pairs' columns."""
+    rows = read_csv(path) if path.suffix == ".csv" else read_jsonl(path)
+    found, dropped = unique([pair(row, f"{path}, line {number}", number) for number, row in rows])
+    if len(found) < 2:
+        raise DataError(f"{path} has {len(found)} pair; bias needs at least 2, and hundreds to show much.")
+    return Fairness(name=name or path.stem, splits={"final": found}, dropped=dropped)
 
 
 def read_text_task(

@@ -34,6 +34,9 @@ class Choice(SplitTask):
     def texts(self, loaded: Loaded, split: str) -> list[str]:
         return [f"{item.question} {item.options[item.answer]}" for item in self.examples(split)]
 
+    def shown(self, example: Question) -> tuple[str, str]:
+        return example.question, example.options[example.answer]
+
     def score(self, loaded: Loaded, split: str, reference: Loaded | None = None) -> Scores:
         """Columns: "guess" (number of the chosen option), "correct"."""
         likelihood.check_causal(loaded, self.label)
@@ -46,4 +49,5 @@ class Choice(SplitTask):
         correct = (guess == np.array([item.answer for item in items])).astype(np.float64)
         chance = float(np.mean([1 / len(item.options) for item in items]))
         columns = {"guess": guess, "correct": correct}
-        return Scores(self.label, split, self.metric, [item.id for item in items], columns, chance)
+        answers = tuple(item.options[number] for item, number in zip(items, guess, strict=True))
+        return Scores(self.label, split, self.metric, [item.id for item in items], columns, chance, answers=answers)

@@ -37,6 +37,9 @@ class Completion(SplitTask):
     def texts(self, loaded: Loaded, split: str) -> list[str]:
         return [item.prompt + item.completion for item in self.examples(split)]
 
+    def shown(self, example: Prompt) -> tuple[str, str]:
+        return example.prompt, example.completion.strip()
+
     def score(
         self, loaded: Loaded, split: str, reference: Loaded | None = None, rows: int = ROWS
     ) -> Scores:
@@ -48,14 +51,21 @@ class Completion(SplitTask):
         correct = np.array(
             [float(matches(answer, item.completion)) for answer, item in zip(answers, items, strict=True)]
         )
-        return Scores(self.label, split, self.metric, [item.id for item in items], {"correct": correct})
+        told = tuple(trimmed(answer, item.completion) for answer, item in zip(answers, items, strict=True))
+        columns = {"correct": correct}
+        return Scores(self.label, split, self.metric, [item.id for item in items], columns, answers=told)
+
+
+def trimmed(answer: str, expected: str) -> str:
+    """The answer without blanks at its ends, cut at the first newline if one line is expected."""
+    if "\n" not in expected.strip():
+        answer = answer.lstrip("\n").partition("\n")[0] if expected.startswith("\n") else answer.partition("\n")[0]
+    return answer.strip()
 
 
 def matches(answer: str, expected: str) -> bool:
-    """Whether the answer, cut at the first newline if one line is expected, is the expected text (blanks aside)."""
-    if "\n" not in expected.strip():
-        answer = answer.lstrip("\n").partition("\n")[0] if expected.startswith("\n") else answer.partition("\n")[0]
-    return answer.strip() == expected.strip()
+    """Whether the trimmed answer is the expected text (blanks aside)."""
+    return trimmed(answer, expected) == expected.strip()
 
 
 def greedy(loaded: Loaded, prompts: Sequence[str], lengths: Sequence[int], rows: int = ROWS) -> list[str]:

@@ -41,6 +41,9 @@ class Labels(SplitTask):
         items = self.examples(split)
         return [item.text if loaded.is_classifier else prompt(item.text) + f" {item.label}" for item in items]
 
+    def shown(self, example: Labelled) -> tuple[str, str]:
+        return example.text, str(example.label)
+
     def score(self, loaded: Loaded, split: str, reference: Loaded | None = None) -> Scores:
         """Columns: "truth" and "guess" (numbers in `classes`), "correct"."""
         items: Sequence[Labelled] = self.examples(split)
@@ -56,7 +59,9 @@ class Labels(SplitTask):
             guess = self._likeliest(loaded, items, classes)
         columns = {"truth": truth, "guess": guess, "correct": (truth == guess).astype(np.float64)}
         ids = [item.id for item in items]
-        return Scores(self.label, split, self.metric, ids, columns, chance_f1(truth, len(self.labels)), classes)
+        chance = chance_f1(truth, len(self.labels))
+        answers = tuple(classes[number] for number in guess)
+        return Scores(self.label, split, self.metric, ids, columns, chance, classes, answers)
 
     def _likeliest(self, loaded: Loaded, items: Sequence[Labelled], classes: Sequence[str]) -> np.ndarray:
         pairs = [(prompt(item.text), f" {name}") for item in items for name in classes]

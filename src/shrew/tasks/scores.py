@@ -23,11 +23,13 @@ class Scores:
 
     `units` are the ids of what is resampled (documents or examples) and every column has one number for each of them:
 
-    - bits_per_byte: "bits", "bytes" (and "tokens"; with a reference "kl_bits", "agree"; bands, see `shrew.tasks.text`);
+    - bits_per_byte: "bits", "bytes" (and "tokens", deciles; with a reference "kl_bits", "agree": `shrew.tasks.text`);
     - macro_f1: "truth" and "guess", class numbers below len(classes), and "correct";
-    - accuracy, exact_match: "correct", 0 or 1.
+    - accuracy, exact_match: "correct", 0 or 1;
+    - stereotype_share: "more", 1 where the more stereotyping text of a pair is likelier, 0.5 for a tie.
 
-    `chance` is the metric of a predictor that knows nothing of the text; bits per byte do not use it.
+    `answers` are what the model answered each unit, in words, where there are answers. `chance` is the metric of a
+    predictor that knows nothing of the text; bits per byte do not use it.
     """
 
     task: str
@@ -37,6 +39,7 @@ class Scores:
     columns: dict[str, np.ndarray]
     chance: float = 0.0
     classes: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -82,12 +85,13 @@ class Scores:
     def dump(self) -> dict[str, Any]:
         """Plain values for JSON; `Scores.parse` gives the same scores back."""
         columns = {name: column.tolist() for name, column in self.columns.items()}
-        return {**vars(self), "columns": columns, "classes": list(self.classes)}
+        return {**vars(self), "columns": columns, "classes": list(self.classes), "answers": list(self.answers)}
 
     @classmethod
     def parse(cls, plain: dict[str, Any]) -> "Scores":
         columns = {name: np.asarray(column) for name, column in plain["columns"].items()}
-        return cls(**{**plain, "columns": columns, "classes": tuple(plain["classes"])})
+        words = {name: tuple(plain[name]) for name in ("classes", "answers")}
+        return cls(**{**plain, "columns": columns, **words})
 
     def check_pair(self, other: "Scores") -> None:
         """Refuse to compare scores of different units, splits, tasks or metrics."""
@@ -114,13 +118,13 @@ def _ratio_influence(scores: Scores) -> np.ndarray:
     return (bits - bits.sum() / size.sum() * size) / size.mean()
 
 
-def _mean_values(scores: Scores, weights: np.ndarray) -> np.ndarray:
-    return (weights @ scores.columns["correct"]) / weights.sum(1)
+def _mean(name: str) -> "Metric":
+    """The mean of one column."""
+    def influence(scores: Scores) -> np.ndarray:
+        column = scores.columns[name].astype(np.float64)
+        return column - column.mean()
 
-
-def _mean_influence(scores: Scores) -> np.ndarray:
-    correct = scores.columns["correct"].astype(np.float64)
-    return correct - correct.mean()
+    return Metric(lambda scores, weights: (weights @ scores.columns[name]) / weights.sum(1), influence)
 
 
 def _one_hot(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -149,8 +153,9 @@ def _f1_influence(scores: Scores) -> np.ndarray:
 METRICS = {
     "bits_per_byte": Metric(_ratio_values, _ratio_influence),
     "macro_f1": Metric(_f1_values, _f1_influence),
-    "accuracy": Metric(_mean_values, _mean_influence),
-    "exact_match": Metric(_mean_values, _mean_influence),
+    "accuracy": _mean("correct"),
+    "exact_match": _mean("correct"),
+    "stereotype_share": _mean("more"),
 }
 
 

@@ -37,6 +37,10 @@ class SplitTask:
             raise DataError(f"{self.label}: the {split} split is empty; give more examples (20 or more is sensible).")
         return list(self.splits[split])
 
+    def shown(self, example: Any) -> tuple[str, str]:
+        """What an example asks and its right answer, in words."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         """One line: how many examples each split holds."""
         total = sum(map(len, self.splits.values()))

@@ -4,11 +4,12 @@ Our blocks say the model first (`shrew.blocks.stock`), so there is one emitter a
 """
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnxruntime
 
@@ -30,6 +31,7 @@ EXACT = "exact.onnx"
 FAST = 4  # accuracy level: inputs of a product rounded to 8 bits
 AS_FAST = 1.05  # times; not worth a rounding
 TEXT = "python:evaluation"  # held out from the starter's training; every machine has it
+FITTED = 4096  # tokens that the steps of keys and values are fitted to
 PIECE = 400  # characters of a text that a classifier gets
 Say = Callable[[str], None]
 
@@ -40,6 +42,7 @@ class Options:
         "text on which the shipped graph is compared with the exact one: a file, folder or glob; default: modules of "
         "Python's standard library", None,
     )  # fmt: skip
+    kv: Literal[0, 8, 4] = doc("bits of cached keys and values, with steps fitted to more of that text; 0: in full", 0)
 
 
 def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
@@ -50,8 +53,14 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     say(machine.choose_threads().reason)
     loaded = folder.load(name)
     refuse_corrections(loaded.packed, "the graph")
-    text = _text(loaded, options.text)
-    built = build(loaded)
+    if loaded.is_classifier and options.kv:
+        raise UnsupportedError(f"{name} is a classifier and keeps no keys and values; leave out --kv.")
+    text, more = _text(loaded, options.text, FITTED if options.kv else 0)
+    full = build(loaded)
+    built = build(loaded, options.kv, more) if options.kv else full
+    if options.kv:
+        say(f"keys and values of {len(built.graph.kv)} layers are held in {options.kv} bits, fitted to {len(more):,} "
+            "other tokens")  # fmt: skip
     if loaded.sparse:
         say(f"Note: {sparse.DENSE_NOTE}.")
     say(f"{name}: {sum(value.numel() for value in loaded.model.parameters()):,} parameters")
@@ -60,10 +69,13 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
             _write_texts(where, loaded, name)
             offsets = built.graph.write(where / DATA)
             _say_types(built.weights, loaded, say)
-            for file, level in ((EXACT, 0), (MODEL, FAST)):
-                (where / file).write_bytes(built.graph.proto(offsets, level))
-            exact, shipped, level = _checked(where, built, loaded, text, say)
-            (where / EXACT).unlink()
+            (where / MODEL).write_bytes(built.graph.proto(offsets, FAST))
+            with tempfile.TemporaryDirectory(dir=where) as apart:
+                first = where if full is built else Path(apart)  # a graph of its own has weights of its own
+                own = offsets if full is built else full.graph.write(first / DATA)
+                (first / EXACT).write_bytes(full.graph.proto(own, 0))
+                exact, shipped, level = _checked(where / MODEL, built, first / EXACT, full, loaded, text, say)
+                (first / EXACT).unlink()
             (where / MODEL).write_bytes(built.graph.proto(offsets, level))
             manifest = built.manifest(loaded, name) | {
                 "accuracy_level": level, "exact": exact, "shipped": shipped | {"text": options.text or TEXT},
@@ -76,8 +88,8 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     return manifest
 
 
-def _text(loaded: Loaded, source: str | None) -> Any:
-    """Enough tokens for the checks of a causal model; texts of tokens for those of a classifier."""
+def _text(loaded: Loaded, source: str | None, fitted: int = 0) -> tuple[Any, Any]:
+    """Enough tokens for the checks of a causal model, and `fitted` others; for a classifier texts of tokens."""
     found: list[Any] = []
     context = getattr(loaded.model.config, "max_position_embeddings", None) or PIECE
     for document in data.documents([source or TEXT]):
@@ -86,11 +98,14 @@ def _text(loaded: Loaded, source: str | None) -> Any:
             found += [row for row in loaded.tokenizer(pieces, truncation=True, max_length=context)["input_ids"] if row]
         else:
             found += data.encode(loaded.tokenizer, [document.text])[0]
-        if len(found) >= (check.TEXTS if loaded.is_classifier else check.COMPARED):
+        if len(found) >= (check.TEXTS if loaded.is_classifier else check.COMPARED + fitted):
             break
     if len(found) < (1 if loaded.is_classifier else 2):
         raise DataError(f"{source or TEXT}: fewer than two tokens of text; give more.")
-    return found[: check.TEXTS] if loaded.is_classifier else found[: check.COMPARED]
+    if loaded.is_classifier:
+        return found[: check.TEXTS], []
+    half = min(check.COMPARED, len(found) // 2) if fitted else check.COMPARED
+    return found[:half], found[half : half + fitted]
 
 
 def _say_types(weights: Weights, loaded: Loaded, say: Say) -> None:
@@ -108,27 +123,35 @@ def _say_types(weights: Weights, loaded: Loaded, say: Say) -> None:
 
 
 def _checked(
-    where: Path, built: Built, loaded: Loaded, text: Any, say: Say
+    model: Path, built: Built, path: Path, full: Built, loaded: Loaded, text: Any, say: Say
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """What both checks found, and the accuracy level to ship."""
+    """What both checks found, of the exact graph at `path` and of the one that is shipped, and its accuracy level."""
     say("checking the graph against torch ...")
     graph, context = built.graph, built.context
+    fast: Any
     if built.labels:
-        slow: Any = check.Labeller(check.opened(where / EXACT))
+        slow: Any = check.Labeller(check.opened(path))
         exact = check.exact_labels(slow, loaded.model, text)
     else:
-        slow = check.Runner(check.opened(where / EXACT), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
+        slow = check.Runner(check.opened(path), full.graph.states, min(context, check.WINDOW), CHUNK, graph.align)
         exact = check.exact(slow, loaded.model, text, context)
     same = "" if built.labels else f", {exact['greedy_equal']} of {exact['greedy_compared']} greedy tokens are equal"
     say(f"  logits differ by at most {exact['logit_difference']:.1e}{same}")
     nothing = {"kl_bits": 0.0, "top1": 1.0} | ({} if built.labels else {"first_differing_token": None})
+    if graph.kv:
+        fast = check.Runner(check.opened(model), graph.states, slow.capacity, CHUNK, graph.align)
+        shipped = check.shipped(fast, slow, text, context)
+        level = FAST if graph.has_codes else 0
+        say(f"shipping accuracy level {level} with keys and values in few bits: KL {shipped['kl_bits']:.2g} bits a "
+            f"token from the exact graph, first choice equal in {shipped['top1']:.2%}")  # fmt: skip
+        return exact, shipped | {"kv_bits": next(iter(graph.kv.values())).bits}, level
     if not graph.has_codes:
         return exact, nothing, 0
     if built.labels:
-        fast: Any = check.Labeller(check.opened(where / MODEL))
+        fast = check.Labeller(check.opened(model))
         at_zero, at_four = check.label_seconds([slow, fast], text)
     else:
-        fast = check.Runner(check.opened(where / MODEL), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
+        fast = check.Runner(check.opened(model), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
         at_zero, at_four = check.seconds([slow, fast], text)
     ratio, unit = at_zero / at_four, "text" if built.labels else "token"
     measured = {f"seconds_per_{unit}": {"0": at_zero, str(FAST): at_four}, "processor": machine.processor()}

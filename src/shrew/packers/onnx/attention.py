@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shrew.packers.onnx.call import Call
 from shrew.packers.onnx.graph import MS, Graph
+from shrew.packers.onnx.kv import Steps
 from shrew.packers.onnx.weights import picked
 
 
@@ -66,9 +67,11 @@ def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
     window = getattr(block, "window", 0)
     window = 0 if window >= call.context else window
     rolling = window > 0 and not call.whole
-    shape = (kv, window if rolling else "capacity", padded)
+    held = None if rolling or call.whole else g.kv.get(name)
+    shape = (kv, window if rolling else "capacity", padded // 2 if held and held.bits == 4 else padded)
     kind: Any = "recurrent" if rolling else "cache"
-    (keys, next_keys), (values, next_values) = (call.state(f"{name}.{part}", shape, kind) for part in ("k", "v"))
+    dtype = {None: torch.float32, 8: torch.int8, 4: torch.uint8}[held.bits if held else None]
+    (keys, next_keys), (values, next_values) = (call.state(f"{name}.{part}", shape, kind, dtype) for part in "kv")
     tables = ("", "")
     if block.rotated:
         wide = padded if not place.usual else block.rotated
@@ -76,7 +79,8 @@ def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
     sinks = g.tensor(f"{name}.sinks") if spec.sinks else ""
     y, new_keys, new_values = g.node(
         "GroupQueryAttention", query, key, value, keys, values, call.last, call.longest, *tables, "", "", sinks,
-        domain=MS, outputs=3, num_heads=heads, kv_num_heads=kv, do_rotary=int(block.rotated > 0), scale=block.scale,
+        *_steps(g, held, place), **_held(held), domain=MS, outputs=3, num_heads=heads, kv_num_heads=kv,
+        do_rotary=int(block.rotated > 0), scale=block.scale,
         softcap=spec.softcap, local_window_size=window or -1, sliding_window_cache=int(rolling))  # fmt: skip
     next_keys(new_keys)
     next_values(new_values)
@@ -86,6 +90,19 @@ def emit(g: Graph, block: Any, name: str, x: str, call: Call) -> str:
     if spec.gate:
         y = g.mul(y, g.sigmoid(g.linear(x, f"{name}.g_proj")))
     return g.linear(y, f"{name}.o_proj")
+
+
+def _steps(g: Graph, held: Steps | None, place: Layout) -> list[str]:
+    """float32 [K * P] each: steps of keys and values in the order of the operator's channels, 1 for those of zeros."""
+    if held is None:
+        return []
+    laid = ((held.keys, place.turned), (held.values, place.plain))
+    return [g.constant(torch.where(order < 0, 1.0, steps[:, order]).flatten()) for steps, order in laid]
+
+
+def _held(held: Steps | None) -> dict[str, Any]:
+    kind = None if held is None else "PER_CHANNEL"
+    return {"kv_cache_bit_width": held and held.bits, "k_quant_type": kind, "v_quant_type": kind}
 
 
 def moved(order: Tensor, heads: int, width: int, first: int = 0) -> Tensor:

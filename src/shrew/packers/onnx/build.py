@@ -1,5 +1,6 @@
 """From a loaded model to its graph: which kind it is, and what the manifest says of it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.packers.onnx import modernbert, trunk
 from shrew.packers.onnx.graph import Graph
+from shrew.packers.onnx.kv import calibrated
 from shrew.packers.onnx.source import ours
 from shrew.packers.onnx.weights import Weights
 
@@ -45,12 +47,14 @@ class Built:
         }  # fmt: skip
 
 
-def build(loaded: Loaded) -> Built:
-    """The graph of a model. Raises UnsupportedError, naming what can be packed, where there is none."""
+def build(loaded: Loaded, bits: int = 0, tokens: Sequence[int] = ()) -> Built:
+    """The graph of a model; with `bits`, keys and values are held in so many, fitted to these tokens. Raises
+    UnsupportedError, naming what can be packed, where there is none."""
     config = loaded.model.config
     if not loaded.is_classifier:
         model, weights = ours(loaded)
-        return Built(trunk.causal(model, weights), model.spec.vocabulary or 0, model.spec.width, model.spec.context)
+        kv = calibrated(model, tokens, bits) if bits else None
+        return Built(trunk.causal(model, weights, kv), model.spec.vocabulary or 0, model.spec.width, model.spec.context)
     labels = [str(config.id2label[number]) for number in range(config.num_labels)]
     if config.model_type == "modernbert":
         weights = Weights({name: value.detach() for name, value in loaded.model.state_dict().items()}, loaded.packed)

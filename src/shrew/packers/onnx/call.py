@@ -8,6 +8,10 @@ import torch
 from shrew.blocks.layers import rotary_rates
 from shrew.packers.onnx.graph import Graph, State
 
+DTYPES: dict[torch.dtype, Literal["float32", "int64", "int8", "uint8"]] = {
+    torch.float32: "float32", torch.int64: "int64", torch.int8: "int8", torch.uint8: "uint8"
+}  # fmt: skip
+
 
 class Call:
     """The values of one call: `tokens` [batch, length] and `start` [batch], both int64, and what follows from them.
@@ -102,7 +106,7 @@ class Call:
               dtype: torch.dtype = torch.float32) -> tuple[str, Callable[[str], None]]:  # fmt: skip
         """A state of [batch, *shape]: its past value, and what to call with the next one."""
         name = self.prefix + name
-        self.graph.states.append(State(name, kind, "float32" if dtype == torch.float32 else "int64", tuple(shape)))
+        self.graph.states.append(State(name, kind, DTYPES[dtype], tuple(shape)))
         past = self.graph.input(f"past.{name}", dtype, ("batch", *shape))
 
         def set_next(value: str) -> None:

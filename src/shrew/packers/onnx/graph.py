@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from shrew.packers.onnx.kv import Steps
 from shrew.packers.onnx.weights import Blocks, Weights, picked
 
 MODEL, DATA = "model.onnx", "model.bin"
@@ -23,7 +24,8 @@ MS = "com.microsoft"
 ALIGN = 64  # bytes: a cache line, and enough for every vector instruction
 INLINE = 256  # bytes of the largest tensor that stands in the graph itself
 TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16,
-         torch.uint8: TensorProto.UINT8, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32}  # fmt: skip
+         torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8, torch.int64: TensorProto.INT64,
+         torch.int32: TensorProto.INT32}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class State:
 
     name: str
     kind: Literal["cache", "recurrent"]
-    dtype: Literal["float32", "int64"]
+    dtype: Literal["float32", "int64", "int8", "uint8"]
     shape: tuple[int | str, ...]
 
 
@@ -42,6 +44,7 @@ class Graph:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.states: list[State] = []
+        self.kv: dict[str, Steps] = {}  # mixer -> how its keys and values are held; in full where it has none
         self._nodes: list[Any] = []
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []

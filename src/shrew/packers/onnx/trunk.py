@@ -10,6 +10,7 @@ from shrew.errors import UnsupportedError
 from shrew.packers.onnx import attention, conv, delta, depth, linear, memory, mlp, moe, ngrams
 from shrew.packers.onnx.call import Call, Whole
 from shrew.packers.onnx.graph import Graph
+from shrew.packers.onnx.kv import Steps
 from shrew.packers.onnx.weights import Weights
 
 # (graph, block, name of its parameters, x [batch, length, width] normed, call) -> the same shape
@@ -27,9 +28,11 @@ EMITTERS: dict[str, Emitter] = {
 }
 
 
-def causal(model: ShrewForCausalLM, weights: Weights) -> Graph:
-    """The graph of a causal model: see `docs/pack.md` for its inputs and outputs."""
+def causal(model: ShrewForCausalLM, weights: Weights, kv: dict[str, Steps] | None = None) -> Graph:
+    """The graph of a causal model: see `docs/pack.md` for its inputs and outputs. `kv`: steps of cached keys and
+    values."""
     spec, g = model.spec, Graph(weights)
+    g.kv = kv or {}
     call = Call(g, spec.context, spec.eps)
     wanted = g.input("wanted", torch.int64, ("n",))
     hidden = str(g.node("Gather", _hidden(g, model, call), wanted, axis=0))
