@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shrew.folder.grids import Grid, Steps, Uniform, encode, groups
+from shrew.folder.grids import Grid, Steps, Uniform, dequantize, encode, groups, spread
 
 CHUNK = 1 << 22  # weights searched at once; bounds memory
 BLOCK = 64  # columns, at least, whose errors are spread together in gptq
@@ -115,21 +115,57 @@ def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[T
     batch, count, cols = rows.shape
     span, group = grid.span or cols, grid.group or cols
     rest = rows.transpose(1, 2).contiguous()  # [batch, cols, rows]: a column is contiguous
-    codes = torch.empty(batch, cols, count, dtype=torch.uint8)
     found: list[dict[str, Tensor]] = []
+    pairs: list[Tensor] = []
+
+    def at(column: int) -> list[Tensor]:
+        nonlocal pairs
+        if column % span == 0:
+            part = rest[:, column : column + span].transpose(1, 2).reshape(batch * count, -1)
+            weight = importance[:, None, column : column + span].expand(-1, count, -1).reshape(batch * count, -1)
+            steps = fit(part, grid, weight)
+            found.append(steps.parts())
+            pairs = [item.reshape(batch, count, -1) for item in grid.effective(steps)]
+        return [item[..., column % span // group] for item in pairs]
+
     # Every column of a span must have its errors when the span begins, so spans begin where blocks do or inside them.
     block = BLOCK if span % BLOCK == 0 or span == cols else span * max(1, BLOCK // span)
+    codes = _feed_back(rest, upper, grid, block, at)
+    steps = Steps(**{name: torch.cat([part[name] for part in found], dim=1) for name in found[0]})
+    return codes.transpose(1, 2).reshape(batch * count, cols), steps
+
+
+def gptq_ordered(rows: Tensor, hessian: Tensor, importance: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
+    """GPTQ with the most important columns first, which then have the most columns left to take up their errors.
+
+    Steps are chosen beforehand for the columns as they stand, so the order costs nothing in the file ("static groups").
+    """
+    batch, count, cols = rows.shape
+    steps = fit(rows.reshape(-1, cols), grid, importance[:, None].expand(-1, count, -1).reshape(-1, cols))
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    across = order[:, None].expand(-1, cols, -1)
+    upper, _ = decompose(hessian.gather(1, across.transpose(1, 2)).gather(2, across), damp)
+    pairs = [spread(item, grid.group, cols).reshape(batch, count, -1).expand(batch, count, cols)
+             .transpose(1, 2).gather(1, order[..., None].expand(-1, -1, count))
+             for item in grid.effective(steps)]  # fmt: skip
+    rest = rows.transpose(1, 2).gather(1, order[..., None].expand(-1, -1, count))
+    found = _feed_back(rest, upper, grid, BLOCK, lambda column: [item[:, column] for item in pairs])
+    codes = torch.empty_like(found).scatter_(1, order[..., None].expand(-1, -1, count), found)
+    return codes.transpose(1, 2).reshape(batch * count, cols), steps
+
+
+def _feed_back(
+    rest: Tensor, upper: Tensor, grid: Grid, block: int, at: Callable[[int], list[Tensor]]
+) -> Tensor:
+    """Codes uint8 of `rest` [batch, cols, rows], which is used up; `at` gives scale and zero [batch, rows] of a column
+    when it is reached."""
+    batch, cols, count = rest.shape
+    codes = torch.empty(batch, cols, count, dtype=torch.uint8)
     for start in range(0, cols, block):
         end = min(start + block, cols)
         errors = torch.empty(batch, end - start, count)
         for column in range(start, end):
-            if column % span == 0:
-                part = rest[:, column : column + span].transpose(1, 2).reshape(batch * count, -1)
-                weight = importance[:, None, column : column + span].expand(-1, count, -1).reshape(batch * count, -1)
-                steps = fit(part, grid, weight)
-                found.append(steps.parts())
-                pairs = [item.reshape(batch, count, -1) for item in grid.effective(steps)]
-            scale, zero = (item[..., column % span // group] for item in pairs)
+            scale, zero = at(column)
             value = rest[:, column]
             code = grid.encode(value, scale, zero)
             codes[:, column] = code
@@ -137,5 +173,37 @@ def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[T
             errors[:, column - start] = error
             rest[:, column + 1 : end] -= upper[:, column, column + 1 : end, None] * error[:, None]
         rest[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ errors
-    steps = Steps(**{name: torch.cat([part[name] for part in found], dim=1) for name in found[0]})
-    return codes.transpose(1, 2).reshape(batch * count, cols), steps
+    return codes
+
+
+def damage(rows: Tensor, codes: Tensor, steps: Steps, grid: Grid, hessian: Tensor) -> Tensor:
+    """What rounding does to each row's output over the calibration text: the sum of squares, float64 [batch * rows].
+
+    rows [batch, rows, cols], hessian [batch, cols, cols]."""
+    change = (dequantize(codes, steps, grid).view_as(rows) - rows).double()
+    return ((change @ hessian.double()) * change).sum(-1).flatten()
+
+
+def solve(rows: Tensor, hessian: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
+    """Codes and steps of rows [batch, rows, cols] by error feedback under `hessian` [batch, cols, cols]: of each row the
+    better of columns in their order, important columns first, and rounding to nearest. So never worse than the last."""
+    upper, importance = decompose(hessian, damp)
+    weights = importance[:, None].expand_as(rows).reshape(-1, rows.shape[-1])
+    best = nearest(rows.reshape(-1, rows.shape[-1]), grid, importance=weights)
+    least = damage(rows, *best, grid, hessian)
+    for made in (gptq(rows, upper, importance, grid), gptq_ordered(rows, hessian, importance, grid, damp)):
+        loss = damage(rows, *made, grid, hessian)
+        better, least = loss < least, torch.minimum(loss, least)
+        best = pick(better, made, best)
+    return best
+
+
+def pick(which: Tensor, ones: tuple[Tensor, Steps], others: tuple[Tensor, Steps]) -> tuple[Tensor, Steps]:
+    """Codes and steps of `ones` in the rows where `which` is true, of `others` elsewhere."""
+
+    def chosen(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(which.view(-1, *[1] * (one.ndim - 1)), one, other)
+
+    held = others[1].parts()
+    steps = Steps(**{name: chosen(value, held[name]) for name, value in ones[1].parts().items()})
+    return chosen(ones[0], others[0]), steps

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +14,7 @@ from shrew.folder import Loaded
 from shrew.folder.grids import Grid, Steps, Uniform
 from shrew.folder.packed import Packed, to_rows
 from shrew.moves import grids
+from shrew.moves.calibrate import aliases, stages
 from shrew.spec import Meta, doc
 
 if TYPE_CHECKING:
@@ -35,7 +33,11 @@ class Quantize:
 
     bits: Annotated[int, Meta(ge=2, le=8)] = doc("bits of each weight", 4)
     group: Annotated[int, Meta(ge=0)] = doc("weights that share a scale: 32, 64, 128; 0 for a whole row", 64)
-    method: Literal["gptq", "rtn"] = doc("gptq spreads errors by calibration text; rtn rounds to nearest", "gptq")
+    method: Literal["gptq", "rtn", "weighted"] = doc(
+        "gptq spreads errors by calibration text; rtn rounds to nearest; weighted does, minding how large inputs are",
+        "gptq",
+    )
+    sequential: bool = doc("calibrate each layer on what the rounded layers before it give", True)
     symmetric: bool = doc("no zero points", True)
     embeddings: bool = doc("quantize embeddings and output head too", False)
     tensors: dict[str, int] = doc("bits of single weights by name; 0 or 16 leaves one alone", default_factory=dict)
@@ -51,30 +53,39 @@ class Quantize:
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
         """Quantize in place."""
         targets = self._targets(loaded)
-        statistics = hessians(loaded, context.calibration) if self.method == "gptq" else {}
+        if self.method == "rtn":
+            self._round(loaded, context, targets, {})
+            return loaded
+        for stage in stages(loaded, context.calibration, self.sequential, context.say):
+            now = {name: target for name, target in targets.items() if name in stage.names}
+            self._round(loaded, context, now, stage.statistics)
+        return loaded
+
+    def _round(
+        self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], statistics: dict[str, Tensor]
+    ) -> None:
         by_input: dict[tuple[int, Grid], list[str]] = {}
         for name, (target, grid) in targets.items():
             hessian = statistics.get(name)
-            if self.method == "rtn" or hessian is None:
-                if self.method == "gptq" and target.kind != "embedding":
+            if hessian is None:
+                if self.method != "rtn" and target.kind != "embedding":
                     context.say(f"{name}: no calibration text reached it, so it is rounded to nearest")
                 rows = to_rows(target.weight.detach().float(), target.transposed)
                 _keep(loaded, target, grid, *grids.nearest(rows, grid))
             elif target.kind in ("experts", "tied"):
-                self._with_feedback(loaded, context, [target], grid, hessian)
+                self._with_statistics(loaded, context, [target], grid, hessian)
             else:
                 by_input.setdefault((id(hessian), grid), []).append(name)
         for (_, grid), names in by_input.items():
-            self._with_feedback(loaded, context, [targets[name][0] for name in names], grid, statistics[names[0]])
-        return loaded
+            self._with_statistics(loaded, context, [targets[name][0] for name in names], grid, statistics[names[0]])
 
     def _targets(self, loaded: Loaded) -> dict[str, tuple[Target, Grid]]:
         """The weights to quantize with their grids; notes in `untouched` why each other one is left."""
         found, untouched = quantizable(loaded.model)
-        aliases = _aliases(loaded.model)
+        first_names = aliases(loaded.model)
         asked = {}
         for name, bits in self.tensors.items():
-            known = aliases.get(name, name)
+            known = first_names.get(name, name)
             if known not in found:
                 reason = untouched.get(known)
                 raise SpecError(f"quantize: '{name}' cannot be quantized: {reason}." if reason else
@@ -98,10 +109,10 @@ class Quantize:
             loaded.untouched.pop(name, None)
         return targets
 
-    def _with_feedback(
+    def _with_statistics(
         self, loaded: Loaded, context: Context, targets: list[Target], grid: Grid, hessian: Tensor
     ) -> None:
-        """GPTQ on weights that see the same input; their rows are independent, so they go in one call."""
+        """Weights that see the same input; their rows are independent, so they go in one call."""
         if targets[0].kind == "tied":
             # Rows are also looked up as embeddings, where each weight's error counts alike: a second, round quadratic.
             hessian = hessian / hessian.diagonal().mean().clamp(min=1e-30) + torch.eye(len(hessian))
@@ -112,7 +123,11 @@ class Quantize:
             context.say(f"{targets[0].name}: no text reached experts {numbers}, so they are rounded to nearest")
         parts = [to_rows(target.weight.detach().float(), target.transposed) for target in targets]
         rows = torch.cat(parts).reshape(len(batched), -1, batched.shape[-1])
-        codes, steps = grids.gptq(rows, *grids.decompose(batched, self.damp), grid)
+        if self.method == "weighted":
+            weights = grids.decompose(batched, self.damp)[1][:, None].expand_as(rows).reshape(-1, rows.shape[-1])
+            codes, steps = grids.nearest(rows.reshape(-1, rows.shape[-1]), grid, importance=weights)
+        else:
+            codes, steps = grids.solve(rows, batched, grid, self.damp)
         first = 0
         for target, part in zip(targets, parts, strict=True):
             own = slice(first, first + len(part))
@@ -135,12 +150,6 @@ class Target:
     weight: nn.Parameter
     kind: Literal["linear", "experts", "embedding", "head", "tied"]
     transposed: bool
-
-
-def _aliases(model: Any) -> dict[str, str]:
-    """Every name of a tied weight -> the name that `named_parameters` gives it."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def quantizable(model: Any) -> tuple[dict[str, Target], dict[str, str]]:
@@ -187,76 +196,3 @@ def _obstacle(model: Any, owner_name: str, owner: nn.Module, own: str, weight: n
     if min(weight.shape[-2:]) < SMALLEST_ROW and not isinstance(owner, nn.Embedding):
         return f"too small ({' x '.join(map(str, weight.shape))}): scales would eat the gain"
     return ""
-
-
-class _Sums:
-    """Sums of x xᵀ over everything that reaches a module; modules fed the same tensor share one sum."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.leader: dict[str, str] = {}
-        self._last: tuple[Tensor | None, str] = (None, "")
-
-    def linear(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            value, leader = self._last
-            if name not in self.leader:
-                self.leader[name] = leader if inputs[0] is value else name
-            if self.leader[name] == name:
-                self._last = (inputs[0], name)
-                rows = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
-                self._add(name, rows)
-
-        return hook
-
-    def experts(self, name: str) -> Callable[[Any, tuple[Any, ...]], None]:
-        """For fused experts called with (hidden states [T, d], chosen experts [T, k], ...)."""
-
-        def hook(module: Any, inputs: tuple[Any, ...]) -> None:
-            hidden, chosen = inputs[0].detach().float(), inputs[1]
-            for part, size in (("gate_up_proj", hidden.shape[-1]), ("down_proj", module.down_proj.shape[-1])):
-                full = f"{name}.{part}"
-                self.leader[full] = full
-                self.sums.setdefault(full, torch.zeros(len(module.down_proj), size, size))
-            for expert in chosen.unique().tolist():
-                if expert >= len(module.down_proj):
-                    continue  # the number after the last expert means "none"
-                rows = hidden[(chosen == expert).any(-1)]
-                inner = module._apply_gate(nn.functional.linear(rows, module.gate_up_proj[expert]))
-                self.sums[f"{name}.gate_up_proj"][expert] += rows.T @ rows
-                self.sums[f"{name}.down_proj"][expert] += inner.T @ inner
-
-        return hook
-
-    def _add(self, name: str, rows: Tensor) -> None:
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(rows.shape[1], rows.shape[1])
-        self.sums[name].addmm_(rows.T, rows)
-
-
-def hessians(loaded: Loaded, calibration: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """Input statistics for GPTQ, by parameter name: float32 [in, in], or [experts, in, in] for fused experts.
-
-    One pass over the calibration sequences with the weights as they are. Weights with the same input share one tensor.
-    Weights whose input cannot be seen, or never came, are missing.
-    """
-    model, aliases = loaded.model, _aliases(loaded.model)
-    sums = _Sums()
-    with ExitStack() as hooks, torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
-                hooks.enter_context(module.register_forward_pre_hook(sums.linear(name + ".weight")))
-            elif _readable_experts(module):
-                hooks.enter_context(module.register_forward_pre_hook(sums.experts(name)))
-        for sequence in calibration:
-            model(input_ids=torch.from_numpy(np.asarray(sequence, np.int64))[None])
-    return {aliases[name]: sums.sums[leader] for name, leader in sums.leader.items() if sums.sums[leader].any()}
-
-
-def _readable_experts(module: Any) -> bool:
-    """Whether fused experts have the usual form, gate and up in one tensor [experts, 2 * inner, d], without biases."""
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.ndim != 3:
-        return False
-    plain = not getattr(module, "is_transposed", False) and not getattr(module, "has_bias", False)
-    return plain and callable(getattr(module, "_apply_gate", None))
