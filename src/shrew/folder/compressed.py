@@ -27,6 +27,8 @@ def obstacle(model: Any, packed: dict[str, Packed]) -> str:
     aliases = {id(model.get_parameter(name)) for name in shared}
     for name, item in packed.items():
         module = model.get_submodule(name.rpartition(".")[0])
+        if item.coded:
+            return f"{name} is coded by its entropy"
         if not isinstance(item.grid, Uniform):
             return f"{name} is {item.grid.label()}"
         if item.grid.bits not in WIDTHS:

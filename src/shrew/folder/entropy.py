@@ -104,7 +104,7 @@ def _inflate(raw: bytes, length: int, where: str) -> bytes:
 
 
 def _model(codes: Bytes) -> tuple[bytes, NDArray[np.int64], Bytes]:
-    """The cheapest way to sort codes into classes: (side information deflated, class of each code, levels of tables)."""
+    """The cheapest way to sort codes into classes: side information deflated, class of each code, levels of tables."""
     rows, cols = codes.shape
     far = np.abs(codes.astype(np.float32) - np.float32(np.bincount(codes.ravel(), minlength=256).argmax()))
     by_row = far.mean(1, dtype=np.float64) + 0.01
@@ -179,7 +179,7 @@ def _read_side(raw: bytes, rows: int, cols: int, where: str) -> tuple[Bytes, Byt
     if levels.max() >= len(_LEVELS) or row.max() + col.max() >= count:
         raise _damaged(where, "its tables are wrong")
     classes = (row[:, None] + col).astype(np.uint8).ravel()
-    if not levels.any(1)[np.bincount(classes, minlength=count) > 0].all():
+    if ((levels.max(1) == 0) & (np.bincount(classes, minlength=count) > 0)).any():
         raise _damaged(where, "a table is empty")
     return classes, levels
 
@@ -207,9 +207,7 @@ def _push(symbols: Bytes, classes: NDArray[np.int64], table: NDArray[np.int64]) 
     return state.astype("<u4").view(np.uint8), stream.view(np.uint8)
 
 
-def _pull(
-    state: NDArray[np.uint32], words: NDArray[np.uint32], classes: Bytes, levels: Bytes, where: str
-) -> Bytes:
+def _pull(state: NDArray[np.uint32], words: NDArray[np.uint32], classes: Bytes, levels: Bytes, where: str) -> Bytes:
     """The inverse of `_push`."""
     table, lanes, count = _tables(levels), len(state), len(classes)
     used = np.flatnonzero(levels.any(1))

@@ -1,5 +1,10 @@
-"""Packed weights: what they are, how their bits lie in a file, and how transformers turns them back into numbers."""
+"""Packed weights: what they are, how their bits lie in a file, and how transformers turns them back into numbers.
 
+Codes lie in a file as a stream of so many bits each, or coded by their entropy (`Packed.coded`), which costs time when
+the file is read and nothing afterwards: in memory they are the same codes.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
@@ -14,11 +19,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from shrew.errors import FolderError
+from shrew.folder import entropy
 from shrew.folder.grids import FLOATS, KINDS, Grid, Steps, Uniform, dequantize
 from shrew.folder.headers import Entry
 
 METHOD = "shrew"
-PARTS = (":codes", ":scales", ":zeros", ":supers")
+PARTS = (":codes", ":scales", ":zeros", ":supers", ":columns")
 CHUNK = 1 << 22  # elements unpacked at once; bounds the memory that single bits need
 
 
@@ -28,7 +34,7 @@ class Packed:
 
     Scales of folders that others wrote may be fp16 or fp32. `shape` is the parameter's; `transposed` says that its last
     dimension is the output (Conv1D), so that rows are columns of the parameter. Leading dimensions (experts) are folded
-    into rows.
+    into rows. `coded`: a file holds the codes coded by their entropy.
     """
 
     codes: Tensor
@@ -36,6 +42,7 @@ class Packed:
     grid: Grid
     shape: tuple[int, ...]
     transposed: bool = False
+    coded: bool = False
 
     def dense(self) -> Tensor:
         """The parameter that the codes stand for, float32 of `shape`."""
@@ -88,32 +95,61 @@ def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that a file holds for the weight `name`."""
     parts = {"codes": packed.codes} | packed.steps.parts()
     widths = packed.grid.widths
-    return {f"{name}:{part}": pack_bits(value, widths[part]) if part in widths else value.contiguous()
-            for part, value in parts.items()}  # fmt: skip
+
+    def stored(part: str, value: Tensor) -> Tensor:
+        if part not in widths:
+            return value.contiguous()
+        if packed.coded:
+            return torch.from_numpy(entropy.encode(value.numpy()))
+        return pack_bits(value, widths[part])
+
+    return {f"{name}:{part}": stored(part, value) for part, value in parts.items()}
+
+
+def stored_bytes(packed: Packed) -> int:
+    """The bytes of all parts in a file; of a coded weight as good as exact, by the entropy of its codes alone."""
+    if not packed.coded:
+        return sum(part.nbytes for part in to_parts("", packed).values())
+    parts = {"codes": packed.codes} | packed.steps.parts()
+    return sum(entropy.size(value.numpy()) if part in packed.grid.widths else value.nbytes
+               for part, value in parts.items())  # fmt: skip
 
 
 def from_parts(parts: dict[str, Tensor], entry: dict[str, Any]) -> Packed:
     """A Packed from the tensors of a file (keys ":codes", ":scales", ...) and its entry in config.json."""
     grid, shape, transposed = grid_of(entry), tuple(entry["shape"]), entry["transposed"]
-    found = {}
+    coded, found = entry.get("coded", False), {}
     for part, extent in grid.shapes(*_rows_and_cols(shape, transposed)).items():
         value = parts[":" + part]
-        found[part] = unpack_bits(value, grid.widths[part], extent[1]) if part in grid.widths else value
-    return Packed(found.pop("codes"), Steps(**found), grid, shape, transposed)
+        if part in grid.widths:
+            value = _codes(value, grid.widths[part], extent, coded)
+        found[part] = value
+    return Packed(found.pop("codes"), Steps(**found), grid, shape, transposed, coded)
+
+
+def _codes(stored: Tensor, bits: int, extent: tuple[int, ...], coded: bool) -> Tensor:
+    if not coded:
+        return unpack_bits(stored, bits, extent[1])
+    codes = torch.from_numpy(entropy.decode(stored.numpy(), extent[0], extent[1]))
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise FolderError(f"A coded tensor holds {int(codes.max())}, which has more than {bits} bits; "
+                          "fetch the model again.")  # fmt: skip
+    return codes
 
 
 def to_entry(packed: Packed) -> dict[str, Any]:
     """What config.json says of one packed weight."""
     grid: Any = packed.grid
     kind = {} if isinstance(grid, Uniform) else {"kind": grid.kind}
-    return {**kind, **vars(grid), "shape": list(packed.shape), "transposed": packed.transposed}
+    coded = {"coded": True} if packed.coded else {}
+    return {**kind, **vars(grid), **coded, "shape": list(packed.shape), "transposed": packed.transposed}
 
 
 def grid_of(entry: dict[str, Any]) -> Grid:
     """The grid that an entry of config.json names. Raises KeyError, TypeError or ValueError for what is none."""
     kind = KINDS[entry.get("kind", Uniform.kind)]
     known = {item.name: item.type for item in fields(kind)}
-    given = {key: value for key, value in entry.items() if key not in ("kind", "shape", "transposed")}
+    given = {key: value for key, value in entry.items() if key not in ("kind", "coded", "shape", "transposed")}
     if set(given) != set(known) or any(type(given[key]) is not known[key] for key in known):
         raise ValueError("unknown settings of a grid")
     grid: Grid = kind(**given)
@@ -138,6 +174,8 @@ def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
         label, parts = _expected_parts(where, name, entry)
         for part, (dtypes, shape) in parts.items():
             found = entries.get(name + part)
+            if entry.get("coded") and dtypes == ("U8",) and found is not None and len(found.shape) == 1:
+                shape = _stream(where, name + part, shape, found)
             if found is None or found.dtype not in dtypes or found.shape != shape:
                 got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
                 raise FolderError(f"{where}: config.json says {label} for '{name}', so '{name + part}' "
@@ -148,6 +186,14 @@ def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
             raise FolderError(f"{where}: the file holds '{name}', which config.json does not mention.")
 
 
+def _stream(where: str, name: str, extent: tuple[int, ...], found: Entry) -> tuple[int, ...]:
+    """The shape that a coded part has; raises FolderError where it is too short for what it should hold."""
+    if math.prod(extent) > entropy.possible(found.bytes):
+        raise FolderError(f"{where}: '{name}' has {found.bytes} bytes, which cannot hold {list(extent)} codes; "
+                          "fetch the model again.")  # fmt: skip
+    return found.shape
+
+
 def _expected_parts(
     where: str, name: str, entry: Any
 ) -> tuple[str, dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
@@ -155,8 +201,11 @@ def _expected_parts(
     try:
         shape, transposed = tuple(entry["shape"]), entry["transposed"]
         grid = grid_of(entry)
-        if type(transposed) is not bool or len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
+        coded = entry.get("coded", False)
+        if len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
             raise ValueError("no shape")
+        if type(transposed) is not bool or type(coded) is not bool:
+            raise ValueError("neither yes nor no")
     except (KeyError, TypeError, ValueError):
         raise FolderError(
             f"{where}: quantization_config says nothing usable of '{name}'; fetch the model again."
@@ -164,8 +213,11 @@ def _expected_parts(
     parts: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
     for part, extent in grid.shapes(*_rows_and_cols(shape, transposed)).items():
         width = grid.widths.get(part)
-        parts[":" + part] = (FLOATS, extent) if width is None else (("U8",), (extent[0], -(-extent[1] * width // 8)))
-    return grid.label(), parts
+        if width is None:
+            parts[":" + part] = FLOATS, extent
+        else:  # of what is coded, the codes; the bytes of their stream only the file knows
+            parts[":" + part] = ("U8",), (extent[0], extent[1] if coded else -(-extent[1] * width // 8))
+    return grid.label() + (" coded" if coded else ""), parts
 
 
 class ShrewConfig(QuantizationConfigMixin):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shrew.errors import SpecError, UnsupportedError, nearest
+from shrew.errors import DataError, SpecError, UnsupportedError, nearest
 from shrew.folder import Loaded
 from shrew.folder.grids import Grid, Steps, Uniform
 from shrew.folder.packed import Packed, to_rows
-from shrew.moves import grids
+from shrew.moves import grids, rate
 from shrew.moves.calibrate import aliases, stages
 from shrew.spec import Meta, doc
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shrew.moves.context import Context
 
 SMALLEST_ROW = 16
+LEAST_RATE = 0.3  # bits a weight
 HEAD = "an embedding or output head; quantized only when embeddings are asked for"
 
 
@@ -41,18 +42,31 @@ class Quantize:
     symmetric: bool = doc("no zero points", True)
     embeddings: bool = doc("quantize embeddings and output head too", False)
     tensors: dict[str, int] = doc("bits of single weights by name; 0 or 16 leaves one alone", default_factory=dict)
+    coded: bool = doc("store codes coded by their entropy: fewer bytes, slower to load, as large in memory", False)
+    rate: Annotated[float, Meta(ge=0, le=8)] = doc(
+        "bits a weight in the file, coded, each weight's step by what it matters; then bits and group do not count", 0.0
+    )
     damp: Annotated[float, Meta(gt=0, le=1)] = doc("gptq: added to the diagonal, as a share of its mean", 0.01)
 
     def __post_init__(self) -> None:
         if 0 < self.group < 16:
             raise SpecError(f"quantize: group {self.group} costs more in scales than it saves; use 16 or more, or 0.")
+        if self.rate and self.method != "gptq":
+            raise SpecError("quantize: a rate needs error feedback; leave method at gptq, or give bits instead.")
+        if 0 < self.rate < LEAST_RATE:
+            raise SpecError(f"quantize: no model stands {self.rate} bits a weight; ask for {LEAST_RATE} or more.")
         for name, bits in self.tensors.items():
+            if self.rate and bits not in (0, 16):
+                raise SpecError(f"quantize: with a rate, '{name}' gets its bits from it; use 0 to leave it alone.")
             if bits not in (0, 2, 3, 4, 5, 6, 7, 8, 16):
                 raise SpecError(f"quantize: {bits} bits for '{name}'; use 2 to 8, or 0 to leave it alone.")
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
         """Quantize in place."""
         targets = self._targets(loaded)
+        if self.rate:
+            self._round_to_rate(loaded, context, [target for target, _ in targets.values()])
+            return loaded
         if self.method == "rtn":
             self._round(loaded, context, targets, {})
             return loaded
@@ -60,6 +74,24 @@ class Quantize:
             now = {name: target for name, target in targets.items() if name in stage.names}
             self._round(loaded, context, now, stage.statistics)
         return loaded
+
+    def _round_to_rate(self, loaded: Loaded, context: Context, targets: list[Target]) -> None:
+        if not context.calibration:
+            raise DataError("a rate is met by what weights matter to text; give --text or --task.")
+        transposed = {target.name: target.transposed for target in targets}
+        known = rate.sensitivities(loaded, context.calibration, transposed, context.seed)
+        items = []
+        for target in targets:
+            if target.name not in known:
+                context.say(f"{target.name}: no calibration text reached it, so it is left alone")
+                loaded.untouched[target.name] = "no calibration text reached it"
+                continue
+            rows = to_rows(target.weight.detach().float(), target.transposed)
+            items.append(rate.Coded(target.name, rows, known[target.name]))
+        found = rate.round_to_rate(items, self.rate, self.damp, context.say)
+        for target in targets:
+            if target.name in found:
+                _keep(loaded, target, rate.GRID, *found[target.name], coded=True)
 
     def _round(
         self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], statistics: dict[str, Tensor]
@@ -71,7 +103,7 @@ class Quantize:
                 if self.method != "rtn" and target.kind != "embedding":
                     context.say(f"{name}: no calibration text reached it, so it is rounded to nearest")
                 rows = to_rows(target.weight.detach().float(), target.transposed)
-                _keep(loaded, target, grid, *grids.nearest(rows, grid))
+                _keep(loaded, target, grid, *grids.nearest(rows, grid), self.coded)
             elif target.kind in ("experts", "tied"):
                 self._with_statistics(loaded, context, [target], grid, hessian)
             else:
@@ -131,12 +163,12 @@ class Quantize:
         first = 0
         for target, part in zip(targets, parts, strict=True):
             own = slice(first, first + len(part))
-            _keep(loaded, target, grid, codes[own], steps.rows(own))
+            _keep(loaded, target, grid, codes[own], steps.rows(own), self.coded)
             first += len(part)
 
 
-def _keep(loaded: Loaded, target: Target, grid: Grid, codes: Tensor, steps: Steps) -> None:
-    packed = Packed(codes, steps, grid, tuple(target.weight.shape), target.transposed)
+def _keep(loaded: Loaded, target: Target, grid: Grid, codes: Tensor, steps: Steps, coded: bool) -> None:
+    packed = Packed(codes, steps, grid, tuple(target.weight.shape), target.transposed, coded)
     loaded.packed[target.name] = packed
     with torch.no_grad():
         target.weight.copy_(packed.dense())
