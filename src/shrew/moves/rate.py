@@ -58,6 +58,7 @@ class _Uses:
     def __init__(self) -> None:
         self.inputs: dict[tuple[str, str], Tensor] = {}
         self.outputs: dict[tuple[str, str], Tensor] = {}
+        self.looked_up: dict[str, int] = {}
         self.predictions = 0
 
     def add(self, key: tuple[str, str], inputs: Tensor, outputs: Tensor) -> None:
@@ -97,8 +98,10 @@ class _Uses:
             def back(gradient: Tensor) -> None:
                 gradient = gradient.flatten(0, -2).float()
                 every = ids.expand(len(gradient) // len(ids), -1).flatten()
-                often = torch.bincount(every, minlength=len(module.weight))
-                self.add((name, "lookup"), gradient.T @ gradient, often.float())
+                each = gradient.square().sum(1)
+                often = torch.zeros(len(module.weight)).index_add_(0, every, each)
+                self.add((name, "lookup"), gradient.T @ gradient, often)
+                self.looked_up[name] = self.looked_up.get(name, 0) + len(every)
 
             output.register_hook(back)
             return output
@@ -112,10 +115,10 @@ class _Uses:
             if key[0] != name or not inputs.any():
                 continue
             outputs, mean = self.outputs[key], inputs.diagonal().mean()
-            if key[1] == "lookup":  # a row counts as often as its token comes, half a time at least
-                each = (outputs + 0.5) / (outputs + 0.5).sum() * mean / self.predictions
-            else:  # inputs were weighted by the gradients' squares, so they are divided by their sum
-                each = outputs / self.predictions * (mean / outputs.sum().clamp(min=1e-30))
+            if key[1] == "lookup":  # a row that never came counts as if it had come half a time
+                outputs = outputs + 0.5 * outputs.sum() / self.looked_up[name]
+            # Of both, one was weighted by the other: inputs by the squares of gradients, or the other way round.
+            each = outputs / outputs.sum().clamp(min=1e-30) * mean / self.predictions
             rows, hessian = rows + each, hessian + each.mean() * inputs / mean
         if not rows.any():
             return None
