@@ -220,7 +220,7 @@ def tensors(path: str | Path) -> list[TensorInfo]:
                  if name.removesuffix(stated.stem) + part in entries]  # fmt: skip
         shape, size = tuple(meaning["shape"]), sum(part.bytes for part in parts)
         grid = packed.grid_of(meaning)
-        label = grid.label() + (" coded" if meaning.get("coded") else "")
+        label = packed.label(grid, meaning.get("rank", 0), meaning.get("coded", False))
         listed.append(TensorInfo(name, f"INT{grid.bits}", shape, size, _per_weight(size, shape), label,
                                  _files(parts)))  # fmt: skip
     return sorted(listed, key=lambda item: item.name)

@@ -29,6 +29,8 @@ def obstacle(model: Any, packed: dict[str, Packed]) -> str:
         module = model.get_submodule(name.rpartition(".")[0])
         if item.coded:
             return f"{name} is coded by its entropy"
+        if item.rank:
+            return f"{name} has a low-rank correction"
         if not isinstance(item.grid, Uniform):
             return f"{name} is {item.grid.label()}"
         if item.grid.bits not in WIDTHS:

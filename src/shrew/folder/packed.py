@@ -24,7 +24,7 @@ from shrew.folder.grids import FLOATS, KINDS, Grid, Steps, Uniform, dequantize
 from shrew.folder.headers import Entry
 
 METHOD = "shrew"
-PARTS = (":codes", ":scales", ":zeros", ":supers", ":columns")
+PARTS = (":codes", ":scales", ":zeros", ":supers", ":columns", ":left", ":right")
 CHUNK = 1 << 22  # elements unpacked at once; bounds the memory that single bits need
 
 
@@ -35,6 +35,9 @@ class Packed:
     Scales of folders that others wrote may be fp16 or fp32. `shape` is the parameter's; `transposed` says that its last
     dimension is the output (Conv1D), so that rows are columns of the parameter. Leading dimensions (experts) are folded
     into rows. `coded`: a file holds the codes coded by their entropy.
+
+    `low` is a low-rank correction that is added to what the codes stand for, as two bf16 factors: left [rows, r] and
+    right [r, cols], or [experts * r, cols] with factors of each expert's own.
     """
 
     codes: Tensor
@@ -42,11 +45,36 @@ class Packed:
     grid: Grid
     shape: tuple[int, ...]
     transposed: bool = False
+    low: tuple[Tensor, Tensor] | None = None
     coded: bool = False
 
+    @property
+    def rank(self) -> int:
+        """Of the low-rank correction; 0 without one."""
+        return 0 if self.low is None else self.low[0].shape[1]
+
+    def label(self) -> str:
+        return label(self.grid, self.rank, self.coded)
+
+    def correction(self) -> Tensor:
+        """The low-rank correction in rows, float32. In float64, where sums of products of bf16 do not depend on their
+        order, so that it is the same wherever it is computed."""
+        if self.low is None:
+            return torch.zeros(self.codes.shape)
+        left, right = (item.double() for item in self.low)
+        count = math.prod(self.shape[:-2])
+        product = left.reshape(count, -1, self.rank) @ right.reshape(count, self.rank, -1)
+        return product.reshape(self.codes.shape).float()
+
     def dense(self) -> Tensor:
-        """The parameter that the codes stand for, float32 of `shape`."""
-        return from_rows(dequantize(self.codes, self.steps, self.grid), self.shape, self.transposed)
+        """The parameter that codes and correction stand for, float32 of `shape`."""
+        rows = dequantize(self.codes, self.steps, self.grid)
+        return from_rows(rows if self.low is None else rows + self.correction(), self.shape, self.transposed)
+
+
+def label(grid: Grid, rank: int, coded: bool) -> str:
+    """What a packed weight is called: its grid, the rank of its correction, and whether its codes are coded."""
+    return grid.label() + (f" + rank {rank}" if rank else "") + (" coded" if coded else "")
 
 
 def to_rows(weight: Tensor, transposed: bool) -> Tensor:
@@ -94,6 +122,7 @@ def unpack_bits(packed: Tensor, bits: int, cols: int) -> Tensor:
 def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that a file holds for the weight `name`."""
     parts = {"codes": packed.codes} | packed.steps.parts()
+    parts |= {} if packed.low is None else {"left": packed.low[0], "right": packed.low[1]}
     widths = packed.grid.widths
 
     def stored(part: str, value: Tensor) -> Tensor:
@@ -111,6 +140,7 @@ def stored_bytes(packed: Packed) -> int:
     if not packed.coded:
         return sum(part.nbytes for part in to_parts("", packed).values())
     parts = {"codes": packed.codes} | packed.steps.parts()
+    parts |= {} if packed.low is None else {"left": packed.low[0], "right": packed.low[1]}
     return sum(entropy.size(value.numpy()) if part in packed.grid.widths else value.nbytes
                for part, value in parts.items())  # fmt: skip
 
@@ -124,7 +154,8 @@ def from_parts(parts: dict[str, Tensor], entry: dict[str, Any]) -> Packed:
         if part in grid.widths:
             value = _codes(value, grid.widths[part], extent, coded)
         found[part] = value
-    return Packed(found.pop("codes"), Steps(**found), grid, shape, transposed, coded)
+    low = (parts[":left"], parts[":right"]) if entry.get("rank") else None
+    return Packed(found.pop("codes"), Steps(**found), grid, shape, transposed, low, coded)
 
 
 def _codes(stored: Tensor, bits: int, extent: tuple[int, ...], coded: bool) -> Tensor:
@@ -141,15 +172,17 @@ def to_entry(packed: Packed) -> dict[str, Any]:
     """What config.json says of one packed weight."""
     grid: Any = packed.grid
     kind = {} if isinstance(grid, Uniform) else {"kind": grid.kind}
-    coded = {"coded": True} if packed.coded else {}
-    return {**kind, **vars(grid), **coded, "shape": list(packed.shape), "transposed": packed.transposed}
+    more: dict[str, Any] = {"rank": packed.rank} if packed.rank else {}
+    more |= {"coded": True} if packed.coded else {}
+    return {**kind, **vars(grid), **more, "shape": list(packed.shape), "transposed": packed.transposed}
 
 
 def grid_of(entry: dict[str, Any]) -> Grid:
     """The grid that an entry of config.json names. Raises KeyError, TypeError or ValueError for what is none."""
     kind = KINDS[entry.get("kind", Uniform.kind)]
     known = {item.name: item.type for item in fields(kind)}
-    given = {key: value for key, value in entry.items() if key not in ("kind", "coded", "shape", "transposed")}
+    others = ("kind", "shape", "transposed", "rank", "coded")
+    given = {key: value for key, value in entry.items() if key not in others}
     if set(given) != set(known) or any(type(given[key]) is not known[key] for key in known):
         raise ValueError("unknown settings of a grid")
     grid: Grid = kind(**given)
@@ -200,8 +233,9 @@ def _expected_parts(
     """The grid's label, and dtypes and shape of every tensor that the file should hold for it."""
     try:
         shape, transposed = tuple(entry["shape"]), entry["transposed"]
-        grid = grid_of(entry)
-        coded = entry.get("coded", False)
+        grid, rank, coded = grid_of(entry), entry.get("rank", 0), entry.get("coded", False)
+        if type(rank) is not int or rank < 0 or ("rank" in entry and not rank):
+            raise ValueError("no rank")
         if len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
             raise ValueError("no shape")
         if type(transposed) is not bool or type(coded) is not bool:
@@ -217,7 +251,10 @@ def _expected_parts(
             parts[":" + part] = FLOATS, extent
         else:  # of what is coded, the codes; the bytes of their stream only the file knows
             parts[":" + part] = ("U8",), (extent[0], extent[1] if coded else -(-extent[1] * width // 8))
-    return grid.label() + (" coded" if coded else ""), parts
+    if rank:
+        rows, cols = _rows_and_cols(shape, transposed)
+        parts |= {":left": (("BF16",), (rows, rank)), ":right": (("BF16",), (math.prod(shape[:-2]) * rank, cols))}
+    return label(grid, rank, coded), parts
 
 
 class ShrewConfig(QuantizationConfigMixin):

@@ -23,6 +23,8 @@ from shrew.moves.experts import PruneExperts
 from shrew.moves.linearize import Linearize
 from shrew.moves.narrow import Narrow
 from shrew.moves.quantize import Quantize
+from shrew.moves.rotate import Rotate
+from shrew.moves.smooth import Smooth
 from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task
 from shrew.moves.upcycle import Upcycle
 
@@ -37,7 +39,8 @@ class Move(Protocol):
 
 
 MOVES: dict[str, Any] = {
-    move.name: move for move in (Quantize, DropLayers, Narrow, PruneExperts, Upcycle, Linearize, Distil)
+    move.name: move
+    for move in (Quantize, Smooth, Rotate, DropLayers, Narrow, PruneExperts, Upcycle, Linearize, Distil)
 }
 
 

@@ -20,12 +20,21 @@ from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.moves.anatomy import find_layers, logits
 
+RIDGE = 0.1  # of the mean diagonal: how strongly a correction is held back
+
 
 class Sums:
-    """Sums of x xᵀ over everything that reaches a module; modules fed the same tensor share one sum."""
+    """Sums of x xᵀ over everything that reaches a module; modules fed the same tensor share one sum.
+
+    Where `before` holds what reached a module in the original, call by call, `cross` sums that with what reaches it
+    now; where these are not the same tokens (`apart`), because a router sends them elsewhere, it sums nothing.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.cross: dict[str, Tensor] = {}
+        self.before: dict[str, list[Tensor]] = {}
+        self.apart: set[str] = set()
         self.leader: dict[str, str] = {}
         self._last: tuple[Tensor | None, str] = (None, "")
 
@@ -37,7 +46,20 @@ class Sums:
             if self.leader[name] == name:
                 self._last = (inputs[0], name)
                 rows = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
-                self._add(name, rows)
+                self._add(self.sums, name, rows, rows)
+                if name in self.before:
+                    before = self.before[name].pop(0) if self.before[name] else rows[:0]
+                    if before.shape == rows.shape:
+                        self._add(self.cross, name, before, rows)
+                    else:
+                        self.apart.add(name)
+
+        return hook
+
+    def remember(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            rows = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
+            self.before.setdefault(name, []).append(rows)
 
         return hook
 
@@ -60,24 +82,40 @@ class Sums:
 
         return hook
 
-    def _add(self, name: str, rows: Tensor) -> None:
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(rows.shape[1], rows.shape[1])
-        self.sums[name].addmm_(rows.T, rows)
+    @staticmethod
+    def _add(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor) -> None:
+        if name not in sums:
+            sums[name] = torch.zeros(left.shape[1], right.shape[1])
+        sums[name].addmm_(left.T, right)
 
-    def watch(self, hooks: ExitStack, modules: dict[str, nn.Module]) -> None:
-        """Sum what reaches these modules, and those in them, until `hooks` is closed."""
+    def watch(self, hooks: ExitStack, modules: dict[str, nn.Module], remember: bool = False) -> None:
+        """Sum what reaches these modules, and those in them, until `hooks` is closed; or only remember it."""
         for outer, whole in modules.items():
             for inner, module in whole.named_modules():
                 name = ".".join(part for part in (outer, inner) if part)
                 if isinstance(module, (nn.Linear, Conv1D)):
-                    hooks.enter_context(module.register_forward_pre_hook(self.linear(name + ".weight")))
-                elif _readable_experts(module):
+                    made = self.remember if remember else self.linear
+                    hooks.enter_context(module.register_forward_pre_hook(made(name + ".weight")))
+                elif _readable_experts(module) and not remember:
                     hooks.enter_context(module.register_forward_pre_hook(self.experts(name)))
 
     def found(self, names: dict[str, str]) -> dict[str, Tensor]:
         """By parameter name (`names` maps every name to it), where anything but zeros came."""
         return {names[name]: self.sums[leader] for name, leader in self.leader.items() if self.sums[leader].any()}
+
+    def corrections(self, names: dict[str, str]) -> dict[str, Tensor]:
+        """By parameter name, [in, in] that weights are to be multiplied by; see `Stage`. Ridge regression."""
+        found, made = {}, {}
+        for name, leader in self.leader.items():
+            if leader not in self.cross or leader in self.apart:
+                continue
+            if leader not in made:
+                matrix = self.sums[leader].double()
+                ridge = torch.eye(len(matrix)).double() * RIDGE * matrix.diagonal().mean().clamp(min=1e-30)
+                wanted = self.cross[leader].double() + ridge
+                made[leader] = torch.linalg.solve(matrix + ridge, wanted.T).T.float()
+            found[names[name]] = made[leader]
+        return found
 
 
 def _readable_experts(module: Any) -> bool:
@@ -138,10 +176,16 @@ class Block:
 @dataclass
 class Stage:
     """A part of a model whose turn it is: the names of its parameters, and the input statistics of those that have any
-    (see `hessians`). `block` is the layer, None for what stands before and after the layers."""
+    (see `hessians`). `block` is the layer, None for what stands before and after the layers.
+
+    A weight times its `corrections` answers to the inputs it now gets as it did to those it had in the original, as
+    nearly as can be, so what the layers before it got wrong is made up for (as in GPTAQ, Li et al. 2025,
+    arXiv:2504.02692; here by regression).
+    """
 
     names: set[str]
     statistics: dict[str, Tensor]
+    corrections: dict[str, Tensor] = field(default_factory=dict)
     block: Block | None = None
 
 
@@ -150,8 +194,9 @@ def stages(
 ) -> Iterator[Stage]:
     """The parts of a model in order: what is outside the layers, each layer, an untied head.
 
-    With `sequential` each part's inputs come from the parts before it as the caller left them, as in the paper of GPTQ;
-    else from the original. A model whose layers cannot be run one by one is one stage.
+    With `sequential` each part's inputs come from the parts before it as the caller left them, as in the paper of GPTQ,
+    and there are corrections; else they come from the original. A model whose layers cannot be run one by one is one
+    stage.
     """
     flow = _trace(loaded, calibration)
     names = {name for name, _ in loaded.model.named_parameters()}
@@ -169,15 +214,21 @@ def stages(
     for number, layer in enumerate(flow.layers):
         prefix = f"{flow.path}.{number}."
         block = Block(layer, prefix, [calls[number] for calls in flow.calls], current, [])
-        sums = Sums()
+        sums, found = Sums(), []
         with torch.no_grad():
-            if sequential:
-                block.wanted = [block.run(at, value) for at, value in enumerate(original)]
-            with ExitStack() as hooks:
-                sums.watch(hooks, {prefix[:-1]: layer})
-                found = [block.run(at, value) for at, value in enumerate(current)]
+            for at, value in enumerate(current):
+                if sequential:
+                    sums.before.clear()
+                    with ExitStack() as hooks:
+                        sums.watch(hooks, {prefix[:-1]: layer}, remember=True)
+                        block.wanted.append(block.run(at, original[at]))
+                with ExitStack() as hooks:
+                    sums.watch(hooks, {prefix[:-1]: layer})
+                    found.append(block.run(at, value))
+        sums.before.clear()
         block.wanted = block.wanted or found
-        yield Stage({name for name in inside if name.startswith(prefix)}, sums.found(flow.names), block)
+        mine = {name for name in inside if name.startswith(prefix)}
+        yield Stage(mine, sums.found(flow.names), sums.corrections(flow.names), block)
         original = block.wanted
         with torch.no_grad():
             current = [block.run(at, value) for at, value in enumerate(current)] if sequential else found

@@ -215,8 +215,9 @@ class Weights:
 
 
 def on_grid(value: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """The nearest codes on the grid of `packed` (steps as they are), and the parameter they stand for."""
-    codes = encode(to_rows(value, packed.transposed), packed.steps, packed.grid)
+    """The nearest codes on the grid of `packed` (its steps and correction stay), and the parameter they stand for."""
+    rows = to_rows(value, packed.transposed)
+    codes = encode(rows if packed.low is None else rows - packed.correction(), packed.steps, packed.grid)
     return codes, replace(packed, codes=codes).dense()
 
 

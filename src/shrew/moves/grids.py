@@ -109,12 +109,8 @@ def decompose(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """
     matrix = hessian.clone()
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    silent = diagonal <= 0
-    live = (~silent).sum(-1, keepdim=True).clamp(min=1)
-    mean = diagonal.sum(-1, keepdim=True) / live
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    importance = torch.where(silent, damp * mean, diagonal.clone())
-    diagonal += torch.where(silent, mean, torch.zeros_like(mean))
+    importance, mean = _importance(diagonal, damp)
+    diagonal += torch.where(diagonal <= 0, mean, torch.zeros_like(mean))
     while True:
         diagonal += damp * mean
         lower, failed = torch.linalg.cholesky_ex(matrix)
@@ -124,6 +120,22 @@ def decompose(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
             if not failed.any():
                 return upper, importance
         damp *= 10  # inputs that are nearly linear combinations of others: float32 needs more damping
+
+
+def _importance(diagonal: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """How much an error in each column counts, and the mean over those that do, of second moments [batch, cols]."""
+    silent = diagonal <= 0
+    live = (~silent).sum(-1, keepdim=True).clamp(min=1)
+    mean = diagonal.sum(-1, keepdim=True) / live
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    return torch.where(silent, damp * mean, diagonal.clone()), mean
+
+
+def weighted(rows: Tensor, moments: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
+    """Round rows [batch, rows, cols] to nearest, scales searched with errors weighted by the inputs' second moments
+    [batch, cols]."""
+    weights = _importance(moments, damp)[0][:, None].expand_as(rows)
+    return nearest(rows.reshape(-1, rows.shape[-1]), grid, importance=weights.reshape(-1, rows.shape[-1]))
 
 
 def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Steps]:
@@ -215,11 +227,11 @@ def damage(rows: Tensor, codes: Tensor, steps: Steps, grid: Grid, hessian: Tenso
 
 
 def solve(rows: Tensor, hessian: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
-    """Codes and steps of rows [batch, rows, cols] by error feedback under `hessian` [batch, cols, cols]: of each row the
-    better of columns in their order, important columns first, and rounding to nearest. So never worse than the last."""
+    """Codes and steps of rows [batch, rows, cols] by error feedback under `hessian` [batch, cols, cols].
+
+    Of each row the best of columns in their order, important columns first, and rounding to nearest."""
     upper, importance = decompose(hessian, damp)
-    weights = importance[:, None].expand_as(rows).reshape(-1, rows.shape[-1])
-    best = nearest(rows.reshape(-1, rows.shape[-1]), grid, importance=weights)
+    best = weighted(rows, hessian.diagonal(dim1=1, dim2=2), grid, damp)
     least = damage(rows, *best, grid, hessian)
     for made in (gptq(rows, upper, importance, grid), gptq_ordered(rows, hessian, importance, grid, damp)):
         loss = damage(rows, *made, grid, hessian)

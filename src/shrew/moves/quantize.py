@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -11,10 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 from shrew.errors import DataError, SpecError, UnsupportedError, nearest
 from shrew.folder import Loaded
-from shrew.folder.grids import Grid, Steps, Uniform
+from shrew.folder.grids import Grid, Steps, Uniform, dequantize
 from shrew.folder.packed import Packed, to_rows
 from shrew.moves import grids, rate
-from shrew.moves.calibrate import aliases, stages
+from shrew.moves.calibrate import Block, Stage, aliases, stages
+from shrew.moves.learned import learn
+from shrew.moves.low_rank import factors
 from shrew.spec import Meta, doc
 
 if TYPE_CHECKING:
@@ -34,14 +36,17 @@ class Quantize:
 
     bits: Annotated[int, Meta(ge=2, le=8)] = doc("bits of each weight", 4)
     group: Annotated[int, Meta(ge=0)] = doc("weights that share a scale: 32, 64, 128; 0 for a whole row", 64)
-    method: Literal["gptq", "rtn", "weighted"] = doc(
-        "gptq spreads errors by calibration text; rtn rounds to nearest; weighted does, minding how large inputs are",
+    method: Literal["gptq", "rtn", "weighted", "learned"] = doc(
+        "gptq spreads errors by calibration text; rtn rounds to nearest; weighted does, minding how large inputs are; "
+        "learned moves gptq's codes by gradients of each layer's error (SignRound, arXiv:2309.05516), which is slow",
         "gptq",
     )
+    steps: Annotated[int, Meta(ge=1)] = doc("learned: steps of descent for each layer", 200)
     sequential: bool = doc("calibrate each layer on what the rounded layers before it give", True)
     symmetric: bool = doc("no zero points", True)
     embeddings: bool = doc("quantize embeddings and output head too", False)
     tensors: dict[str, int] = doc("bits of single weights by name; 0 or 16 leaves one alone", default_factory=dict)
+    low_rank: Annotated[int, Meta(ge=0)] = doc("rank of a correction kept beside the codes, in bf16; 0: none", 0)
     coded: bool = doc("store codes coded by their entropy: fewer bytes, slower to load, as large in memory", False)
     rate: Annotated[float, Meta(ge=0, le=8)] = doc(
         "bits a weight in the file, coded, each weight's step by what it matters; then bits and group do not count", 0.0
@@ -53,6 +58,8 @@ class Quantize:
             raise SpecError(f"quantize: group {self.group} costs more in scales than it saves; use 16 or more, or 0.")
         if self.rate and self.method != "gptq":
             raise SpecError("quantize: a rate needs error feedback; leave method at gptq, or give bits instead.")
+        if self.rate and self.low_rank:
+            raise SpecError("quantize: a rate counts codes alone; leave low_rank at 0, or give bits instead.")
         if 0 < self.rate < LEAST_RATE:
             raise SpecError(f"quantize: no model stands {self.rate} bits a weight; ask for {LEAST_RATE} or more.")
         for name, bits in self.tensors.items():
@@ -68,11 +75,14 @@ class Quantize:
             self._round_to_rate(loaded, context, [target for target, _ in targets.values()])
             return loaded
         if self.method == "rtn":
-            self._round(loaded, context, targets, {})
+            self._round(loaded, context, targets, Stage(set(targets), {}))
             return loaded
-        for stage in stages(loaded, context.calibration, self.sequential, context.say):
+        for stage in stages(loaded, context.calibration, self.sequential and self.method != "weighted", context.say):
             now = {name: target for name, target in targets.items() if name in stage.names}
-            self._round(loaded, context, now, stage.statistics)
+            exact = {name: target.weight.detach().clone() for name, (target, _) in now.items()}
+            self._round(loaded, context, now, stage)
+            if self.method == "learned" and stage.block is not None and now:
+                self._learn(loaded, context, now, stage.block, exact)
         return loaded
 
     def _round_to_rate(self, loaded: Loaded, context: Context, targets: list[Target]) -> None:
@@ -91,25 +101,38 @@ class Quantize:
         found = rate.round_to_rate(items, self.rate, self.damp, context.say)
         for target in targets:
             if target.name in found:
-                _keep(loaded, target, rate.GRID, *found[target.name], coded=True)
+                codes, steps = found[target.name]
+                shape = tuple(target.weight.shape)
+                _store(loaded, target, Packed(codes, steps, rate.GRID, shape, target.transposed, coded=True))
+
+    def _learn(
+        self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], block: Block,
+        exact: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        packed = {name: loaded.packed[name] for name in targets}
+        found, (before, after) = learn(block, packed, exact, self.steps, context.seed)
+        context.say(f"{block.prefix[:-1]}: squared error {before:.3g} by gptq, {after:.3g} learned")
+        for name, item in found.items():
+            _store(loaded, targets[name][0], item)
 
     def _round(
-        self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], statistics: dict[str, Tensor]
+        self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], stage: Stage
     ) -> None:
         by_input: dict[tuple[int, Grid], list[str]] = {}
         for name, (target, grid) in targets.items():
-            hessian = statistics.get(name)
+            hessian = stage.statistics.get(name)
             if hessian is None:
                 if self.method != "rtn" and target.kind != "embedding":
                     context.say(f"{name}: no calibration text reached it, so it is rounded to nearest")
                 rows = to_rows(target.weight.detach().float(), target.transposed)
-                _keep(loaded, target, grid, *grids.nearest(rows, grid), self.coded)
+                batched = rows.reshape(target.count, -1, rows.shape[-1])
+                self._keep(loaded, [target], grid, batched, None, grids.nearest(rows, grid))
             elif target.kind in ("experts", "tied"):
-                self._with_statistics(loaded, context, [target], grid, hessian)
+                self._with_statistics(loaded, context, [target], grid, stage)
             else:
                 by_input.setdefault((id(hessian), grid), []).append(name)
         for (_, grid), names in by_input.items():
-            self._with_statistics(loaded, context, [targets[name][0] for name in names], grid, statistics[names[0]])
+            self._with_statistics(loaded, context, [targets[name][0] for name in names], grid, stage)
 
     def _targets(self, loaded: Loaded) -> dict[str, tuple[Target, Grid]]:
         """The weights to quantize with their grids; notes in `untouched` why each other one is left."""
@@ -131,7 +154,7 @@ class Quantize:
                 untouched[name] = "left alone on request" if name in asked else HEAD
                 continue
             if name in loaded.packed:
-                now = loaded.packed[name].grid.label()
+                now = loaded.packed[name].label()
                 raise UnsupportedError(f"'{name}' is already {now}; rounding it twice loses more than rounding once, "
                                        "so start from the original.")  # fmt: skip
             cols = target.weight.shape[-2 if target.transposed else -1]
@@ -142,9 +165,10 @@ class Quantize:
         return targets
 
     def _with_statistics(
-        self, loaded: Loaded, context: Context, targets: list[Target], grid: Grid, hessian: Tensor
+        self, loaded: Loaded, context: Context, targets: list[Target], grid: Grid, stage: Stage
     ) -> None:
         """Weights that see the same input; their rows are independent, so they go in one call."""
+        hessian = stage.statistics[targets[0].name]
         if targets[0].kind == "tied":
             # Rows are also looked up as embeddings, where each weight's error counts alike: a second, round quadratic.
             hessian = hessian / hessian.diagonal().mean().clamp(min=1e-30) + torch.eye(len(hessian))
@@ -155,20 +179,33 @@ class Quantize:
             context.say(f"{targets[0].name}: no text reached experts {numbers}, so they are rounded to nearest")
         parts = [to_rows(target.weight.detach().float(), target.transposed) for target in targets]
         rows = torch.cat(parts).reshape(len(batched), -1, batched.shape[-1])
+        if (correction := stage.corrections.get(targets[0].name)) is not None:
+            rows = rows @ correction
         if self.method == "weighted":
-            weights = grids.decompose(batched, self.damp)[1][:, None].expand_as(rows).reshape(-1, rows.shape[-1])
-            codes, steps = grids.nearest(rows.reshape(-1, rows.shape[-1]), grid, importance=weights)
+            made = grids.weighted(rows, batched.diagonal(dim1=1, dim2=2), grid, self.damp)
         else:
-            codes, steps = grids.solve(rows, batched, grid, self.damp)
-        first = 0
-        for target, part in zip(targets, parts, strict=True):
-            own = slice(first, first + len(part))
-            _keep(loaded, target, grid, codes[own], steps.rows(own), self.coded)
-            first += len(part)
+            made = grids.solve(rows, batched, grid, self.damp)
+        self._keep(loaded, targets, grid, rows, batched, made)
+
+    def _keep(
+        self, loaded: Loaded, targets: list[Target], grid: Grid, rows: Tensor, hessian: Tensor | None,
+        made: tuple[Tensor, Steps],
+    ) -> None:  # fmt: skip
+        """Give each target its codes, and the correction of what they lack of `rows` [batch, rows, cols]."""
+        (codes, steps), first = made, 0
+        for target in targets:
+            own = slice(first, first + target.weight.numel() // codes.shape[1])
+            first, low = own.stop, None
+            shape = tuple(target.weight.shape)
+            packed = Packed(codes[own], steps.rows(own), grid, shape, target.transposed, coded=self.coded)
+            if self.low_rank:
+                wanted = rows.reshape(-1, rows.shape[-1])[own]
+                error = wanted - dequantize(packed.codes, packed.steps, grid)
+                low = factors(error.reshape(target.count, -1, rows.shape[-1]), hessian, self.low_rank, self.damp)
+            _store(loaded, target, replace(packed, low=low))
 
 
-def _keep(loaded: Loaded, target: Target, grid: Grid, codes: Tensor, steps: Steps, coded: bool) -> None:
-    packed = Packed(codes, steps, grid, tuple(target.weight.shape), target.transposed, coded)
+def _store(loaded: Loaded, target: Target, packed: Packed) -> None:
     loaded.packed[target.name] = packed
     with torch.no_grad():
         target.weight.copy_(packed.dense())
@@ -182,6 +219,11 @@ class Target:
     weight: nn.Parameter
     kind: Literal["linear", "experts", "embedding", "head", "tied"]
     transposed: bool
+
+    @property
+    def count(self) -> int:
+        """Matrices in it: of experts, how many."""
+        return len(self.weight) if self.weight.ndim == 3 else 1
 
 
 def quantizable(model: Any) -> tuple[dict[str, Target], dict[str, str]]:

@@ -29,8 +29,9 @@ from shrew.moves.calibrate import aliases
 GRID = Product(8)
 LEAST_ROW = 1e-3  # of the mean: rows that the text never needed are not thrown away
 SAMPLE = 1 << 16  # weights of a tensor that an estimate of the rate looks at
-PASSES = 4  # of rounding with error feedback, until the rate is met
+PASSES = 6  # of rounding with error feedback, until the rate is met
 NEAR = 0.99  # of the rate is near enough
+DRAWS = 8  # of a classifier's label, since a text has only one
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def sensitivities(
                 other.discard(name)
         hooks.enter_context(_trainable(model, other))
         squares = {name: torch.zeros_like(model.get_parameter(name)) for name in other}
-        for sequence in calibration:
+        draws = DRAWS if loaded.is_classifier else 1
+        for sequence in [sequence for sequence in calibration for _ in range(draws)]:
             found = logits(loaded, torch.from_numpy(np.asarray(sequence, np.int64))[None]).float().flatten(0, -2)
             labels = torch.multinomial(found.detach().softmax(-1), 1, generator=draw)[:, 0]
             F.cross_entropy(found, labels, reduction="sum").backward()
@@ -209,18 +211,22 @@ def round_to_rate(
     if not items:
         return {}
     columns = {item.name: _columns(item, damp) for item in items}
-    log_step = _estimated(items, columns, rate)
+    log_step, slope = _estimated(items, columns, rate), min(1.0, 0.4 + 0.2 * rate)
     best: tuple[float, dict[str, tuple[Tensor, Steps]]] | None = None
+    last: tuple[float, float] | None = None
     for _ in range(PASSES):
         found = {item.name: _rounded(item, columns[item.name], log_step, damp) for item in items}
         got = sum(bits_of(*pair) for pair in found.values()) / sum(item.rows.numel() for item in items)
         say(f"steps of 2^{log_step:.2f}: {got:.3f} bits a weight")
-        if best is None or (got <= rate and not NEAR * rate <= best[0] <= rate) or (rate < got < best[0]):
+        if best is None or (best[0] < got <= rate) or (best[0] > rate and got < best[0]):
             best = got, found
         if NEAR * rate <= got <= rate:
             break
-        # The aim is the middle of what is near enough. At low rates a finer step costs less than its bit.
-        log_step += (got - 0.5 * (1 + NEAR) * rate) / min(1.0, 0.4 + 0.2 * rate)
+        # Bits for an octave: fewer than one where many codes are 0 or steps are as fine as codes allow.
+        if last is not None and abs(last[0] - log_step) > 1e-3:
+            slope = min(max((got - last[1]) / (last[0] - log_step), 0.2), 1.2)
+        last = log_step, got
+        log_step += (got - 0.5 * (1 + NEAR) * rate) / slope
     assert best is not None
     if best[0] > rate:
         raise DataError(f"these weights take {best[0]:.2f} bits each at least; ask for a rate above {rate}.")
