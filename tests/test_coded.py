@@ -218,7 +218,7 @@ def test_every_kind_of_weight_can_have_a_rate(kind: str, context: Any) -> None:
     loaded = Quantize(rate=5.0, embeddings=True).apply(fresh(kind), context)
     assert loaded.packed.keys() == shapes(loaded).keys()
     assert all(item.coded for item in loaded.packed.values())
-    assert divergence(loaded, fresh(kind), context.calibration) < 0.01
+    assert divergence(loaded, fresh(kind), context.calibration) < 0.03
 
 
 def test_what_a_rate_cannot_be(context: Any) -> None:

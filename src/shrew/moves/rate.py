@@ -230,6 +230,8 @@ def round_to_rate(
     assert best is not None
     if best[0] > rate:
         raise DataError(f"these weights take {best[0]:.2f} bits each at least; ask for a rate above {rate}.")
+    if best[0] < 0.95 * rate:
+        say(f"codes of {GRID.bits} bits reach no finer steps, so {best[0]:.2f} bits a weight is all they take")
     return best[1]
 
 
