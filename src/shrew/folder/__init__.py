@@ -27,7 +27,7 @@ from shrew import files
 from shrew.errors import ShrewError
 from shrew.folder import compressed, packed, sparse
 from shrew.folder.check import TORCH_DTYPES, common_dtype, describe, fetch, quiet, read_model, read_packed
-from shrew.folder.grids import Grid, Steps, Uniform
+from shrew.folder.grids import Grid, Product, Steps, Uniform
 from shrew.folder.headers import INDEX, SINGLE, Entry, read_headers, read_json
 from shrew.folder.packed import Packed, register
 
@@ -244,9 +244,10 @@ def tensors(path: str | Path) -> list[TensorInfo]:
                  if name.removesuffix(stated.stem) + part in entries]  # fmt: skip
         shape, size = tuple(meaning["shape"]), sum(part.bytes for part in parts)
         grid = packed.grid_of(meaning)
-        dtype = f"INT{grid.bits}" if isinstance(grid, Uniform) else grid.label().partition(" ")[0].upper()
-        listed.append(TensorInfo(name, dtype, shape, size, _per_weight(size, shape),
-                                 packed.label(grid, meaning.get("rank", 0)), _files(parts)))  # fmt: skip
+        dtype = f"INT{grid.bits}" if isinstance(grid, (Uniform, Product)) else grid.label().partition(" ")[0].upper()
+        label = packed.label(grid, meaning.get("rank", 0), meaning.get("coded", False))
+        listed.append(TensorInfo(name, dtype, shape, size, _per_weight(size, shape), label,
+                                 _files(parts)))  # fmt: skip
     return sorted(listed, key=lambda item: item.name)
 
 

@@ -22,20 +22,22 @@ FLOATS = ("BF16", "F16", "F32")
 @dataclass(frozen=True)
 class Steps:
     """What a grid stores of each group beside the codes: scales [rows, groups], zeros [rows, groups] or None, and
-    supers [rows, blocks, n] or None, which scales and zeros of several groups are themselves multiples of."""
+    supers [rows, blocks, n] or None, which scales and zeros of several groups are themselves multiples of. What all
+    rows share: columns [1, cols] or None."""
 
     scales: Tensor
     zeros: Tensor | None = None
     supers: Tensor | None = None
+    columns: Tensor | None = None
 
     def parts(self) -> dict[str, Tensor]:
         """By name, those that are there."""
-        named = {"scales": self.scales, "zeros": self.zeros, "supers": self.supers}
+        named = {"scales": self.scales, "zeros": self.zeros, "supers": self.supers, "columns": self.columns}
         return {name: value for name, value in named.items() if value is not None}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Steps":
-        """The same change of every part."""
-        return Steps(**{name: change(value) for name, value in self.parts().items()})
+        """The same change of every part that rows have of their own."""
+        return Steps(**{name: value if name == "columns" else change(value) for name, value in self.parts().items()})
 
     def rows(self, which: Any) -> "Steps":
         """Those of some rows: a slice, or numbers."""
@@ -123,8 +125,63 @@ class Uniform:
         return (codes - zero) * scale
 
 
+# Steps in quarter octaves; mantissas of 8 bits, so that a code times a step is exact in float32.
+_QUARTERS = (1.0, 1.1875, 1.4140625, 1.6796875)
+ROW_ONE, COLUMN_ONE = 200, 128  # the exponents that stand for a step of 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """2^bits evenly spaced values of which one is 0, with a step for every row times one for every column.
+
+    Both are stored as exponents, four an octave (uint8), so steps cost next to nothing and every weight of a tensor can
+    have the step that its row's and column's sensitivity asks for. Made for codes that are stored coded: where most
+    steps are wide the codes are mostly 0.
+    """
+
+    bits: int
+    kind: ClassVar[str] = "product"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"no grid has {self.bits} bits")
+
+    @property
+    def group(self) -> int:
+        return 1
+
+    @property
+    def span(self) -> int:
+        return 0
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {"codes": self.bits, "scales": 8, "columns": 8}
+
+    def label(self) -> str:
+        return f"int{self.bits} row x column"
+
+    def shapes(self, rows: int, cols: int) -> dict[str, tuple[int, ...]]:
+        """Of every part, before its bits are packed."""
+        return {"codes": (rows, cols), "scales": (rows, 1), "columns": (1, cols)}
+
+    def effective(self, steps: Steps) -> tuple[Tensor, Tensor]:
+        """Scale and zero of every weight, float32 [rows, cols] and [1, 1]."""
+        assert steps.columns is not None
+        quarters = torch.arange(511) - ROW_ONE - COLUMN_ONE
+        table = torch.ldexp(torch.tensor(_QUARTERS)[quarters % 4], torch.div(quarters, 4, rounding_mode="floor"))
+        return table[steps.scales.int() + steps.columns.int()], torch.full((1, 1), 2.0 ** (self.bits - 1))
+
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest code, as a float; half-way cases to even."""
+        return ((values / scale).round_() + zero).clamp_(0, 2**self.bits - 1)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (codes - zero) * scale
+
+
 # What config.json calls each; a grid's own fields are the other keys of its entry.
-KINDS: dict[str, Any] = {Uniform.kind: Uniform} | dict.fromkeys(TYPES, Levels)
+KINDS: dict[str, Any] = {grid.kind: grid for grid in (Uniform, Product)} | dict.fromkeys(TYPES, Levels)
 
 
 def spread(values: Tensor, group: int, cols: int) -> Tensor:

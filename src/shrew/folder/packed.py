@@ -1,4 +1,8 @@
-"""Packed weights: what they are, how their bits lie in a file, and how transformers turns them back into numbers."""
+"""Packed weights: what they are, how their bits lie in a file, and how transformers turns them back into numbers.
+
+Codes lie in a file as a stream of so many bits each, or coded by their entropy (`Packed.coded`), which costs time when
+the file is read and nothing afterwards: in memory they are the same codes.
+"""
 
 import math
 from collections.abc import Callable
@@ -16,11 +20,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from shrew.errors import FolderError
+from shrew.folder import entropy
 from shrew.folder.grids import FLOATS, KINDS, Grid, Steps, Uniform, dequantize
 from shrew.folder.headers import Entry
 
 METHOD = "shrew"
-PARTS = (":codes", ":scales", ":zeros", ":supers", ":left", ":right")
+PARTS = (":codes", ":scales", ":zeros", ":supers", ":columns", ":left", ":right")
 PLACES = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
 CHUNK = 1 << 22  # elements unpacked at once; bounds the memory that single bits need
 
@@ -31,7 +36,7 @@ class Packed:
 
     Scales of folders that others wrote may be fp16 or fp32. `shape` is the parameter's; `transposed` says that its last
     dimension is the output (Conv1D), so that rows are columns of the parameter. Leading dimensions (experts) are folded
-    into rows.
+    into rows. `coded`: a file holds the codes coded by their entropy.
 
     `low` is a low-rank correction that is added to what the codes stand for, as two bf16 factors: left [rows, r] and
     right [r, cols], or [experts * r, cols] with factors of each expert's own.
@@ -43,6 +48,7 @@ class Packed:
     shape: tuple[int, ...]
     transposed: bool = False
     low: tuple[Tensor, Tensor] | None = None
+    coded: bool = False
 
     @property
     def rank(self) -> int:
@@ -50,7 +56,7 @@ class Packed:
         return 0 if self.low is None else self.low[0].shape[1]
 
     def label(self) -> str:
-        return label(self.grid, self.rank)
+        return label(self.grid, self.rank, self.coded)
 
     def correction(self) -> Tensor:
         """The low-rank correction in rows, float32. In float64, where sums of products of bf16 do not depend on their
@@ -68,9 +74,9 @@ class Packed:
         return from_rows(rows if self.low is None else rows + self.correction(), self.shape, self.transposed)
 
 
-def label(grid: Grid, rank: int) -> str:
-    """What a packed weight is called: its grid, and the rank of its correction."""
-    return grid.label() + (f" + rank {rank}" if rank else "")
+def label(grid: Grid, rank: int, coded: bool) -> str:
+    """What a packed weight is called: its grid, the rank of its correction, and whether its codes are coded."""
+    return grid.label() + (f" + rank {rank}" if rank else "") + (" coded" if coded else "")
 
 
 def to_rows(weight: Tensor, transposed: bool) -> Tensor:
@@ -126,34 +132,64 @@ def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
     parts = {"codes": packed.codes} | packed.steps.parts()
     parts |= {} if packed.low is None else {"left": packed.low[0], "right": packed.low[1]}
     widths = packed.grid.widths
-    return {f"{name}:{part}": pack_bits(value, widths[part]) if part in widths else value.contiguous()
-            for part, value in parts.items()}  # fmt: skip
+
+    def stored(part: str, value: Tensor) -> Tensor:
+        if part not in widths:
+            return value.contiguous()
+        if packed.coded:
+            return torch.from_numpy(entropy.encode(value.numpy()))
+        return pack_bits(value, widths[part])
+
+    return {f"{name}:{part}": stored(part, value) for part, value in parts.items()}
+
+
+def stored_bytes(packed: Packed) -> int:
+    """The bytes of all parts in a file; of a coded weight as good as exact, by the entropy of its codes alone."""
+    if not packed.coded:
+        return sum(part.nbytes for part in to_parts("", packed).values())
+    parts = {"codes": packed.codes} | packed.steps.parts()
+    parts |= {} if packed.low is None else {"left": packed.low[0], "right": packed.low[1]}
+    return sum(entropy.size(value.numpy()) if part in packed.grid.widths else value.nbytes
+               for part, value in parts.items())  # fmt: skip
 
 
 def from_parts(parts: dict[str, Tensor], entry: dict[str, Any]) -> Packed:
     """A Packed from the tensors of a file (keys ":codes", ":scales", ...) and its entry in config.json."""
     grid, shape, transposed = grid_of(entry), tuple(entry["shape"]), entry["transposed"]
-    found = {}
+    coded, found = entry.get("coded", False), {}
     for part, extent in grid.shapes(*_rows_and_cols(shape, transposed)).items():
         value = parts[":" + part]
-        found[part] = unpack_bits(value, grid.widths[part], extent[1]) if part in grid.widths else value
+        if part in grid.widths:
+            value = _codes(value, grid.widths[part], extent, coded)
+        found[part] = value
     low = (parts[":left"], parts[":right"]) if entry.get("rank") else None
-    return Packed(found.pop("codes"), Steps(**found), grid, shape, transposed, low)
+    return Packed(found.pop("codes"), Steps(**found), grid, shape, transposed, low, coded)
+
+
+def _codes(stored: Tensor, bits: int | Fraction, extent: tuple[int, ...], coded: bool) -> Tensor:
+    if not coded:
+        return unpack_bits(stored, bits, extent[1])
+    codes = torch.from_numpy(entropy.decode(stored.numpy(), extent[0], extent[1]))
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise FolderError(f"A coded tensor holds {int(codes.max())}, which has more than {bits} bits; "
+                          "fetch the model again.")  # fmt: skip
+    return codes
 
 
 def to_entry(packed: Packed) -> dict[str, Any]:
     """What config.json says of one packed weight."""
     grid: Any = packed.grid
     kind = {} if isinstance(grid, Uniform) else {"kind": grid.kind}
-    rank = {"rank": packed.rank} if packed.rank else {}
-    return {**kind, **vars(grid), **rank, "shape": list(packed.shape), "transposed": packed.transposed}
+    more: dict[str, Any] = {"rank": packed.rank} if packed.rank else {}
+    more |= {"coded": True} if packed.coded else {}
+    return {**kind, **vars(grid), **more, "shape": list(packed.shape), "transposed": packed.transposed}
 
 
 def grid_of(entry: dict[str, Any]) -> Grid:
     """The grid that an entry of config.json names. Raises KeyError, TypeError or ValueError for what is none."""
     kind = KINDS[entry.get("kind", Uniform.kind)]
     known = {item.name: item.type for item in fields(kind)}
-    others = ("kind", "shape", "transposed", "rank")
+    others = ("kind", "shape", "transposed", "rank", "coded")
     given = {key: value for key, value in entry.items() if key in known or key not in others}
     if set(given) != set(known) or any(type(given[key]) is not known[key] for key in known):
         raise ValueError("unknown settings of a grid")
@@ -179,6 +215,8 @@ def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
         label, parts = _expected_parts(where, name, entry)
         for part, (dtypes, shape) in parts.items():
             found = entries.get(name + part)
+            if entry.get("coded") and dtypes == ("U8",) and found is not None and len(found.shape) == 1:
+                shape = _stream(where, name + part, shape, found)
             if found is None or found.dtype not in dtypes or found.shape != shape:
                 got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
                 raise FolderError(f"{where}: config.json says {label} for '{name}', so '{name + part}' "
@@ -189,17 +227,27 @@ def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
             raise FolderError(f"{where}: the file holds '{name}', which config.json does not mention.")
 
 
+def _stream(where: str, name: str, extent: tuple[int, ...], found: Entry) -> tuple[int, ...]:
+    """The shape that a coded part has; raises FolderError where it is too short for what it should hold."""
+    if math.prod(extent) > entropy.possible(found.bytes):
+        raise FolderError(f"{where}: '{name}' has {found.bytes} bytes, which cannot hold {list(extent)} codes; "
+                          "fetch the model again.")  # fmt: skip
+    return found.shape
+
+
 def _expected_parts(
     where: str, name: str, entry: Any
 ) -> tuple[str, dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
     """The grid's label, and dtypes and shape of every tensor that the file should hold for it."""
     try:
         shape, transposed = tuple(entry["shape"]), entry["transposed"]
-        grid, rank = grid_of(entry), entry.get("rank", 0)
+        grid, rank, coded = grid_of(entry), entry.get("rank", 0), entry.get("coded", False)
         if type(rank) is not int or rank < 0 or ("rank" in entry and not rank):
             raise ValueError("no rank")
-        if type(transposed) is not bool or len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
+        if len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
             raise ValueError("no shape")
+        if type(transposed) is not bool or type(coded) is not bool:
+            raise ValueError("neither yes nor no")
         shapes = grid.shapes(*_rows_and_cols(shape, transposed))
     except (KeyError, TypeError, ValueError):
         raise FolderError(
@@ -208,11 +256,14 @@ def _expected_parts(
     parts: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
     for part, extent in shapes.items():
         width = grid.widths.get(part)
-        parts[":" + part] = (FLOATS, extent) if width is None else (("U8",), (extent[0], -(-extent[1] * width // 8)))
+        if width is None:
+            parts[":" + part] = FLOATS, extent
+        else:  # of what is coded, the codes; the bytes of their stream only the file knows
+            parts[":" + part] = ("U8",), (extent[0], extent[1] if coded else -(-extent[1] * width // 8))
     if rank:
         rows, cols = _rows_and_cols(shape, transposed)
         parts |= {":left": (("BF16",), (rows, rank)), ":right": (("BF16",), (math.prod(shape[:-2]) * rank, cols))}
-    return label(grid, rank), parts
+    return label(grid, rank, coded), parts
 
 
 class ShrewConfig(QuantizationConfigMixin):

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from shrew.folder.blocktypes import Levels
-from shrew.folder.grids import Grid, Steps, Uniform, dequantize, encode, groups, spread
+from shrew.folder.grids import (
+    COLUMN_ONE,
+    ROW_ONE,
+    Grid,
+    Product,
+    Steps,
+    Uniform,
+    dequantize,
+    encode,
+    groups,
+    spread,
+)
 from shrew.moves.fits import levels
 
 CHUNK = 1 << 17  # weights searched at once: few enough for a processor's cache
@@ -29,7 +40,8 @@ def fit(rows: Tensor, grid: Grid, importance: Tensor | None = None, search: bool
         chosen(rows[at : at + step], grid, None if importance is None else importance[at : at + step], search).parts()
         for at in range(0, len(rows), step)
     ]
-    return Steps(**{name: torch.cat([part[name] for part in found]) for name in found[0]})
+    return Steps(**{name: found[0][name] if name == "columns" else torch.cat([part[name] for part in found])
+                    for name in found[0]})  # fmt: skip
 
 
 def _grouped(values: Tensor, grid: Grid) -> Tensor:
@@ -73,8 +85,16 @@ def _uniform(rows: Tensor, grid: Uniform, importance: Tensor | None, search: boo
     return Steps(chosen, None if grid.symmetric else zero[..., 0].to(torch.uint8))
 
 
+def _product(rows: Tensor, grid: Product, importance: Tensor | None, search: bool) -> Steps:
+    """Columns alike, and rows with the step that just reaches their largest weight; what weights matter is for
+    `moves.rate` to say."""
+    largest = rows.abs().amax(1).clamp(min=1e-12) / (2 ** (grid.bits - 1) - 1)
+    scales = (ROW_ONE + (4 * largest.log2()).ceil()).clamp(0, 255).to(torch.uint8)
+    return Steps(scales[:, None], columns=torch.full((1, rows.shape[1]), COLUMN_ONE, dtype=torch.uint8))
+
+
 # How each kind of grid finds its steps: (rows, grid, importance or None, search) -> Steps.
-FITS: dict[type, Callable[..., Steps]] = {Uniform: _uniform, Levels: levels}
+FITS: dict[type, Callable[..., Steps]] = {Uniform: _uniform, Product: _product, Levels: levels}
 
 
 def nearest(rows: Tensor, grid: Grid, search: bool = True, importance: Tensor | None = None) -> tuple[Tensor, Steps]:
@@ -166,6 +186,16 @@ def gptq_ordered(rows: Tensor, hessian: Tensor, importance: Tensor, grid: Grid, 
     found = _feed_back(rest, upper, grid, BLOCK, lambda column: [item[:, column] for item in pairs])
     codes = torch.empty_like(found).scatter_(1, order[..., None].expand(-1, -1, count), found)
     return codes.transpose(1, 2).reshape(batch * count, cols), steps
+
+
+def feed_back(rows: Tensor, upper: Tensor, steps: Steps, grid: Grid) -> Tensor:
+    """Codes of rows [batch, rows, cols] with error feedback on steps that are chosen already, [batch * rows, ...]."""
+    batch, count, cols = rows.shape
+    pairs = [spread(item, grid.group, cols).expand(batch * count, cols).reshape(batch, count, cols).transpose(1, 2)
+             .contiguous() for item in grid.effective(steps)]  # fmt: skip
+    rest = rows.transpose(1, 2).contiguous()
+    codes = _feed_back(rest, upper, grid, BLOCK, lambda column: [item[:, column] for item in pairs])
+    return codes.transpose(1, 2).reshape(batch * count, cols)
 
 
 def _feed_back(

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from shrew.errors import SpecError, UnsupportedError, nearest
+from shrew.errors import DataError, SpecError, UnsupportedError, nearest
 from shrew.folder import Loaded
 from shrew.folder.blocktypes import TYPES, Levels
-from shrew.folder.grids import KINDS, Grid, Steps, Uniform, dequantize
+from shrew.folder.grids import Grid, Steps, Uniform, dequantize
 from shrew.folder.packed import Packed, to_rows
-from shrew.moves import grids
+from shrew.moves import grids, rate
 from shrew.moves.calibrate import Block, Stage, aliases, stages
 from shrew.moves.learned import learn
 from shrew.moves.low_rank import factors
@@ -27,7 +27,9 @@ from shrew.spec import Meta, doc
 if TYPE_CHECKING:
     from shrew.moves.context import Context
 
+GRIDS = (Uniform.kind, *TYPES)
 SMALLEST_ROW = 16
+LEAST_RATE = 0.3  # bits a weight
 HEAD = "an embedding or output head; quantized only when embeddings are asked for"
 
 
@@ -38,7 +40,7 @@ class Quantize:
     name: ClassVar[str] = "quantize"
     paper: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv:2210.17323"
 
-    grid: str = doc(f"values that weights may take: {', '.join(KINDS)}", Uniform.kind)
+    grid: str = doc(f"values that weights may take: {', '.join(GRIDS)}", Uniform.kind)
     bits: Annotated[int, Meta(ge=2, le=8)] = doc("bits of each weight on the grid int", 4)
     group: Annotated[int, Meta(ge=0)] = doc(
         "weights that share a scale on int, nf4 and ternary: 32, 64, 128; 0 for a whole row, on int", 64
@@ -56,6 +58,10 @@ class Quantize:
         "bits, or the grid, of single weights by name; 0 or 16 leaves one alone", default_factory=dict
     )
     low_rank: Annotated[int, Meta(ge=0)] = doc("rank of a correction kept beside the codes, in bf16; 0: none", 0)
+    coded: bool = doc("store codes coded by their entropy: fewer bytes, slower to load, as large in memory", False)
+    rate: Annotated[float, Meta(ge=0, le=8)] = doc(
+        "bits a weight in the file, coded, each weight's step by what it matters; then bits and group do not count", 0.0
+    )
     damp: Annotated[float, Meta(gt=0, le=1)] = doc("gptq: added to the diagonal, as a share of its mean", 0.01)
 
     def __post_init__(self) -> None:
@@ -66,15 +72,24 @@ class Quantize:
         if self.grid != Uniform.kind and (self.bits != 4 or not (self.symmetric or own)):
             raise SpecError(f"quantize: bits and symmetric speak of the grid int, and {self.grid} has its own; leave "
                             "them out, or choose another grid.")  # fmt: skip
+        if self.rate and (self.method != "gptq" or self.grid != Uniform.kind):
+            raise SpecError("quantize: a rate chooses its own grid and needs error feedback; leave grid and method as "
+                            "they are, or give bits instead.")  # fmt: skip
+        if self.rate and self.low_rank:
+            raise SpecError("quantize: a rate counts codes alone; leave low_rank at 0, or give bits instead.")
+        if 0 < self.rate < LEAST_RATE:
+            raise SpecError(f"quantize: no model stands {self.rate} bits a weight; ask for {LEAST_RATE} or more.")
         for name, asked in self.tensors.items():
+            if self.rate and asked not in (0, 16):
+                raise SpecError(f"quantize: with a rate, '{name}' gets its bits from it; use 0 to leave it alone.")
             if isinstance(asked, str):
                 self._check_grid(asked)
             elif asked not in (0, 2, 3, 4, 5, 6, 7, 8, 16):
                 raise SpecError(f"quantize: {asked} bits for '{name}'; use 2 to 8, a grid, or 0 to leave it alone.")
 
     def _check_grid(self, kind: str) -> None:
-        if kind not in KINDS:
-            raise SpecError(f"quantize: no grid is called '{kind}'; {nearest(kind, KINDS)}")
+        if kind not in GRIDS:
+            raise SpecError(f"quantize: no grid is called '{kind}'; {nearest(kind, GRIDS)}")
         sizes = TYPES[kind].groups if kind in TYPES else ()
         if len(sizes) > 1 and self.group not in sizes:
             raise SpecError(f"quantize: {kind} has groups of {', '.join(map(str, sizes))}, and not of {self.group}.")
@@ -100,6 +115,9 @@ class Quantize:
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
         """Quantize in place."""
         targets = self._targets(loaded)
+        if self.rate:
+            self._round_to_rate(loaded, context, [target for target, _ in targets.values()])
+            return loaded
         if self.method == "rtn":
             self._round(loaded, context, targets, Stage(set(targets), {}))
             return loaded
@@ -110,6 +128,26 @@ class Quantize:
             if self.method == "learned" and stage.block is not None and now:
                 self._learn(loaded, context, now, stage.block, exact)
         return loaded
+
+    def _round_to_rate(self, loaded: Loaded, context: Context, targets: list[Target]) -> None:
+        if not context.calibration:
+            raise DataError("a rate is met by what weights matter to text; give --text or --task.")
+        transposed = {target.name: target.transposed for target in targets}
+        known = rate.sensitivities(loaded, context.calibration, transposed, context.seed)
+        items = []
+        for target in targets:
+            if target.name not in known:
+                context.say(f"{target.name}: no calibration text reached it, so it is left alone")
+                loaded.untouched[target.name] = "no calibration text reached it"
+                continue
+            rows = to_rows(target.weight.detach().float(), target.transposed)
+            items.append(rate.Coded(target.name, rows, known[target.name]))
+        found = rate.round_to_rate(items, self.rate, self.damp, context.say)
+        for target in targets:
+            if target.name in found:
+                codes, steps = found[target.name]
+                shape = tuple(target.weight.shape)
+                _store(loaded, target, Packed(codes, steps, rate.GRID, shape, target.transposed, coded=True))
 
     def _learn(
         self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], block: Block,
@@ -202,7 +240,8 @@ class Quantize:
         for target in targets:
             own = slice(first, first + target.weight.numel() // codes.shape[1])
             first, low = own.stop, None
-            packed = Packed(codes[own], steps.rows(own), grid, tuple(target.weight.shape), target.transposed)
+            shape = tuple(target.weight.shape)
+            packed = Packed(codes[own], steps.rows(own), grid, shape, target.transposed, coded=self.coded)
             if self.low_rank:
                 wanted = rows.reshape(-1, rows.shape[-1])[own]
                 error = wanted - dequantize(packed.codes, packed.steps, grid)

@@ -67,7 +67,10 @@ def _taken(numbers: Tensor, shape: tuple[int, ...], sources: list[tuple[int, Pac
         return torch.as_tensor(joined)
 
     held = [packed.steps.parts() for _, _, packed in parts]
-    steps = Steps(**{name: gathered([one[name] for one in held]) for name in held[0]})
+    columns = held[0].pop("columns", None)
+    if columns is not None and not all(torch.equal(one["columns"], columns) for one in held[1:]):
+        return None
+    steps = Steps(**{name: gathered([one[name] for one in held]) for name in held[0]}, columns=columns)
     return Packed(gathered([packed.codes for _, _, packed in parts]), steps, parts[0][2].grid, shape)
 
 

@@ -1,0 +1,266 @@
+"""Coded weights at a given rate: every weight gets the step that its sensitivity asks for; one number sets them all.
+
+Under an entropy coder, halving a step costs one bit of every weight it serves and quarters its squared error. So at a
+given size the damage is least when a squared error of one step does the same damage everywhere (reverse water-filling;
+Gish and Pierce 1968 for the coder). With error feedback, an error of column j that later columns have made up for does
+1 / U_jj^2 of damage, U being the Cholesky factor that GPTQ uses; rows differ by the Fisher information of what they
+give. A step is then proportional to U_jj / sqrt(row): a row's step times a column's, which is what `Product` stores.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from shrew.errors import DataError
+from shrew.folder import Loaded, entropy
+from shrew.folder.grids import COLUMN_ONE, ROW_ONE, Product, Steps, encode
+from shrew.folder.packed import to_rows
+from shrew.moves import grids
+from shrew.moves.anatomy import logits
+from shrew.moves.calibrate import aliases
+
+GRID = Product(8)
+LEAST_ROW = 1e-3  # of the mean: rows that the text never needed are not thrown away
+SAMPLE = 1 << 16  # weights of a tensor that an estimate of the rate looks at
+PASSES = 6  # of rounding with error feedback, until the rate is met
+NEAR = 0.99  # of the rate is near enough
+DRAWS = 8  # of a classifier's label, since a text has only one
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What changes of a weight do: KL to the original in nats a prediction is about
+    1/2 sum over rows r of rows[r] * d_r hessian d_r, for changes d [rows, cols]; mean diagonal of the hessian 1."""
+
+    rows: Tensor
+    hessian: Tensor
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A weight in the rate's balance: its name, float32 [rows, cols] and what changes of it do."""
+
+    name: str
+    rows: Tensor
+    sensitivity: Sensitivity
+
+
+class _Uses:
+    """Second moments of every use of a weight: of what it sees, weighted by how much its output matters there, and of
+    its rows' outputs' gradients."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[tuple[str, str], Tensor] = {}
+        self.outputs: dict[tuple[str, str], Tensor] = {}
+        self.looked_up: dict[str, int] = {}
+        self.predictions = 0
+
+    def add(self, key: tuple[str, str], inputs: Tensor, outputs: Tensor) -> None:
+        """inputs [in, in], outputs [out], each summed over the text; before the end their scales do not matter."""
+        self.inputs[key] = self.inputs[key].add_(inputs) if key in self.inputs else inputs
+        self.outputs[key] = self.outputs[key].add_(outputs) if key in self.outputs else outputs
+
+    def linear(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                return
+            seen = given[0].detach().flatten(0, -2).float()
+
+            def back(gradient: Tensor) -> None:
+                squared = gradient.flatten(0, -2).float().square()
+                self.add((name, "linear"), (seen * squared.sum(1, keepdim=True)).T @ seen, squared.sum(0))
+
+            output.register_hook(back)
+
+        return hook
+
+    def head(self, name: str) -> Callable[..., None]:
+        """The Fisher information of logits is known without sampling: p (1 - p)."""
+
+        def hook(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+            seen = given[0].detach().flatten(0, -2).float()
+            chance = output.detach().flatten(0, -2).float().softmax(-1)
+            chance = chance * (1 - chance)
+            self.add((name, "head"), (seen * chance.sum(1, keepdim=True)).T @ seen, chance.sum(0))
+
+        return hook
+
+    def lookup(self, name: str) -> Callable[..., Tensor]:
+        def hook(module: Any, given: tuple[Any, ...], output: Tensor) -> Tensor:
+            ids, output = given[0].flatten(), output.detach().requires_grad_(True)
+
+            def back(gradient: Tensor) -> None:
+                gradient = gradient.flatten(0, -2).float()
+                every = ids.expand(len(gradient) // len(ids), -1).flatten()
+                each = gradient.square().sum(1)
+                often = torch.zeros(len(module.weight)).index_add_(0, every, each)
+                self.add((name, "lookup"), gradient.T @ gradient, often)
+                self.looked_up[name] = self.looked_up.get(name, 0) + len(every)
+
+            output.register_hook(back)
+            return output
+
+        return hook
+
+    def found(self, name: str) -> Sensitivity | None:
+        """All uses of a weight in one quadratic form; None where it was not seen in use."""
+        rows, hessian = torch.zeros(()), torch.zeros(())
+        for key, inputs in self.inputs.items():
+            if key[0] != name or not inputs.any():
+                continue
+            outputs, mean = self.outputs[key], inputs.diagonal().mean()
+            if key[1] == "lookup":  # a row that never came counts as if it had come half a time
+                outputs = outputs + 0.5 * outputs.sum() / self.looked_up[name]
+            # Of both, one was weighted by the other: inputs by the squares of gradients, or the other way round.
+            each = outputs / outputs.sum().clamp(min=1e-30) * mean / self.predictions
+            rows, hessian = rows + each, hessian + each.mean() * inputs / mean
+        if not rows.any():
+            return None
+        return Sensitivity(rows.clamp(min=LEAST_ROW * float(rows.mean())), hessian / hessian.diagonal().mean())
+
+
+@contextmanager
+def _trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Inside the block these parameters alone get gradients; afterwards all is as it was."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+            parameter.grad = None
+
+
+def sensitivities(
+    loaded: Loaded, calibration: Sequence[np.ndarray], transposed: dict[str, bool], seed: int
+) -> dict[str, Sensitivity]:
+    """By parameter name, for the names in `transposed`: the Fisher information of the model's own predictions on text.
+
+    One pass forward and back, labels drawn from the predictions (so the loss's Hessian is what is measured, not how
+    wrong the model is). Weights that no Linear, Conv1D or Embedding uses get the diagonal of theirs alone.
+    """
+    model, names, uses = loaded.model, aliases(loaded.model), _Uses()
+    head, draw = model.get_output_embeddings(), torch.Generator().manual_seed(seed)
+    other = set(transposed)
+    with ExitStack() as hooks, torch.enable_grad():
+        for path, module in model.named_modules():
+            name = names.get(f"{path}.weight", "")
+            if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+                made = uses.lookup if isinstance(module, nn.Embedding) else uses.head if module is head else uses.linear
+                hooks.enter_context(module.register_forward_hook(made(name)))
+                other.discard(name)
+        hooks.enter_context(_trainable(model, other))
+        squares = {name: torch.zeros_like(model.get_parameter(name)) for name in other}
+        draws = DRAWS if loaded.is_classifier else 1
+        for sequence in [sequence for sequence in calibration for _ in range(draws)]:
+            found = logits(loaded, torch.from_numpy(np.asarray(sequence, np.int64))[None]).float().flatten(0, -2)
+            labels = torch.multinomial(found.detach().softmax(-1), 1, generator=draw)[:, 0]
+            F.cross_entropy(found, labels, reduction="sum").backward()
+            uses.predictions += len(labels)
+            for name, total in squares.items():
+                parameter = model.get_parameter(name)
+                if parameter.grad is not None:
+                    total += parameter.grad.square()
+                    parameter.grad = None
+    seen = {name: uses.found(name) for name in transposed if name not in other}
+    seen |= {name: _diagonal(to_rows(total, transposed[name]) / max(uses.predictions, 1))
+             for name, total in squares.items()}  # fmt: skip
+    return {name: item for name, item in seen.items() if item is not None}
+
+
+def _diagonal(squares: Tensor) -> Sensitivity | None:
+    """The closest product of rows and columns to the diagonal of a Fisher information [rows, cols]."""
+    rows, columns = squares.mean(1), squares.mean(0)
+    if not rows.any():
+        return None
+    columns = columns / columns.mean()
+    return Sensitivity(rows.clamp(min=LEAST_ROW * float(rows.mean())), torch.diag(columns.clamp(min=LEAST_ROW)))
+
+
+def steps_of(rows: Tensor, weight: Tensor, columns: Tensor, log_step: float) -> Steps:
+    """Steps 2^log_step * columns [cols] / sqrt(weight [rows]) in quarter octaves, wider where codes would not reach the
+    largest weight of a row."""
+    octaves = columns.log2()
+    middle = octaves.median()
+    column = (4 * (octaves - middle)).round().clamp(-COLUMN_ONE, 255 - COLUMN_ONE)
+    row = (4 * (log_step + middle - 0.5 * weight.log2())).round()
+    reach = 0.9 * 2 ** (GRID.bits - 1)
+    largest = (rows.abs() / torch.exp2(column / 4)).amax(1)
+    row = torch.maximum(row, (4 * (largest / reach).clamp(min=1e-30).log2()).ceil()).clamp(-ROW_ONE, 255 - ROW_ONE)
+    return Steps((row + ROW_ONE)[:, None].to(torch.uint8), columns=(column + COLUMN_ONE)[None].to(torch.uint8))
+
+
+def bits_of(codes: Tensor, steps: Steps) -> float:
+    """Bits in the file of codes and steps, coded."""
+    return 8.0 * (entropy.size(codes.numpy()) + sum(entropy.size(part.numpy()) for part in steps.parts().values()))
+
+
+def round_to_rate(
+    items: Sequence[Coded], rate: float, damp: float, say: Callable[[str], None]
+) -> dict[str, tuple[Tensor, Steps]]:
+    """Codes and steps on `GRID` by name, of `rate` bits a weight at most in the file, steps included."""
+    if not items:
+        return {}
+    columns = {item.name: _columns(item, damp) for item in items}
+    log_step, slope = _estimated(items, columns, rate), min(1.0, 0.4 + 0.2 * rate)
+    best: tuple[float, dict[str, tuple[Tensor, Steps]]] | None = None
+    last: tuple[float, float] | None = None
+    for _ in range(PASSES):
+        found = {item.name: _rounded(item, columns[item.name], log_step, damp) for item in items}
+        got = sum(bits_of(*pair) for pair in found.values()) / sum(item.rows.numel() for item in items)
+        say(f"steps of 2^{log_step:.2f}: {got:.3f} bits a weight")
+        if best is None or (best[0] < got <= rate) or (best[0] > rate and got < best[0]):
+            best = got, found
+        if NEAR * rate <= got <= rate:
+            break
+        # Bits for an octave: fewer than one where many codes are 0 or steps are as fine as codes allow.
+        if last is not None and abs(last[0] - log_step) > 1e-3:
+            slope = min(max((got - last[1]) / (last[0] - log_step), 0.2), 1.2)
+        last = log_step, got
+        log_step += (got - 0.5 * (1 + NEAR) * rate) / slope
+    assert best is not None
+    if best[0] > rate:
+        raise DataError(f"these weights take {best[0]:.2f} bits each at least; ask for a rate above {rate}.")
+    if best[0] < 0.95 * rate:
+        say(f"codes of {GRID.bits} bits reach no finer steps, so {best[0]:.2f} bits a weight is all they take")
+    return best[1]
+
+
+def _columns(item: Coded, damp: float) -> Tensor:
+    upper, _ = grids.decompose(item.sensitivity.hessian[None], damp)
+    return upper[0].diagonal().clone()
+
+
+def _rounded(item: Coded, columns: Tensor, log_step: float, damp: float) -> tuple[Tensor, Steps]:
+    upper, _ = grids.decompose(item.sensitivity.hessian[None], damp)
+    steps = steps_of(item.rows, item.sensitivity.rows, columns, log_step)
+    return grids.feed_back(item.rows[None], upper, steps, GRID), steps
+
+
+def _estimated(items: Sequence[Coded], columns: dict[str, Tensor], rate: float) -> float:
+    """The step, as a power of 2, at which plain rounding of a sample of rows takes `rate` bits a weight."""
+    count = sum(item.rows.numel() for item in items)
+
+    def bits(log_step: float) -> float:
+        total = 0.0
+        for item in items:
+            every = max(1, item.rows.numel() // SAMPLE)
+            rows, weight = item.rows[::every], item.sensitivity.rows[::every]
+            steps = steps_of(rows, weight, columns[item.name], log_step)
+            total += bits_of(encode(rows, steps, GRID), steps) * len(item.rows) / len(rows)
+        return total / count
+
+    low, high = -60.0, 20.0
+    while high - low > 0.1:
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if bits(middle) > rate else (low, middle)
+    return 0.5 * (low + high)
