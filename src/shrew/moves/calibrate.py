@@ -209,8 +209,9 @@ def stages(
     late = {name for name in flow.late if name not in inside}
     early = names - inside - late
     yield Stage(early, {name: value for name, value in flow.outside.items() if name in early})
-    original = [value.clone() for value in flow.first]
-    current = flow.starts() if sequential else original
+    # Embeddings as they now are belong to the reference: making up for their errors would shrink every layer's weights.
+    original = flow.starts() if sequential else flow.first
+    current = original
     for number, layer in enumerate(flow.layers):
         prefix = f"{flow.path}.{number}."
         block = Block(layer, prefix, [calls[number] for calls in flow.calls], current, [])
