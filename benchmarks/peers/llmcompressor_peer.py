@@ -26,6 +26,7 @@ def work(job: Job) -> dict[str, object]:
         "sparsegpt": lambda: SparseGPTModifier(targets=["Linear"], ignore=["re:.*lm_head"], **settings),
     }[algorithm]()
     model = load(job)
+    names = {name for name, _ in model.named_parameters()}
     # One sequence a batch, as its examples have them.
     rows = [{"input_ids": torch.from_numpy(row)[None], "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
             for row in job.rows()]  # fmt: skip
@@ -34,7 +35,8 @@ def work(job: Job) -> dict[str, object]:
         oneshot(model=model, dataset=batches, recipe=recipe, num_calibration_samples=len(rows))
         model.save_pretrained(job.artefact, save_compressed=algorithm != "sparsegpt")
     made = load_back(job)
-    job.keep(dict(made.named_parameters()))  # AWQ changes norms too
+    # AWQ changes norms too; scales and zero points, which stay beside decompressed weights, are no weights.
+    job.keep({name: value for name, value in made.named_parameters() if name in names})
     job.check(made)
     return {"versions": versions("llmcompressor", "compressed-tensors", "torch", "transformers")}
 

@@ -76,9 +76,9 @@ def modelopt() -> list[Arm]:
     found = [Arm("ModelOpt", "INT4 AWQ", 4, {"config": "INT4_AWQ_CFG"}),
              Arm("ModelOpt", "INT4 blocks", 4, {"config": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"}),
              Arm("ModelOpt", "INT8 weights", 8, {"config": "INT8_WEIGHT_ONLY_CFG"})]  # fmt: skip
-    formats = ["INT4_AWQ_CFG", "INT8_WEIGHT_ONLY_CFG"]
+    formats = ["INT4_AWQ_CFG", "INT8_WEIGHT_ONLY_CFG"]  # its effective bits count the head, which stays as it is
     return found + [Arm("ModelOpt", f"auto_quantize {bits}", round(bits), {"effective_bits": bits, "formats": formats})
-                    for bits in (5.0, 6.0)]  # fmt: skip
+                    for bits in (6.5, 7.5)]  # fmt: skip
 
 
 def quantize(bits: int, group: int, head: int = 0, **more: Any) -> list[dict[str, Any]]:
