@@ -42,7 +42,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer  # noqa: E402
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa: E402
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet  # noqa: E402
 
-from shrew import files, objectives, record, spec  # noqa: E402
+from shrew import files, machine, objectives, record, spec  # noqa: E402
 from shrew.blocks.layers import Place, Shape  # noqa: E402
 from shrew.blocks.linear import MAMBA2  # noqa: E402
 from shrew.blocks.model import FFNS, MIXERS, ModelSpec, build  # noqa: E402
@@ -210,6 +210,7 @@ def model_of(name: str) -> Any:
 
 def probe(name: str, mode: str, lengths: Iterable[int]) -> None:
     """Print one JSON line for each length, rising: CPU-seconds of one pass, and the peak memory of this process."""
+    machine.keep_memory()  # as `shrew train` does
     torch.set_num_threads(1)
     torch.manual_seed(0)
     work = _layer_work(name, mode) if name in LAYERS else _model_work(name, mode)

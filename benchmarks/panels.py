@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f7f7f")  # Okabe and Ito 2008
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#7f7f7f",
+           "#882255")  # Okabe and Ito 2008, and one of Tol's
 STYLE = """svg{font:12px system-ui,sans-serif;--ink:#1d1f21;--line:#dfe2e5;--paper:#fff}
 @media (prefers-color-scheme:dark){svg{--ink:#e6e7e9;--line:#34393e;--paper:#15171a}}
 text{fill:var(--ink)}.grid{stroke:var(--line)}.paper{fill:var(--paper)}.curve{fill:none;stroke-width:1.6}"""
@@ -38,7 +39,7 @@ def draw(panels: Sequence[Panel], y: str, powers: bool = False) -> str:
     span = max(max(ends) - min(ends), 1e-3)
     low, high = min(ends) - 0.05 * span, max(ends) + 0.05 * span
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
-    width = LEFT + WIDE * len(panels)
+    width = max(LEFT + WIDE * len(panels), sum(map(_key_width, names)))
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HIGH}" role="img">',
              f'<style>{STYLE}</style><rect class="paper" width="{width}" height="{HIGH}"/>',
              _key(names), f'<text x="6" y="{TOP - 12}">{escape(y)}</text>']  # fmt: skip
@@ -50,8 +51,12 @@ def _key(names: Sequence[str]) -> str:
     parts, x = [], 8.0
     for number, name in enumerate(names):
         parts.append(f'{_mark(number, x + 4, 16)}<text x="{x + 14:.0f}" y="20">{escape(name)}</text>')
-        x += 34 + 7 * len(name)
+        x += _key_width(name)
     return "".join(parts)
+
+
+def _key_width(name: str) -> int:
+    return 34 + 7 * len(name)
 
 
 def _panel(panel: Panel, names: Sequence[str], left: float, low: float, high: float, powers: bool) -> str:

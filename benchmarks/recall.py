@@ -20,10 +20,11 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import panels
 import torch
 from torch import Tensor
 
-from shrew import machine, objectives, record, spec
+from shrew import files, machine, objectives, record, spec
 from shrew.blocks.model import MIXERS, ModelSpec, ShrewForCausalLM, build
 from shrew.record import Record
 from shrew.train import TrainSpec, optimizers
@@ -177,6 +178,19 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(parts)
 
 
+def picture(records: Sequence[Record]) -> str:
+    """Accuracy against length, an SVG with a panel for each probe."""
+    found = []
+    for name in dict.fromkeys(item.task for item in records):
+        series: dict[str, list[panels.Point]] = {}
+        for item in records:
+            if item.task == name:
+                point = panels.Point(item.detail["length"], float(item.value or 0), item.low, item.high)
+                series.setdefault(item.model, []).append(point)
+        found.append(panels.Panel(f"{name}: tokens in a row", series))
+    return panels.draw(found, "accuracy")
+
+
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mixers", nargs="+", help=f"kinds, joined by + for a hybrid: {', '.join(MIXERS)}")
@@ -189,6 +203,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=2000, help="at least so many answers a length")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--records", type=Path, help="JSONL file that the records are added to")
+    parser.add_argument("--plot", type=Path, help="SVG of the first seed to write")
     args = parser.parse_args(words)
     if min(args.lengths) < 16 or max(args.lengths) > 16 * KEYS:
         parser.error(f"lengths are 16 to {16 * KEYS}: a row of length T has T / 16 of {KEYS} keys")
@@ -210,6 +225,8 @@ def main() -> None:
                 if args.records:
                     record.append(args.records, told)
     print(table(found))
+    if args.plot:
+        files.write_text(args.plot, picture([item for item in found if item.seed == 0]))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -233,6 +234,29 @@ def test_the_probes_measure_something(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert machine.choose_precision("bf16") == machine.Precision("bf16", "bf16, as asked")
     with pytest.raises(errors.UsageError, match="did you mean 'fp32'"):
         machine.choose_precision("fp23")
+
+
+MAPPED = """
+import ctypes, sys
+from shrew import machine
+if sys.argv[1] == "keep":
+    machine.keep_memory()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+import resource
+for _ in range(4):
+    block = c.malloc(1 << 27)
+    c.memset(block, 1, 1 << 27)
+    c.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such setting")
+def test_kept_memory_is_not_mapped_anew() -> None:
+    faults = [int(subprocess.check_output([sys.executable, "-c", MAPPED, kind])) for kind in ("keep", "plain")]
+    assert faults[0] + 2.5 * 2**27 / os.sysconf("SC_PAGE_SIZE") < faults[1]
 
 
 def test_one_seed_seeds_everything() -> None:

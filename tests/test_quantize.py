@@ -15,7 +15,8 @@ from shrew.errors import SpecError, UnsupportedError
 from shrew.folder import Grid, Loaded, Steps, Uniform
 from shrew.folder.grids import dequantize, encode, groups
 from shrew.moves import grids
-from shrew.moves.quantize import Quantize, hessians, quantizable
+from shrew.moves.calibrate import Stage, hessians
+from shrew.moves.quantize import Quantize, quantizable
 
 
 @pytest.fixture
@@ -188,7 +189,8 @@ def test_gptq_beats_rounding_in_the_model(kind: str, fresh: Callable[[str], Load
     statistics = hessians(reference, context.calibration)
     losses = {}
     for method in ("gptq", "rtn"):
-        loaded = Quantize(bits=3, group=32, method=method).apply(fresh(kind), context)  # type: ignore[arg-type]
+        move = Quantize(bits=3, group=32, method=method, sequential=False)  # type: ignore[arg-type]
+        loaded = move.apply(fresh(kind), context)
         total = 0.0
         for name, packed in loaded.packed.items():
             change = packed.dense() - reference.model.get_parameter(name).detach()
@@ -257,11 +259,11 @@ def test_experts_without_text_are_named(
     fresh: Callable[[str], Loaded], context: Any, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = fresh("olmoe")
-    statistics = hessians(loaded, context.calibration)
+    statistics, names = hessians(loaded, context.calibration), loaded.model.named_parameters()
     for name in statistics:
         if "experts" in name:
             statistics[name][2] = 0
-    monkeypatch.setattr("shrew.moves.quantize.hessians", lambda *_: statistics)
+    monkeypatch.setattr("shrew.moves.quantize.stages", lambda *_: [Stage(set(dict(names)), statistics)])
     Quantize(bits=4).apply(loaded, context)
     assert any("no text reached experts 2," in line for line in said)
 

@@ -24,7 +24,8 @@ from shrew.blocks.model import ModelSpec, build
 from shrew.blocks.moe import MoeSpec
 from shrew.blocks.window import WindowSpec
 from shrew.folder import Loaded
-from shrew.moves.quantize import Quantize, hessians
+from shrew.moves.calibrate import hessians
+from shrew.moves.quantize import Quantize
 
 BLOCKS: dict[str, dict[str, Any]] = {
     "attention": {"mixers": {"A": AttentionSpec(heads=2, gate=True, value_embeddings=True, sinks=True, bias=True)}},
@@ -109,7 +110,8 @@ def test_gptq_beats_rounding_on_every_input(kind: str, context: Any) -> None:
     statistics = hessians(make(kind), context.calibration)
     reference, losses = make(kind), {}
     for method in ("gptq", "rtn"):
-        loaded = Quantize(bits=3, group=0, method=method).apply(make(kind), context)  # type: ignore[arg-type]
+        move = Quantize(bits=3, group=0, method=method, sequential=False)  # type: ignore[arg-type]
+        loaded = move.apply(make(kind), context)
         total = 0.0
         for name, packed in loaded.packed.items():
             change = packed.dense() - reference.model.get_parameter(name).detach()

@@ -18,6 +18,7 @@ VERBS = {
     "shrink": ("shrew.search", "find the smallest model that still does the job, and prove it"),
     "apply": ("shrew.moves", "run the moves of a recipe on a model folder"),
     "measure": ("shrew.measure", "compare models: quality, bytes, speed, memory, energy"),
+    "audit": ("shrew.audit", "what a model file of any tool really holds, and what it lost"),
     "train": ("shrew.train", "train a small model from a recipe, with exact resume"),
     "complete": ("shrew.runtime.complete", "let a model go on with a text"),
     "chat": ("shrew.runtime.chat", "talk with a model in the terminal"),

@@ -4,6 +4,7 @@ The right number of threads cannot be looked up: on a shared machine two threads
 and a processor with bf16 instructions but no matrix unit is faster in fp32. So both are measured once and kept a day.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 DAY = 24 * 3600
 ROUNDS = 3
 ROUND_SECONDS = 0.1
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,19 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def keep_memory() -> None:
+    """Let this process reuse the memory of large tensors instead of giving it back to the system each time.
+
+    glibc maps every block above 32 MB anew, and the system fills its pages with zeros at first touch: a sixth of the
+    time of a training step on 32,768 tokens. Peak memory rises by up to a fifth. Does nothing with another C library.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018 - an AttributeError where it is not glibc
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def set_seed(seed: int) -> None:

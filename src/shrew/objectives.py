@@ -1,5 +1,6 @@
 """Losses as functions of logits. N positions, V vocabulary entries, K stored teacher entries."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a target that counts for nothing
+LOWEST = -30.0  # log-probability of what cannot be
 AT_ONCE = 2**25  # logits held at once by a loss in chunks, unless told otherwise: 128 MiB of float32
 
 
@@ -40,24 +42,41 @@ def classify(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-def kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over positions of KL(teacher || student) in nats; both are logits [..., V] (Hinton et al. 2015)."""
-    wanted = teacher.float().log_softmax(-1)
-    return F.kl_div(student.float().log_softmax(-1), wanted, log_target=True, reduction="sum")
+def divergence(student: Tensor, teacher: Tensor, loss: str = "forward", alpha: float = 0.1) -> Tensor:
+    """Sum over positions of how far the student's q is from the teacher's p, in nats; both are log-probabilities
+    [..., M] of the same M outcomes.
 
-
-def top_k_kl(student: Tensor, logs: Tensor, ids: Tensor) -> Tensor:
-    """KL to a teacher known by its K likeliest tokens and the mass of the rest, as one further outcome.
-
-    student: logits [N, V]; logs: teacher log-probabilities [N, K]; ids: their tokens [N, K]. Sum in nats. Lumping the
-    rest into one outcome gives a lower bound of the full KL that is zero only if the kept part agrees exactly.
+    forward: KL(p || q), reverse: KL(q || p); skewed-forward: KL(p || alpha p + (1 - alpha) q), skewed-reverse:
+    KL(q || alpha q + (1 - alpha) p), which stay finite where the right side has nothing (DistiLLM, Ko et al. 2024,
+    arXiv:2402.03898). An outcome that neither has is LOWEST in both.
     """
-    log_q = student.float().log_softmax(-1)
-    kept_q = log_q.gather(-1, ids)
-    kept_p = logs.exp()
-    rest_p = (1 - kept_p.sum(-1)).clamp_min(1e-6)
-    rest_q = (1 - kept_q.exp().sum(-1)).clamp_min(1e-6)
-    return (kept_p * (logs - kept_q)).sum() + (rest_p * (rest_p.log() - rest_q.log())).sum()
+    backward = loss.endswith("reverse")
+    left, right = (student, teacher) if backward else (teacher, student)
+    if loss.startswith("skewed"):
+        right = torch.logaddexp(left + math.log(alpha), right + math.log1p(-alpha))
+    return (left.exp() * (left - right)).sum()
+
+
+def lumped(logits: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
+    """Log-probabilities [N, K + 1] of some tokens and, last, of all others together as one outcome.
+
+    logits [N, V], ids [N, K]; one that is not `kept` [N, K] repeats another and is no outcome. Between two models,
+    lumping gives a lower bound of the divergence that is zero only if the kept part agrees exactly.
+    """
+    every = logits.float().log_softmax(-1)
+    others = every.scatter(-1, ids, LOWEST).logsumexp(-1, keepdim=True)
+    return torch.cat([every.gather(-1, ids).masked_fill(~kept, LOWEST), others], -1)
+
+
+def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Sum over positions of the mean over heads of KL(teacher || student) between attention maps in nats (MiniLM, Wang
+    et al. 2020, arXiv:2002.10957). Probabilities [B, H, T, T], queries before keys; `mask` [B, T] is 0 at padding.
+    Where the numbers of heads differ, their means are compared."""
+    if student.shape[1] != teacher.shape[1]:
+        student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+    log_q, log_p = student.float().clamp_min(1e-12).log(), teacher.float().clamp_min(1e-12).log()
+    each = (teacher.float() * (log_p - log_q)).sum(-1).mean(1)
+    return each[mask.bool()].sum()
 
 
 def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:

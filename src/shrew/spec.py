@@ -30,9 +30,10 @@ __all__ = ["Kinds", "Meta", "add_flags", "digest", "doc", "dump", "from_flags", 
 T = TypeVar("T")
 
 
-def doc(text: str, default: Any = MISSING, default_factory: Any = MISSING) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, default_factory=default_factory, metadata={"doc": text})
+def doc(text: str, default: Any = MISSING, default_factory: Any = MISSING, reads: str = "") -> Any:
+    """A dataclass field with its help text. `reads`: it names a "file" or "model", whose content counts, not its name.
+    """
+    return field(default=default, default_factory=default_factory, metadata={"doc": text, "reads": reads})
 
 
 class Kinds:

@@ -122,6 +122,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     files.check_writable_target(out, folder.LINEAGE)
     files.check_writable_target(run / "checkpoint", "state.json")
     state = _read_state(run)
+    machine.keep_memory()
     threads = machine.choose_threads(state.get("threads") or item.threads or None)
     precision = machine.choose_precision(state.get("precision") or item.precision)
     say = _sayer(world.rank == 0)

@@ -221,8 +221,8 @@ def tensors(path: str | Path) -> list[TensorInfo]:
         shape, size = tuple(meaning["shape"]), sum(part.bytes for part in parts)
         grid = packed.grid_of(meaning)
         dtype = f"INT{grid.bits}" if isinstance(grid, Uniform) else grid.label().partition(" ")[0].upper()
-        listed.append(TensorInfo(name, dtype, shape, size, _per_weight(size, shape), grid.label(),
-                                 _files(parts)))  # fmt: skip
+        listed.append(TensorInfo(name, dtype, shape, size, _per_weight(size, shape),
+                                 packed.label(grid, meaning.get("rank", 0)), _files(parts)))  # fmt: skip
     return sorted(listed, key=lambda item: item.name)
 
 

@@ -27,6 +27,8 @@ def obstacle(model: Any, packed: dict[str, Packed]) -> str:
     aliases = {id(model.get_parameter(name)) for name in shared}
     for name, item in packed.items():
         module = model.get_submodule(name.rpartition(".")[0])
+        if item.rank:
+            return f"{name} has a low-rank correction"
         if not isinstance(item.grid, Uniform):
             return f"{name} is {item.grid.label()}"
         if item.grid.bits not in WIDTHS:

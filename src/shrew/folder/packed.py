@@ -1,5 +1,6 @@
 """Packed weights: what they are, how their bits lie in a file, and how transformers turns them back into numbers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -19,7 +20,7 @@ from shrew.folder.grids import FLOATS, KINDS, Grid, Steps, Uniform, dequantize
 from shrew.folder.headers import Entry
 
 METHOD = "shrew"
-PARTS = (":codes", ":scales", ":zeros", ":supers")
+PARTS = (":codes", ":scales", ":zeros", ":supers", ":left", ":right")
 PLACES = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
 CHUNK = 1 << 22  # elements unpacked at once; bounds the memory that single bits need
 
@@ -31,6 +32,9 @@ class Packed:
     Scales of folders that others wrote may be fp16 or fp32. `shape` is the parameter's; `transposed` says that its last
     dimension is the output (Conv1D), so that rows are columns of the parameter. Leading dimensions (experts) are folded
     into rows.
+
+    `low` is a low-rank correction that is added to what the codes stand for, as two bf16 factors: left [rows, r] and
+    right [r, cols], or [experts * r, cols] with factors of each expert's own.
     """
 
     codes: Tensor
@@ -38,10 +42,35 @@ class Packed:
     grid: Grid
     shape: tuple[int, ...]
     transposed: bool = False
+    low: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank correction; 0 without one."""
+        return 0 if self.low is None else self.low[0].shape[1]
+
+    def label(self) -> str:
+        return label(self.grid, self.rank)
+
+    def correction(self) -> Tensor:
+        """The low-rank correction in rows, float32. In float64, where sums of products of bf16 do not depend on their
+        order, so that it is the same wherever it is computed."""
+        if self.low is None:
+            return torch.zeros(self.codes.shape)
+        left, right = (item.double() for item in self.low)
+        count = math.prod(self.shape[:-2])
+        product = left.reshape(count, -1, self.rank) @ right.reshape(count, self.rank, -1)
+        return product.reshape(self.codes.shape).float()
 
     def dense(self) -> Tensor:
-        """The parameter that the codes stand for, float32 of `shape`."""
-        return from_rows(dequantize(self.codes, self.steps, self.grid), self.shape, self.transposed)
+        """The parameter that codes and correction stand for, float32 of `shape`."""
+        rows = dequantize(self.codes, self.steps, self.grid)
+        return from_rows(rows if self.low is None else rows + self.correction(), self.shape, self.transposed)
+
+
+def label(grid: Grid, rank: int) -> str:
+    """What a packed weight is called: its grid, and the rank of its correction."""
+    return grid.label() + (f" + rank {rank}" if rank else "")
 
 
 def to_rows(weight: Tensor, transposed: bool) -> Tensor:
@@ -95,6 +124,7 @@ def unpack_bits(packed: Tensor, bits: int | Fraction, cols: int) -> Tensor:
 def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that a file holds for the weight `name`."""
     parts = {"codes": packed.codes} | packed.steps.parts()
+    parts |= {} if packed.low is None else {"left": packed.low[0], "right": packed.low[1]}
     widths = packed.grid.widths
     return {f"{name}:{part}": pack_bits(value, widths[part]) if part in widths else value.contiguous()
             for part, value in parts.items()}  # fmt: skip
@@ -107,21 +137,24 @@ def from_parts(parts: dict[str, Tensor], entry: dict[str, Any]) -> Packed:
     for part, extent in grid.shapes(*_rows_and_cols(shape, transposed)).items():
         value = parts[":" + part]
         found[part] = unpack_bits(value, grid.widths[part], extent[1]) if part in grid.widths else value
-    return Packed(found.pop("codes"), Steps(**found), grid, shape, transposed)
+    low = (parts[":left"], parts[":right"]) if entry.get("rank") else None
+    return Packed(found.pop("codes"), Steps(**found), grid, shape, transposed, low)
 
 
 def to_entry(packed: Packed) -> dict[str, Any]:
     """What config.json says of one packed weight."""
     grid: Any = packed.grid
     kind = {} if isinstance(grid, Uniform) else {"kind": grid.kind}
-    return {**kind, **vars(grid), "shape": list(packed.shape), "transposed": packed.transposed}
+    rank = {"rank": packed.rank} if packed.rank else {}
+    return {**kind, **vars(grid), **rank, "shape": list(packed.shape), "transposed": packed.transposed}
 
 
 def grid_of(entry: dict[str, Any]) -> Grid:
     """The grid that an entry of config.json names. Raises KeyError, TypeError or ValueError for what is none."""
     kind = KINDS[entry.get("kind", Uniform.kind)]
     known = {item.name: item.type for item in fields(kind)}
-    given = {key: value for key, value in entry.items() if key in known or key not in ("kind", "shape", "transposed")}
+    own = ("kind", "shape", "transposed", "rank")  # a grid may have its kind among its fields
+    given = {key: value for key, value in entry.items() if key in known or key not in own}
     if set(given) != set(known) or any(type(given[key]) is not known[key] for key in known):
         raise ValueError("unknown settings of a grid")
     grid: Grid = kind(**given)
@@ -162,7 +195,9 @@ def _expected_parts(
     """The grid's label, and dtypes and shape of every tensor that the file should hold for it."""
     try:
         shape, transposed = tuple(entry["shape"]), entry["transposed"]
-        grid = grid_of(entry)
+        grid, rank = grid_of(entry), entry.get("rank", 0)
+        if type(rank) is not int or rank < 0 or ("rank" in entry and not rank):
+            raise ValueError("no rank")
         if type(transposed) is not bool or len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
             raise ValueError("no shape")
         shapes = grid.shapes(*_rows_and_cols(shape, transposed))
@@ -174,7 +209,10 @@ def _expected_parts(
     for part, extent in shapes.items():
         width = grid.widths.get(part)
         parts[":" + part] = (FLOATS, extent) if width is None else (("U8",), (extent[0], -(-extent[1] * width // 8)))
-    return grid.label(), parts
+    if rank:
+        rows, cols = _rows_and_cols(shape, transposed)
+        parts |= {":left": (("BF16",), (rows, rank)), ":right": (("BF16",), (math.prod(shape[:-2]) * rank, cols))}
+    return label(grid, rank), parts
 
 
 class ShrewConfig(QuantizationConfigMixin):

@@ -4,7 +4,6 @@ Two models are always compared on the same units (documents or examples), and un
 the units themselves cancels, only the difference between the models counts.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -14,8 +13,7 @@ import numpy as np
 
 from shrew.errors import DataError
 from shrew.tasks import Scores
-
-CELLS = 2**21  # weights drawn at once
+from shrew.tasks.scores import weights
 
 
 @dataclass(frozen=True)
@@ -189,16 +187,6 @@ def student_quantile(p: float, freedom: float) -> float:
     density = np.cos(angle) ** (freedom - 1)
     area = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return float(np.sqrt(freedom) * np.tan(np.interp((2 * p - 1) * area[-1], area, angle)))
-
-
-def weights(n: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of n units counts in each of `samples` bootstrap resamples, some rows [S, n] at a time."""
-    rng = np.random.default_rng(seed)
-    step = max(1, CELLS // n)
-    for low in range(0, samples, step):
-        size = min(step, samples - low)
-        drawn = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
 
 
 def _check(original: Scores, new: Scores) -> None:

@@ -6,6 +6,7 @@ one run, in several runs or out of the cache gives the same bytes.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -14,15 +15,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shrew import files, folder, machine, spec
-from shrew.errors import SpecError, UsageError, nearest
+from shrew.errors import DataError, SpecError, UsageError, nearest
 from shrew.folder import Loaded
+from shrew.folder.check import fetch
+from shrew.folder.headers import read_json
 from shrew.moves.context import Context
 from shrew.moves.distil import Distil
+from shrew.moves.distil.twin import sentence
 from shrew.moves.drop_layers import DropLayers
 from shrew.moves.experts import PruneExperts
 from shrew.moves.linearize import Linearize
 from shrew.moves.narrow import Narrow
 from shrew.moves.quantize import Quantize
+from shrew.moves.rotate import Rotate
+from shrew.moves.smooth import Smooth
 from shrew.moves.source import Source, context_of, fingerprint, knows_python, open_task
 from shrew.moves.upcycle import Upcycle
 
@@ -37,7 +43,8 @@ class Move(Protocol):
 
 
 MOVES: dict[str, Any] = {
-    move.name: move for move in (Quantize, DropLayers, Narrow, PruneExperts, Upcycle, Linearize, Distil)
+    move.name: move
+    for move in (Quantize, Smooth, Rotate, DropLayers, Narrow, PruneExperts, Upcycle, Linearize, Distil)
 }
 
 
@@ -66,19 +73,34 @@ def table(move: Move) -> dict[str, Any]:
     return {"name": move.name, **spec.dump(move)}
 
 
+def contents(move: Move) -> dict[str, str]:
+    """Hashes of the files and models that the settings of a move name, by name."""
+    found = {}
+    for item in dataclasses.fields(move):  # type: ignore[arg-type]
+        kind, name = item.metadata.get("reads"), getattr(move, item.name)
+        if kind and name:
+            if kind == "file" and not Path(name).is_file():
+                raise DataError(f"{move.name}: {item.name} = '{name}': no such file.")
+            found[name] = files.sha256(Path(name)) if kind == "file" else folder.identity(fetch(name))
+    return found
+
+
 def apply_moves(original: Path, moves: Sequence[Move], source: Source, context: Context) -> Path:
     """The folder in the cache that these moves make of `original`; what is there already is not made again."""
     base = fingerprint(source, original, context)
     path = original
     for count in range(1, len(moves) + 1):
         tables = [table(move) for move in moves[:count]]
-        out = context.cache / "applied" / spec.digest([folder.versions(), base, tables])[:32]
+        read = {place: mark for move in moves[:count] for place, mark in contents(move).items()}
+        data = base | ({"read": read} if read else {})
+        out = context.cache / "applied" / spec.digest([folder.versions(), data, tables])[:32]
         if not (out / folder.LINEAGE).exists():
             loaded = folder.load(path)
-            origin = loaded.lineage.get("moves", [])
+            origin, twins = loaded.lineage.get("moves", []), loaded.lineage.get("twins")
             loaded.lineage = {"parent": {"name": Path(source.model).name, "sha256": base["original"]},
-                              "moves": [*origin, tables[-1]], "data": base, "seed": source.seed,
+                              "moves": [*origin, tables[-1]], "data": data, "seed": source.seed,
                               "threads": source.threads}  # fmt: skip
+            loaded.lineage |= {"twins": twins} if twins else {}
             loaded = moves[count - 1].apply(loaded, context)
             loaded.lineage["untouched"] = loaded.untouched
             folder.save(loaded, out, same=True)
@@ -158,6 +180,9 @@ def _run(source: Source, moves: list[Move], args: argparse.Namespace) -> int:
     listed = [vars(item) | {"shape": list(item.shape)} for item in folder.tensors(out)]
     size = sum(item["bytes"] for item in listed)
     say(f"Wrote {out}: {size:,} bytes of weights.")
+    twins = read_json(out / folder.LINEAGE).get("twins", [])
+    for found in twins:
+        say(sentence(found))
     if getattr(args, "json", False):
-        print(json.dumps({"out": str(out), "bytes": size, "tensors": listed}))
+        print(json.dumps({"out": str(out), "bytes": size, "tensors": listed} | ({"twins": twins} if twins else {})))
     return 0

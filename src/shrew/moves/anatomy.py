@@ -275,6 +275,13 @@ def _with_spec(config: ShrewConfig, item: ModelSpec) -> Any:
     return with_settings(config, spec=dump(item))
 
 
+def untied(config: Any) -> Any:
+    """A copy of a config whose head has weights of its own."""
+    if isinstance(config, ShrewConfig):
+        return _with_spec(config, replace(config.parsed(), tied=False))
+    return with_settings(config, tie_word_embeddings=False)
+
+
 def without_layers(model: Any, dropped: set[int]) -> Any:
     """The config without some layers; lists with one entry a layer, or of layer numbers, follow."""
     if isinstance(model.config, ShrewConfig):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shrew.folder.blocktypes import Levels
-from shrew.folder.grids import Grid, Steps, Uniform, dequantize, encode, groups
+from shrew.folder.grids import Grid, Steps, Uniform, dequantize, encode, groups, spread
 from shrew.moves.fits import levels
 
 CHUNK = 1 << 17  # weights searched at once: few enough for a processor's cache
@@ -91,12 +91,8 @@ def decompose(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """
     matrix = hessian.clone()
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    silent = diagonal <= 0
-    live = (~silent).sum(-1, keepdim=True).clamp(min=1)
-    mean = diagonal.sum(-1, keepdim=True) / live
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    importance = torch.where(silent, damp * mean, diagonal.clone())
-    diagonal += torch.where(silent, mean, torch.zeros_like(mean))
+    importance, mean = _importance(diagonal, damp)
+    diagonal += torch.where(diagonal <= 0, mean, torch.zeros_like(mean))
     while True:
         diagonal += damp * mean
         lower, failed = torch.linalg.cholesky_ex(matrix)
@@ -108,6 +104,22 @@ def decompose(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
         damp *= 10  # inputs that are nearly linear combinations of others: float32 needs more damping
 
 
+def _importance(diagonal: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """How much an error in each column counts, and the mean over those that do, of second moments [batch, cols]."""
+    silent = diagonal <= 0
+    live = (~silent).sum(-1, keepdim=True).clamp(min=1)
+    mean = diagonal.sum(-1, keepdim=True) / live
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    return torch.where(silent, damp * mean, diagonal.clone()), mean
+
+
+def weighted(rows: Tensor, moments: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
+    """Round rows [batch, rows, cols] to nearest, scales searched with errors weighted by the inputs' second moments
+    [batch, cols]."""
+    weights = _importance(moments, damp)[0][:, None].expand_as(rows)
+    return nearest(rows.reshape(-1, rows.shape[-1]), grid, importance=weights.reshape(-1, rows.shape[-1]))
+
+
 def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Steps]:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323): round column after column, each error spread over the next ones.
 
@@ -117,21 +129,57 @@ def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[T
     batch, count, cols = rows.shape
     span, group = grid.span or cols, grid.group or cols
     rest = rows.transpose(1, 2).contiguous()  # [batch, cols, rows]: a column is contiguous
-    codes = torch.empty(batch, cols, count, dtype=torch.uint8)
     found: list[dict[str, Tensor]] = []
+    pairs: list[Tensor] = []
+
+    def at(column: int) -> list[Tensor]:
+        nonlocal pairs
+        if column % span == 0:
+            part = rest[:, column : column + span].transpose(1, 2).reshape(batch * count, -1)
+            weight = importance[:, None, column : column + span].expand(-1, count, -1).reshape(batch * count, -1)
+            steps = fit(part, grid, weight)
+            found.append(steps.parts())
+            pairs = [item.reshape(batch, count, -1) for item in grid.effective(steps)]
+        return [item[..., column % span // group] for item in pairs]
+
     # Every column of a span must have its errors when the span begins, so spans begin where blocks do or inside them.
     block = BLOCK if span % BLOCK == 0 or span == cols else span * max(1, BLOCK // span)
+    codes = _feed_back(rest, upper, grid, block, at)
+    steps = Steps(**{name: torch.cat([part[name] for part in found], dim=1) for name in found[0]})
+    return codes.transpose(1, 2).reshape(batch * count, cols), steps
+
+
+def gptq_ordered(rows: Tensor, hessian: Tensor, importance: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
+    """GPTQ with the most important columns first, which then have the most columns left to take up their errors.
+
+    Steps are chosen beforehand for the columns as they stand, so the order costs nothing in the file ("static groups").
+    """
+    batch, count, cols = rows.shape
+    steps = fit(rows.reshape(-1, cols), grid, importance[:, None].expand(-1, count, -1).reshape(-1, cols))
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    across = order[:, None].expand(-1, cols, -1)
+    upper, _ = decompose(hessian.gather(1, across.transpose(1, 2)).gather(2, across), damp)
+    pairs = [spread(item, grid.group, cols).reshape(batch, count, -1).expand(batch, count, cols)
+             .transpose(1, 2).gather(1, order[..., None].expand(-1, -1, count))
+             for item in grid.effective(steps)]  # fmt: skip
+    rest = rows.transpose(1, 2).gather(1, order[..., None].expand(-1, -1, count))
+    found = _feed_back(rest, upper, grid, BLOCK, lambda column: [item[:, column] for item in pairs])
+    codes = torch.empty_like(found).scatter_(1, order[..., None].expand(-1, -1, count), found)
+    return codes.transpose(1, 2).reshape(batch * count, cols), steps
+
+
+def _feed_back(
+    rest: Tensor, upper: Tensor, grid: Grid, block: int, at: Callable[[int], list[Tensor]]
+) -> Tensor:
+    """Codes uint8 of `rest` [batch, cols, rows], which is used up; `at` gives scale and zero [batch, rows] of a column
+    when it is reached."""
+    batch, cols, count = rest.shape
+    codes = torch.empty(batch, cols, count, dtype=torch.uint8)
     for start in range(0, cols, block):
         end = min(start + block, cols)
         errors = torch.empty(batch, end - start, count)
         for column in range(start, end):
-            if column % span == 0:
-                part = rest[:, column : column + span].transpose(1, 2).reshape(batch * count, -1)
-                weight = importance[:, None, column : column + span].expand(-1, count, -1).reshape(batch * count, -1)
-                steps = fit(part, grid, weight)
-                found.append(steps.parts())
-                pairs = [item.reshape(batch, count, -1) for item in grid.effective(steps)]
-            scale, zero = (item[..., column % span // group] for item in pairs)
+            scale, zero = at(column)
             value = rest[:, column]
             code = grid.encode(value, scale, zero)
             codes[:, column] = code
@@ -139,20 +187,39 @@ def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[T
             errors[:, column - start] = error
             rest[:, column + 1 : end] -= upper[:, column, column + 1 : end, None] * error[:, None]
         rest[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ errors
-    steps = Steps(**{name: torch.cat([part[name] for part in found], dim=1) for name in found[0]})
-    return codes.transpose(1, 2).reshape(batch * count, cols), steps
+    return codes
 
 
-def output_error(rows: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, steps: Steps) -> Tensor:
-    """The squared error that codes leave in the output of each row: [batch * rows], of rows [batch, rows, cols] and
-    sums of x xᵀ over its inputs [batch, cols, cols]."""
-    error = dequantize(codes, steps, grid).reshape(rows.shape) - rows
-    return ((error @ hessian) * error).sum(-1).flatten()
+def damage(rows: Tensor, codes: Tensor, steps: Steps, grid: Grid, hessian: Tensor) -> Tensor:
+    """What rounding does to each row's output over the calibration text: the sum of squares, float64 [batch * rows].
+
+    rows [batch, rows, cols], hessian [batch, cols, cols]."""
+    change = (dequantize(codes, steps, grid).view_as(rows) - rows).double()
+    return ((change @ hessian.double()) * change).sum(-1).flatten()
 
 
-def better(
-    rows: Tensor, hessian: Tensor, grid: Grid, first: tuple[Tensor, Steps], second: tuple[Tensor, Steps]
-) -> tuple[Tensor, Steps]:
-    """Row by row, whichever of two leaves less error in the output; the first where they are equal."""
-    kept = output_error(rows, hessian, grid, *first) <= output_error(rows, hessian, grid, *second)
-    return torch.where(kept[:, None], first[0], second[0]), first[1].where(kept, second[1])
+def solve(rows: Tensor, hessian: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
+    """Codes and steps of rows [batch, rows, cols] by error feedback under `hessian` [batch, cols, cols].
+
+    Of each row the best of columns in their order, important columns first, and rounding to nearest, weighted and not:
+    feedback is never worse than rounding."""
+    upper, importance = decompose(hessian, damp)
+    best = weighted(rows, hessian.diagonal(dim1=1, dim2=2), grid, damp)
+    least = damage(rows, *best, grid, hessian)
+    plain = nearest(rows.flatten(0, 1), grid)
+    for made in (plain, gptq(rows, upper, importance, grid), gptq_ordered(rows, hessian, importance, grid, damp)):
+        loss = damage(rows, *made, grid, hessian)
+        better, least = loss < least, torch.minimum(loss, least)
+        best = pick(better, made, best)
+    return best
+
+
+def pick(which: Tensor, ones: tuple[Tensor, Steps], others: tuple[Tensor, Steps]) -> tuple[Tensor, Steps]:
+    """Codes and steps of `ones` in the rows where `which` is true, of `others` elsewhere."""
+
+    def chosen(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(which.view(-1, *[1] * (one.ndim - 1)), one, other)
+
+    held = others[1].parts()
+    steps = Steps(**{name: chosen(value, held[name]) for name, value in ones[1].parts().items()})
+    return chosen(ones[0], others[0]), steps

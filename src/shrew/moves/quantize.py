@@ -1,17 +1,10 @@
-"""The `quantize` move: weights on a grid of 2 to 8 bits, by rounding to nearest or with GPTQ's error feedback.
-
-Rows are independent of each other, so of every row the better one of the two is kept, by the error that it leaves in
-the layer's output on calibration text: feedback is never worse than rounding.
-"""
+"""The `quantize` move: weights on a grid of 2 to 8 bits, by rounding to nearest or with GPTQ's error feedback."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -19,9 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from shrew.errors import SpecError, UnsupportedError, nearest
 from shrew.folder import Loaded
 from shrew.folder.blocktypes import TYPES, Levels
-from shrew.folder.grids import KINDS, Grid, Steps, Uniform
+from shrew.folder.grids import KINDS, Grid, Steps, Uniform, dequantize
 from shrew.folder.packed import Packed, to_rows
 from shrew.moves import grids
+from shrew.moves.calibrate import Block, Stage, aliases, stages
+from shrew.moves.learned import learn
+from shrew.moves.low_rank import factors
 from shrew.spec import Meta, doc
 
 if TYPE_CHECKING:
@@ -43,12 +39,19 @@ class Quantize:
     group: Annotated[int, Meta(ge=0)] = doc(
         "weights that share a scale on int, nf4 and ternary: 32, 64, 128; 0 for a whole row, on int", 64
     )
-    method: Literal["gptq", "rtn"] = doc("gptq spreads errors by calibration text; rtn rounds to nearest", "gptq")
+    method: Literal["gptq", "rtn", "weighted", "learned"] = doc(
+        "gptq spreads errors by calibration text; rtn rounds to nearest; weighted does, minding how large inputs are; "
+        "learned moves gptq's codes by gradients of each layer's error (SignRound, arXiv:2309.05516), which is slow",
+        "gptq",
+    )
+    steps: Annotated[int, Meta(ge=1)] = doc("learned: steps of descent for each layer", 200)
+    sequential: bool = doc("calibrate each layer on what the rounded layers before it give", True)
     symmetric: bool = doc("no zero points on the grid int", True)
     embeddings: bool = doc("quantize embeddings and output head too", False)
     tensors: dict[str, int | str] = doc(
         "bits, or the grid, of single weights by name; 0 or 16 leaves one alone", default_factory=dict
     )
+    low_rank: Annotated[int, Meta(ge=0)] = doc("rank of a correction kept beside the codes, in bf16; 0: none", 0)
     damp: Annotated[float, Meta(gt=0, le=1)] = doc("gptq: added to the diagonal, as a share of its mean", 0.01)
 
     def __post_init__(self) -> None:
@@ -93,30 +96,53 @@ class Quantize:
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
         """Quantize in place."""
         targets = self._targets(loaded)
-        statistics = hessians(loaded, context.calibration) if self.method == "gptq" else {}
+        if self.method == "rtn":
+            self._round(loaded, context, targets, Stage(set(targets), {}))
+            return loaded
+        for stage in stages(loaded, context.calibration, self.sequential and self.method != "weighted", context.say):
+            now = {name: target for name, target in targets.items() if name in stage.names}
+            exact = {name: target.weight.detach().clone() for name, (target, _) in now.items()}
+            self._round(loaded, context, now, stage)
+            if self.method == "learned" and stage.block is not None and now:
+                self._learn(loaded, context, now, stage.block, exact)
+        return loaded
+
+    def _learn(
+        self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], block: Block,
+        exact: dict[str, Tensor],
+    ) -> None:  # fmt: skip
+        packed = {name: loaded.packed[name] for name in targets}
+        found, (before, after) = learn(block, packed, exact, self.steps, context.seed)
+        context.say(f"{block.prefix[:-1]}: squared error {before:.3g} by gptq, {after:.3g} learned")
+        for name, item in found.items():
+            _store(loaded, targets[name][0], item)
+
+    def _round(
+        self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], stage: Stage
+    ) -> None:
         by_input: dict[tuple[int, Grid], list[str]] = {}
         for name, (target, grid) in targets.items():
-            hessian = statistics.get(name)
-            if self.method == "rtn" or hessian is None:
-                if self.method == "gptq" and target.kind != "embedding":
+            hessian = stage.statistics.get(name)
+            if hessian is None:
+                if self.method != "rtn" and target.kind != "embedding":
                     context.say(f"{name}: no calibration text reached it, so it is rounded to nearest")
                 rows = to_rows(target.weight.detach().float(), target.transposed)
-                _keep(loaded, target, grid, *grids.nearest(rows, grid))
+                batched = rows.reshape(target.count, -1, rows.shape[-1])
+                self._keep(loaded, [target], grid, batched, None, grids.nearest(rows, grid))
             elif target.kind in ("experts", "tied"):
-                self._with_feedback(loaded, context, [target], grid, hessian)
+                self._with_statistics(loaded, context, [target], grid, stage)
             else:
                 by_input.setdefault((id(hessian), grid), []).append(name)
         for (_, grid), names in by_input.items():
-            self._with_feedback(loaded, context, [targets[name][0] for name in names], grid, statistics[names[0]])
-        return loaded
+            self._with_statistics(loaded, context, [targets[name][0] for name in names], grid, stage)
 
     def _targets(self, loaded: Loaded) -> dict[str, tuple[Target, Grid]]:
         """The weights to quantize with their grids; notes in `untouched` why each other one is left."""
         found, untouched = quantizable(loaded.model)
-        aliases = _aliases(loaded.model)
+        first_names = aliases(loaded.model)
         asked: dict[str, int | str] = {}
         for name, own in self.tensors.items():
-            known = aliases.get(name, name)
+            known = first_names.get(name, name)
             if known not in found:
                 reason = untouched.get(known)
                 raise SpecError(f"quantize: '{name}' cannot be quantized: {reason}." if reason else
@@ -130,7 +156,7 @@ class Quantize:
                 untouched[name] = "left alone on request" if name in asked else HEAD
                 continue
             if name in loaded.packed:
-                now = loaded.packed[name].grid.label()
+                now = loaded.packed[name].label()
                 raise UnsupportedError(f"'{name}' is already {now}; rounding it twice loses more than rounding once, "
                                        "so start from the original.")  # fmt: skip
             cols = target.weight.shape[-2 if target.transposed else -1]
@@ -140,10 +166,11 @@ class Quantize:
             loaded.untouched.pop(name, None)
         return targets
 
-    def _with_feedback(
-        self, loaded: Loaded, context: Context, targets: list[Target], grid: Grid, hessian: Tensor
+    def _with_statistics(
+        self, loaded: Loaded, context: Context, targets: list[Target], grid: Grid, stage: Stage
     ) -> None:
-        """GPTQ on weights that see the same input; their rows are independent, so they go in one call."""
+        """Weights that see the same input; their rows are independent, so they go in one call."""
+        hessian = stage.statistics[targets[0].name]
         if targets[0].kind == "tied":
             # Rows are also looked up as embeddings, where each weight's error counts alike: a second, round quadratic.
             hessian = hessian / hessian.diagonal().mean().clamp(min=1e-30) + torch.eye(len(hessian))
@@ -154,17 +181,32 @@ class Quantize:
             context.say(f"{targets[0].name}: no text reached experts {numbers}, so they are rounded to nearest")
         parts = [to_rows(target.weight.detach().float(), target.transposed) for target in targets]
         rows = torch.cat(parts).reshape(len(batched), -1, batched.shape[-1])
-        feedback = grids.gptq(rows, *grids.decompose(batched, self.damp), grid)
-        codes, steps = grids.better(rows, batched, grid, feedback, grids.nearest(rows.flatten(0, 1), grid))
-        first = 0
-        for target, part in zip(targets, parts, strict=True):
-            own = slice(first, first + len(part))
-            _keep(loaded, target, grid, codes[own], steps.rows(own))
-            first += len(part)
+        if (correction := stage.corrections.get(targets[0].name)) is not None:
+            rows = rows @ correction
+        if self.method == "weighted":
+            made = grids.weighted(rows, batched.diagonal(dim1=1, dim2=2), grid, self.damp)
+        else:
+            made = grids.solve(rows, batched, grid, self.damp)
+        self._keep(loaded, targets, grid, rows, batched, made)
+
+    def _keep(
+        self, loaded: Loaded, targets: list[Target], grid: Grid, rows: Tensor, hessian: Tensor | None,
+        made: tuple[Tensor, Steps],
+    ) -> None:  # fmt: skip
+        """Give each target its codes, and the correction of what they lack of `rows` [batch, rows, cols]."""
+        (codes, steps), first = made, 0
+        for target in targets:
+            own = slice(first, first + target.weight.numel() // codes.shape[1])
+            first, low = own.stop, None
+            packed = Packed(codes[own], steps.rows(own), grid, tuple(target.weight.shape), target.transposed)
+            if self.low_rank:
+                wanted = rows.reshape(-1, rows.shape[-1])[own]
+                error = wanted - dequantize(packed.codes, packed.steps, grid)
+                low = factors(error.reshape(target.count, -1, rows.shape[-1]), hessian, self.low_rank, self.damp)
+            _store(loaded, target, replace(packed, low=low))
 
 
-def _keep(loaded: Loaded, target: Target, grid: Grid, codes: Tensor, steps: Steps) -> None:
-    packed = Packed(codes, steps, grid, tuple(target.weight.shape), target.transposed)
+def _store(loaded: Loaded, target: Target, packed: Packed) -> None:
     loaded.packed[target.name] = packed
     with torch.no_grad():
         target.weight.copy_(packed.dense())
@@ -179,11 +221,10 @@ class Target:
     kind: Literal["linear", "experts", "embedding", "head", "tied"]
     transposed: bool
 
-
-def _aliases(model: Any) -> dict[str, str]:
-    """Every name of a tied weight -> the name that `named_parameters` gives it."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    @property
+    def count(self) -> int:
+        """Matrices in it: of experts, how many."""
+        return len(self.weight) if self.weight.ndim == 3 else 1
 
 
 def quantizable(model: Any) -> tuple[dict[str, Target], dict[str, str]]:
@@ -230,76 +271,3 @@ def _obstacle(model: Any, owner_name: str, owner: nn.Module, own: str, weight: n
     if min(weight.shape[-2:]) < SMALLEST_ROW and not isinstance(owner, nn.Embedding):
         return f"too small ({' x '.join(map(str, weight.shape))}): scales would eat the gain"
     return ""
-
-
-class _Sums:
-    """Sums of x xᵀ over everything that reaches a module; modules fed the same tensor share one sum."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.leader: dict[str, str] = {}
-        self._last: tuple[Tensor | None, str] = (None, "")
-
-    def linear(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            value, leader = self._last
-            if name not in self.leader:
-                self.leader[name] = leader if inputs[0] is value else name
-            if self.leader[name] == name:
-                self._last = (inputs[0], name)
-                rows = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
-                self._add(name, rows)
-
-        return hook
-
-    def experts(self, name: str) -> Callable[[Any, tuple[Any, ...]], None]:
-        """For fused experts called with (hidden states [T, d], chosen experts [T, k], ...)."""
-
-        def hook(module: Any, inputs: tuple[Any, ...]) -> None:
-            hidden, chosen = inputs[0].detach().float(), inputs[1]
-            for part, size in (("gate_up_proj", hidden.shape[-1]), ("down_proj", module.down_proj.shape[-1])):
-                full = f"{name}.{part}"
-                self.leader[full] = full
-                self.sums.setdefault(full, torch.zeros(len(module.down_proj), size, size))
-            for expert in chosen.unique().tolist():
-                if expert >= len(module.down_proj):
-                    continue  # the number after the last expert means "none"
-                rows = hidden[(chosen == expert).any(-1)]
-                inner = module._apply_gate(nn.functional.linear(rows, module.gate_up_proj[expert]))
-                self.sums[f"{name}.gate_up_proj"][expert] += rows.T @ rows
-                self.sums[f"{name}.down_proj"][expert] += inner.T @ inner
-
-        return hook
-
-    def _add(self, name: str, rows: Tensor) -> None:
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(rows.shape[1], rows.shape[1])
-        self.sums[name].addmm_(rows.T, rows)
-
-
-def hessians(loaded: Loaded, calibration: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """Input statistics for GPTQ, by parameter name: float32 [in, in], or [experts, in, in] for fused experts.
-
-    One pass over the calibration sequences with the weights as they are. Weights with the same input share one tensor.
-    Weights whose input cannot be seen, or never came, are missing.
-    """
-    model, aliases = loaded.model, _aliases(loaded.model)
-    sums = _Sums()
-    with ExitStack() as hooks, torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
-                hooks.enter_context(module.register_forward_pre_hook(sums.linear(name + ".weight")))
-            elif _readable_experts(module):
-                hooks.enter_context(module.register_forward_pre_hook(sums.experts(name)))
-        for sequence in calibration:
-            model(input_ids=torch.from_numpy(np.asarray(sequence, np.int64))[None])
-    return {aliases[name]: sums.sums[leader] for name, leader in sums.leader.items() if sums.sums[leader].any()}
-
-
-def _readable_experts(module: Any) -> bool:
-    """Whether fused experts have the usual form, gate and up in one tensor [experts, 2 * inner, d], without biases."""
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.ndim != 3:
-        return False
-    plain = not getattr(module, "is_transposed", False) and not getattr(module, "has_bias", False)
-    return plain and callable(getattr(module, "_apply_gate", None))

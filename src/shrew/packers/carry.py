@@ -5,11 +5,21 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from shrew.errors import UnsupportedError
 from shrew.folder.blocktypes import Levels
 from shrew.folder.grids import Steps, Uniform
 from shrew.folder.packed import Packed, from_rows, to_rows
 
 Tensors = dict[str, Tensor]
+
+
+def refuse_corrections(packed: Mapping[str, Packed], form: str) -> None:
+    """Raise UnsupportedError for weights with a low-rank correction, which no form but a model folder holds."""
+    if corrected := [name for name, item in packed.items() if item.rank]:
+        raise UnsupportedError(
+            f"{form} holds no low-rank corrections, and {len(corrected)} weights have one ({corrected[0]}, ...); "
+            "quantize the original with low_rank = 0."
+        )
 
 
 def carry(

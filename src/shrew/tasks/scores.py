@@ -6,13 +6,15 @@ resampling at all.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from shrew.errors import DataError
+
+CELLS = 2**21  # weights drawn at once
 
 
 @dataclass(frozen=True)
@@ -150,3 +152,13 @@ METRICS = {
     "accuracy": Metric(_mean_values, _mean_influence),
     "exact_match": Metric(_mean_values, _mean_influence),
 }
+
+
+def weights(n: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of n units counts in each of `samples` bootstrap resamples, some rows [S, n] at a time."""
+    rng = np.random.default_rng(seed)
+    step = max(1, CELLS // n)
+    for low in range(0, samples, step):
+        size = min(step, samples - low)
+        drawn = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)

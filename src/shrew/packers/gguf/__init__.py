@@ -24,7 +24,7 @@ from shrew.blocks.stock import adapter_of, restated, stock
 from shrew.errors import ShrewError, UnsupportedError, UsageError
 from shrew.folder import Loaded, Packed
 from shrew.folder.grids import Steps
-from shrew.packers.carry import carry
+from shrew.packers.carry import carry, refuse_corrections
 from shrew.packers.gguf import blocks, tokens
 from shrew.packers.gguf.architectures import for_config
 from shrew.packers.gguf.common import Architecture
@@ -90,6 +90,7 @@ def write(
     """Write a loaded model, `title` being what the file calls it."""
     if loaded.is_classifier:
         raise UnsupportedError("classifiers are not written to GGUF; llama.cpp runs causal language models.")
+    refuse_corrections(loaded.packed, "GGUF")
     if isinstance(loaded.model, ShrewForCausalLM):
         loaded = as_stock(loaded)
     config = loaded.model.config

@@ -16,6 +16,7 @@ from shrew import data, files, folder, machine
 from shrew.errors import DataError, ShrewError, UnsupportedError
 from shrew.folder import LINEAGE, Loaded
 from shrew.folder.check import quiet
+from shrew.packers.carry import refuse_corrections
 from shrew.packers.onnx import check
 from shrew.packers.onnx.build import CHUNK, Built, build
 from shrew.packers.onnx.graph import DATA, MODEL
@@ -48,6 +49,7 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     files.check_writable_target(out, MANIFEST)
     say(machine.choose_threads().reason)
     loaded = folder.load(name)
+    refuse_corrections(loaded.packed, "the graph")
     text = _text(loaded, options.text)
     built = build(loaded)
     say(f"{name}: {sum(value.numel() for value in loaded.model.parameters()):,} parameters")
