@@ -43,12 +43,6 @@ class Steps:
         """Those of some rows: a slice, or numbers."""
         return self.map(lambda value: value[which])
 
-    def where(self, which: Tensor, other: "Steps") -> "Steps":
-        """These of the rows that `which` [rows] picks, and the other ones of the rest."""
-        theirs = other.parts()
-        return Steps(**{name: torch.where(which.reshape(-1, *[1] * (value.ndim - 1)), value, theirs[name])
-                        for name, value in self.parts().items()})  # fmt: skip
-
 
 class Grid(Protocol):
     """What every grid offers. Frozen dataclasses; `span`: columns whose steps are chosen together, 0 for a whole row.

@@ -231,11 +231,13 @@ def damage(rows: Tensor, codes: Tensor, steps: Steps, grid: Grid, hessian: Tenso
 def solve(rows: Tensor, hessian: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
     """Codes and steps of rows [batch, rows, cols] by error feedback under `hessian` [batch, cols, cols].
 
-    Of each row the best of columns in their order, important columns first, and rounding to nearest."""
+    Of each row the best of columns in their order, important columns first, and rounding to nearest, weighted and not:
+    feedback is never worse than rounding."""
     upper, importance = decompose(hessian, damp)
     best = weighted(rows, hessian.diagonal(dim1=1, dim2=2), grid, damp)
     least = damage(rows, *best, grid, hessian)
-    for made in (gptq(rows, upper, importance, grid), gptq_ordered(rows, hessian, importance, grid, damp)):
+    plain = nearest(rows.flatten(0, 1), grid)
+    for made in (plain, gptq(rows, upper, importance, grid), gptq_ordered(rows, hessian, importance, grid, damp)):
         loss = damage(rows, *made, grid, hessian)
         better, least = loss < least, torch.minimum(loss, least)
         best = pick(better, made, best)

@@ -1,8 +1,4 @@
-"""The `quantize` move: weights on a grid of 2 to 8 bits, by rounding to nearest or with GPTQ's error feedback.
-
-Rows are independent of each other, so of every row the better one of the two is kept, by the error that it leaves in
-the layer's output on calibration text: feedback is never worse than rounding.
-"""
+"""The `quantize` move: weights on a grid of 2 to 8 bits, by rounding to nearest or with GPTQ's error feedback."""
 
 from __future__ import annotations
 
