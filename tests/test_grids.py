@@ -351,7 +351,7 @@ def test_settings_that_no_grid_has_are_refused(values: dict[str, Any], words: st
 def test_settings_that_grids_have_are_read() -> None:
     move = spec.parse(Quantize, {"grid": "q4_k", "tensors": {"a": "q6_k", "b": 0, "c": 5}}, "recipe")
     assert spec.parse(Quantize, spec.dump(move), "again") == move
-    assert set(KINDS) == {"int", *TYPES}
+    assert set(KINDS) == {"int", "product", *TYPES}
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,11 @@ def shrew() -> list[Arm]:
             found.append(Arm(OURS, f"int{bits} g{group}", bits, {"moves": quantize(bits, group)}))
             found.append(Arm(OURS, f"int{bits} g{group}, embeddings int{head}", bits,
                              {"moves": quantize(bits, group, head)}, alone=False))  # fmt: skip
+    for rate in (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0):
+        move = {"name": "quantize", "rate": rate}
+        found.append(Arm(OURS, f"rate {rate:g}", round(rate), {"moves": [move]}))
+        found.append(Arm(OURS, f"rate {rate:g}, embeddings too", round(rate),
+                         {"moves": [{**move, "embeddings": True}]}, alone=False))  # fmt: skip
     for bits in (2, 3):
         found.append(Arm(OURS, f"int{bits} g32 asymmetric, embeddings int4", bits,
                          {"moves": quantize(bits, 32, 4, symmetric=False)}, alone=False))  # fmt: skip

@@ -246,4 +246,10 @@ def solve(rows: Tensor, hessian: Tensor, grid: Grid, damp: float) -> tuple[Tenso
 
 def pick(which: Tensor, ones: tuple[Tensor, Steps], others: tuple[Tensor, Steps]) -> tuple[Tensor, Steps]:
     """Codes and steps of `ones` in the rows where `which` is true, of `others` elsewhere."""
-    return torch.where(which[:, None], ones[0], others[0]), ones[1].where(which, others[1])
+
+    def chosen(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(which.view(-1, *[1] * (one.ndim - 1)), one, other)
+
+    held = others[1].parts()
+    steps = Steps(**{name: chosen(value, held[name]) for name, value in ones[1].parts().items()})
+    return chosen(ones[0], others[0]), steps
