@@ -35,9 +35,10 @@ def test_one_move_by_its_flags(trained_llama_folder: Path, apply: Any, tmp_path:
     assert kinds == {"bf16", "int4 g32 sym"}
     lineage = json.loads((tmp_path / "small" / "shrew.json").read_text())
     assert lineage["parent"] == {"name": trained_llama_folder.name, "sha256": folder.identity(trained_llama_folder)}
-    assert lineage["moves"] == [{"name": "quantize", "grid": "int", "bits": 4, "group": 32, "method": "rtn", "steps": 200,
-                                 "sequential": True, "symmetric": True, "embeddings": False, "tensors": {},
-                                 "coded": False, "rate": 0.0, "low_rank": 0, "damp": 0.01}]  # fmt: skip
+    assert lineage["moves"] == [{
+        "name": "quantize", "grid": "int", "bits": 4, "group": 32, "method": "rtn", "steps": 200, "sequential": True,
+        "symmetric": True, "embeddings": False, "tensors": {}, "coded": False, "rate": 0.0, "low_rank": 0, "damp": 0.01,
+    }]  # fmt: skip
     assert lineage["untouched"]["model.embed_tokens.weight"].startswith("an embedding")
     loaded = folder.load(tmp_path / "small")
     assert len(loaded.packed) == 14
