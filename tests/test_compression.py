@@ -25,7 +25,7 @@ import compression  # noqa: E402
 import curves  # noqa: E402
 from peers.table import ADAPTERS, ARMS, OURS, Arm  # noqa: E402
 
-positive = st.floats(0.1, 10)
+positive = st.integers(10, 1000).map(lambda number: number / 100)  # far enough apart for logarithms to tell
 clouds = st.lists(st.tuples(positive, positive), min_size=1, max_size=12).map(lambda rows: np.array(rows).T)
 
 
