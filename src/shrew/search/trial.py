@@ -120,6 +120,20 @@ def layer_damages(source_json: str) -> list[float]:
     return [score if number in free else float("inf") for number, score in enumerate(scores)]
 
 
+def damage(source_json: str, moves: list[dict[str, Any]]) -> float:
+    """KL(original || changed) of moves in nats a prediction on calibration text."""
+    original, _, context = opened(source_json)
+    source = spec.parse(Source, json.loads(source_json), "source")
+
+    def compute() -> dict[str, Any]:
+        assert original.path is not None
+        path = apply_moves(original.path, parse_moves(moves, "damage"), source, context)
+        with torch.inference_mode():
+            return {"damage": divergence(original, folder.load(path), context)}
+
+    return float(cached("damages", [_base_key(source_json), moves], compute)["damage"])
+
+
 def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
     """What structural moves leave: the groups of the cut model, its damage before healing, the bytes that stay
     unquantized, and its active parameters. {"refused": reason} where the architecture does not allow them."""
