@@ -1,6 +1,7 @@
 """`shrew shrink` from the command line to the verdict, on a tiny model that was trained to have something to lose."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -19,10 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shrew import folder, record
+from shrew import folder, record, spec
 from shrew.__main__ import main
 from shrew.measure import cost
+from shrew.moves.source import Source
 from shrew.search import run as search_run
+from shrew.search import trial
 
 FLAGS = ["--keep", "0.8", "--heal", "4", "--lr", "1e-4", "--jobs", "1", "--candidates", "2", "--group", "32"]
 
@@ -278,6 +281,49 @@ def test_transformers_reads_coded_weights(coded: Path) -> None:
         found = AutoModelForCausalLM.from_pretrained(coded, dtype=torch.float32).eval()(words).logits
         wanted = folder.load(coded).model(words).logits
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+# Tokens that the text never uses
+
+
+def test_unused_tokens_are_dropped(
+    trained_llama_folder: Path, stories: Path, shrink: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary four times as large as the stories ask for: the search drops it, and the report reads well."""
+    loaded = folder.load(trained_llama_folder)
+    content = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
+    known = content["model"]["vocab"]
+    letters = [token for token in known if len(token) == 1]
+    for a, b in itertools.islice(itertools.product(letters[-60:], repeat=2), 1000):
+        if a + b not in known:
+            known[a + b] = len(known)
+            content["model"]["merges"].append([a, b])
+    loaded.tokenizer = with_content(loaded.tokenizer, content, tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    loaded.model.resize_token_embeddings(len(known))
+    folder.save(loaded, tmp_path / "wide")
+    source = spec.dump(Source(model=str(tmp_path / "wide"), text=[str(stories)], threads=1))
+    alone = trial.cut(json.dumps(source), [{"name": "trim-vocab"}])
+    assert alone["damage"] == pytest.approx(0, abs=1e-4)  # to the original without those tokens, whatever their numbers
+    cuts = search_run.Run.cuts
+    monkeypatch.setattr(search_run.Run, "cuts", lambda run, scores: dict([next(iter(cuts(run, scores).items()))]))
+    flags = ["--keep", "0.8", "--heal", "1", "--lr", "1e-4", "--jobs", "1"]
+    code, said = shrink(tmp_path / "wide", "--text", stories, "--out", tmp_path / "out", *flags)
+    assert code == 0, said
+    (first, *_) = json.loads((tmp_path / "out" / "shrew.json").read_text("utf-8"))["moves"]
+    assert first["name"] == "trim-vocab", said
+    small = folder.load(tmp_path / "out")
+    assert len(small.tokenizer) < len(known) / 2
+    records = record.read(tmp_path / "out" / "records.jsonl")
+    samples = [item.detail for item in records if item.metric == "sample"]
+    assert any(item["before"][:5] == item["after"][:5] for item in samples), samples
+    assert {item.metric for item in records if item.model == "chosen"} >= {"retention", "bytes", "document", "prefill"}
+
+
+def with_content(old: Any, content: dict[str, Any], place: Path) -> Any:
+    old.save_pretrained(place)
+    (place / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    return AutoTokenizer.from_pretrained(place)
 
 
 # Goals that cannot be met

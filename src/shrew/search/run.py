@@ -45,6 +45,7 @@ from shrew.tasks.fairness import Fairness
 MEASURED = (2, 3, 4)  # widths whose damage is measured; wider ones follow
 ROUNDS = 8
 CUTS = 3  # structural families tried beside the uncut model
+TRIMMED, TRIM = "unused tokens dropped", 0.05  # tried where it saves at least this share of the weights
 
 
 @dataclass
@@ -218,8 +219,8 @@ class Run:
                  f"{self.jobs} trial(s) at a time; {self.threads}.")  # fmt: skip
         ways = (f"rates ({LEAST / 100:g} to {MOST / 100:g} bits a weight, coded)" if self.wanted.coded
                 else "bits (2 to 8, by measured damage)")  # fmt: skip
-        self.say(f"  Cuts (layers, channels) x {ways}, each healed for {self.wanted.heal // 4} steps to rank and "
-                 f"{self.wanted.heal} to finish; no new trial after {self.wanted.minutes:g} minutes.")  # fmt: skip
+        self.say(f"  Cuts (layers, channels, tokens) x {ways}, each healed for {self.wanted.heal // 4} steps to rank "
+                 f"and {self.wanted.heal} to finish; no new trial after {self.wanted.minutes:g} minutes.")  # fmt: skip
 
     def baseline(self) -> "Future[dict[str, Any]] | None":
         """Score the original; start its twin that is trained on the healing text; try plain 8 bits."""
@@ -284,6 +285,8 @@ class Run:
             found = futures[name].result()
             if "refused" in found:
                 refused.append(f"{name}: {found['refused']}")
+            elif name == TRIMMED and weights_of(found) > (1 - TRIM) * weights_of(base):
+                refused.append(f"{name}: it would save less than {TRIM:.0%} of the weights")
             else:
                 families.append(family(name, moves, found, store, dropped, base))
         self.tried = [item.name for item in families] + [f"not {reason}" for reason in refused]
@@ -319,6 +322,7 @@ class Run:
         """Structural cuts to try: moves, and the layers that they leave out, the least important first."""
         narrow = {share: [{"name": "narrow", "mlp": share}] for share in (0.75, 0.5)}
         found: dict[str, tuple[list[dict[str, Any]], list[int]]] = {}
+        found[TRIMMED] = ([{"name": "trim-vocab"}], [])
         found |= {f"MLP {share:.0%}": (moves, []) for share, moves in narrow.items()}
         counts = {1}
         if self.goals["faster"]:
@@ -532,6 +536,11 @@ def repeated(scores: Scores, index: np.ndarray) -> Scores:
     """Scores of the units numbered by `index`, repeats as units of their own."""
     columns = {name: column[index] for name, column in scores.columns.items()}
     return replace(scores, units=[f"{number}" for number in range(len(index))], columns=columns)
+
+
+def weights_of(found: dict[str, Any]) -> int:
+    """How many weights there are to store in a model that `trial.cut` told of."""
+    return sum(rows * cols for _, tensors in found["groups"] for _, rows, cols in tensors)
 
 
 def key_of(item: Candidate) -> str:
