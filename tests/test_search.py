@@ -188,9 +188,11 @@ def test_a_ladder_of_rates(words: Path, tmp_path: Path) -> None:
     assert all(item.quantize["rate"] == item.bits for item in ladder)
 
 
-def test_the_damage_of_a_rate_follows_from_two() -> None:
+def test_the_damage_of_a_rate_follows_from_those_measured() -> None:
     rates = Rates(1000, {2.0: 0.5, 3.0: 0.1})
     assert [rates.damage(rate) for rate in (1.0, 2.0, 2.5, 3.0, 4.0)] == pytest.approx([2.5, 0.5, 0.05**0.5, 0.1, 0.02])
+    bent = Rates(1000, {1.0: 4.0, 2.0: 0.5, 3.0: 0.1})
+    assert [bent.damage(rate) for rate in (1.0, 1.5, 2.0, 4.0)] == pytest.approx([4.0, 2.0**0.5, 0.5, 0.02])
     noise = Rates(1000, {2.0: 1e-7, 3.0: -1e-8})  # a measured gain is noise, and more bits are never worse
     assert noise.damage(2.0) > noise.damage(3.0) > noise.damage(6.0) > 0
     level = Rates(1000, {2.0: 0.1, 3.0: 0.2})

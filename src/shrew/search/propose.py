@@ -1,6 +1,7 @@
 """What to try next: structural cuts crossed with ways to store what is left, with a predicted quality that trials
 correct."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from shrew.search.allocate import BITS, Group, allocate, extend
 
 LADDER = 40  # byte budgets between the largest and the smallest way to store the weights
 MOST, LEAST = 600, 100  # hundredths of a bit a weight: the ends of what is tried of coded weights
-MEASURED_RATES = (2.0, 3.0)  # bits a weight whose damage is measured
+MEASURED_RATES = (1.0, 2.0, 3.0)  # bits a weight whose damage is measured
 PRIOR = 0.6  # healing is supposed to leave this share of the damage until a trial says otherwise
 
 
@@ -84,8 +85,10 @@ class Rates:
         return Stored(coded(rate), rate, self._bytes(hundredths), self.damage(rate))
 
     def damage(self, rate: float) -> float:
-        """Each bit divides the damage by the same factor, which the two measured rates tell; 4 in theory."""
-        (low, more), (high, less) = sorted(self.damages.items())
+        """Between two measured rates each bit divides the damage by the same factor, and beyond them by the nearest
+        two's: 4 in theory, more where most codes are 0."""
+        pairs = list(itertools.pairwise(sorted(self.damages.items())))
+        (low, more), (high, less) = next((pair for pair in pairs if rate <= pair[1][0]), pairs[-1])
         fall = (max(more, 1e-9) / max(less, 1e-9)) ** (1 / (high - low))
         return max(more, 1e-9) * min(max(fall, 2.0), 16.0) ** (low - rate)
 

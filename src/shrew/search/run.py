@@ -311,7 +311,7 @@ class Run:
                                              wanted.symmetric)  # fmt: skip
 
     def rates(self) -> Store:
-        """A rate for all coded weights, by the damage that two rates do; cuts are taken to change that little."""
+        """A rate for all coded weights, by the damage that some rates do; cuts are taken to change that little."""
         futures = {rate: self.executor.submit(trial.damage, self.json, [coded(rate)]) for rate in MEASURED_RATES}
         damages = {rate: float(future.result()) for rate, future in futures.items()}
         told = ", ".join(f"{value:.3g} at {rate:g}" for rate, value in damages.items())
