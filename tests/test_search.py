@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from shrew.moves.source import Source
 from shrew.search import gate, trial
 from shrew.search.allocate import BITS, Group, allocate, extend
 from shrew.search.gate import Verdict, fixed_sequence, judge
-from shrew.search.propose import Candidate, Curve, Family, inherited
+from shrew.search.propose import LEAST, MOST, Candidate, Curve, Family, Rates, Widths, coded, inherited
 from shrew.search.run import family
 from shrew.search.wanted import ALONE, ShrinkSpec
 from shrew.tasks import Scores
@@ -134,7 +134,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def family_of(
-    kind: str, moves: list[dict[str, Any]], dropped: list[int], words: Path, work: Path
+    kind: str, moves: list[dict[str, Any]], dropped: list[int], words: Path, work: Path, rates: bool = False
 ) -> tuple[Family, Path]:
     """The family that the search makes of these cuts, and the cut folder. Damages are drawn, not measured."""
     loaded = Loaded(make_model(kind), make_tokenizer())
@@ -150,45 +150,100 @@ def family_of(
     path = apply_moves(work / "original", parse_moves(moves, "test"), source, context)
     assert task.examples("search")
     assert original.path == work / "original"
-    return family("test", moves, found, damages, dropped, prefix, base), path
+
+    def store(parts: tuple[Group, ...], gone: Sequence[int]) -> Widths | Rates:
+        if rates:
+            return Rates(sum(item.weights() for item in parts), {2.0: 0.5, 3.0: 0.1})
+        return Widths(parts, inherited(parts, damages, gone, prefix), 32, True)
+
+    return family("test", moves, found, store, dropped, base), path
+
+
+def check_ladder(ladder: list[Candidate], found: Family) -> None:
+    assert len(ladder) > 8
+    assert all(big.bytes > small.bytes for big, small in itertools.pairwise(ladder))
+    assert all(big.damage < small.damage for big, small in itertools.pairwise(ladder))
+    assert all(big.bits > small.bits for big, small in itertools.pairwise(ladder))
+    assert found.candidate(ladder[-1].bytes - 1) is None
+    budget = (ladder[0].bytes + ladder[-1].bytes) // 2
+    middle = found.candidate(budget)
+    assert middle is not None
+    assert 0.98 * budget < middle.bytes <= budget
+    assert ladder[-1].bits < middle.bits < ladder[0].bits
 
 
 def test_a_ladder_falls_and_every_rung_fits_its_budget(words: Path, tmp_path: Path) -> None:
     found, _ = family_of("llama", [], [], words, tmp_path)
-    ladder = found.ladder(32, True)
-    assert len(ladder) > 8
-    assert all(big.bytes > small.bytes for big, small in itertools.pairwise(ladder))
-    assert all(big.damage < small.damage for big, small in itertools.pairwise(ladder))
-    assert set(ladder[0].bits) == {8}
-    assert set(ladder[-1].bits) == {2}
-    assert found.candidate(ladder[-1].bytes - 1, 32, True) is None
-    middle = found.candidate((ladder[0].bytes + ladder[-1].bytes) // 2, 32, True)
-    assert middle is not None
-    assert middle.bytes <= (ladder[0].bytes + ladder[-1].bytes) // 2
-    assert 2 < middle.mean_bits() < 8
+    ladder = found.ladder()
+    check_ladder(ladder, found)
+    for item, bits in ((ladder[0], 8), (ladder[-1], 2)):
+        assert (item.bits, item.quantize["bits"], item.quantize["tensors"]) == (bits, bits, {})
 
 
-@pytest.mark.parametrize(
-    ("kind", "moves", "dropped"),
-    [
-        ("llama", [], []),
-        ("tied", [{"name": "narrow", "mlp": 0.5}], []),
-        ("gpt2", [{"name": "drop-layers", "layers": [0]}], [0]),
-    ],
-)
+def test_a_ladder_of_rates(words: Path, tmp_path: Path) -> None:
+    found, _ = family_of("llama", [], [], words, tmp_path, rates=True)
+    ladder = found.ladder()
+    check_ladder(ladder, found)
+    assert (ladder[0].quantize, ladder[-1].quantize) == (coded(MOST / 100), coded(LEAST / 100))
+    assert all(item.quantize["rate"] == item.bits for item in ladder)
+
+
+def test_the_damage_of_a_rate_follows_from_those_measured() -> None:
+    rates = Rates(1000, {2.0: 0.5, 3.0: 0.1})
+    assert [rates.damage(rate) for rate in (1.0, 2.0, 2.5, 3.0, 4.0)] == pytest.approx([2.5, 0.5, 0.05**0.5, 0.1, 0.02])
+    bent = Rates(1000, {1.0: 4.0, 2.0: 0.5, 3.0: 0.1})
+    assert [bent.damage(rate) for rate in (1.0, 1.5, 2.0, 4.0)] == pytest.approx([4.0, 2.0**0.5, 0.5, 0.02])
+    noise = Rates(1000, {2.0: 1e-7, 3.0: -1e-8})  # a measured gain is noise, and more bits are never worse
+    assert noise.damage(2.0) > noise.damage(3.0) > noise.damage(6.0) > 0
+    level = Rates(1000, {2.0: 0.1, 3.0: 0.2})
+    assert level.damage(2.0) > level.damage(3.0)
+
+
+CUTS: list[tuple[str, list[dict[str, Any]], list[int]]] = [
+    ("llama", [], []),
+    ("tied", [{"name": "narrow", "mlp": 0.5}], []),
+    ("gpt2", [{"name": "drop-layers", "layers": [0]}], [0]),
+]
+
+
+@pytest.mark.parametrize(("kind", "moves", "dropped"), CUTS)
 def test_predicted_size_is_near_the_real_one(
     kind: str, moves: list[Any], dropped: list[int], words: Path, tmp_path: Path
 ) -> None:
     found, cut = family_of(kind, moves, dropped, words, tmp_path)
     assert found.flops < 1 if moves else found.flops == 1
-    ladder = found.ladder(32, True)
+    ladder = found.ladder()
     for item in (ladder[1], ladder[len(ladder) // 2], ladder[-1]):
-        tables = item.moves(None, 32, True)
+        tables = item.moves(None)
         assert tables[: len(moves)] == moves
         loaded = folder.load(cut)
         parse_moves([{**tables[-1], "method": "rtn"}], "test")[0].apply(loaded, context_for(tmp_path))
         folder.save(loaded, tmp_path / "out")
         assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(item.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize(("kind", "moves", "dropped"), CUTS)
+def test_the_size_predicted_of_a_rate_is_near_the_real_one(
+    kind: str, moves: list[Any], dropped: list[int], words: Path, tmp_path: Path
+) -> None:
+    found, _ = family_of(kind, moves, dropped, words, tmp_path, rates=True)
+    source = Source(model=str(tmp_path / "original"), text=[str(words)], threads=1)
+    original, _, context = trial.opened(json.dumps(spec.dump(source)))
+    assert original.path is not None
+    for item in found.ladder()[10:30:10]:
+        path = apply_moves(original.path, parse_moves(item.moves(None), "test"), source, context)
+        header = 200 * len(folder.load(path).packed)  # what lists rows' and columns' steps, much in a model so small
+        assert item.bytes * 0.97 < trial.weight_bytes(path) < item.bytes * 1.005 + header
+
+
+def test_damage_is_what_the_moves_do(words: Path, tmp_path: Path) -> None:
+    family_of("tied", [], [], words, tmp_path)
+    asked = json.dumps(spec.dump(Source(model=str(tmp_path / "original"), text=[str(words)], threads=1)))
+    some, more = (trial.damage(asked, [coded(rate)]) for rate in (4.0, 3.0))
+    assert 0 < 2 * some < more
+    assert trial.damage(asked, []) == pytest.approx(0, abs=1e-6)
+    narrow = [{"name": "narrow", "mlp": 0.5}]
+    assert trial.damage(asked, narrow) == trial.cut(asked, narrow)["damage"]
 
 
 def test_dropped_layers_are_renumbered() -> None:
@@ -202,15 +257,15 @@ def test_dropped_layers_are_renumbered() -> None:
 def test_the_damages_of_a_cut_model_are_those_of_the_layers_that_stayed(words: Path, tmp_path: Path) -> None:
     whole, _ = family_of("gpt2", [], [], words, tmp_path / "whole")
     found, _ = family_of("gpt2", [{"name": "drop-layers", "layers": [0]}], [0], words, tmp_path / "cut")
-    before = {item.name: damage for item, damage in zip(whole.groups, whole.damages, strict=True)}
-    after = {item.name: damage for item, damage in zip(found.groups, found.damages, strict=True)}
+    before, after = (dict(zip([item.name for item in made.choices.groups], made.choices.damages, strict=True))
+                     for made in (whole, found) if isinstance(made.choices, Widths))  # fmt: skip
     assert len(after) < len(before)
     assert all(damage == before[name.replace("h.0.", "h.1.")] for name, damage in after.items())
     assert found.cut > whole.cut == 0
 
 
 def candidate(name: str, damage: float) -> Candidate:
-    return Candidate(Family(name, (), (), (), 0.0, 0, 1.0), (), 1000, damage)
+    return Candidate(Family(name, (), Rates(1, {}), 0.0, 0, 1.0), {}, 4.0, 1000, damage)
 
 
 def test_the_curve_learns() -> None:

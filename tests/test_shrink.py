@@ -1,6 +1,7 @@
 """`shrew shrink` from the command line to the verdict, on a tiny model that was trained to have something to lose."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -17,11 +18,14 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shrew import folder, record
+from shrew import folder, record, spec
 from shrew.__main__ import main
 from shrew.measure import cost
+from shrew.moves.source import Source
 from shrew.search import run as search_run
+from shrew.search import trial
 
 FLAGS = ["--keep", "0.8", "--heal", "4", "--lr", "1e-4", "--jobs", "1", "--candidates", "2", "--group", "32"]
 
@@ -221,6 +225,105 @@ def test_the_recipe_makes_the_same_bytes(whole: Whole, tmp_path: Path, monkeypat
 
 def weights(path: Path) -> bytes:
     return (path / "model.safetensors").read_bytes()
+
+
+# Coded weights
+
+
+@pytest.fixture(scope="module")
+def coded(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What --coded makes of the same model, text and goals."""
+    out = tmp_path_factory.mktemp("coded") / "small"
+    with light():
+        assert main(["shrink", str(whole.model), "--text", str(whole.text), "--out", str(out), "--coded", *FLAGS]) == 0
+    return out
+
+
+def test_coded_is_smaller_and_proven(whole: Whole, coded: Path) -> None:
+    assert cost.disk_size(coded).weights < 0.9 * cost.disk_size(whole.out).weights
+    records = record.read(coded / "records.jsonl")
+    (kept,) = [item for item in records if (item.model, item.metric) == ("chosen", "retention")
+               and item.task.endswith("/final")]  # fmt: skip
+    assert kept.detail["passed"] and kept.detail["lower_bound"] >= kept.detail["floor"] == 0.8
+    types = [item.value for item in records if item.metric == "tensor"]
+    assert any(value.endswith("coded") for value in types)
+    (step, *_) = [item for item in records if item.metric == "move" and item.detail["move"]["name"] == "quantize"]
+    assert 1 <= step.detail["move"]["rate"] <= 6
+    assert f"quantize (rate {step.detail['move']['rate']:g}" in (coded / "report.html").read_text("utf-8")
+
+
+def test_healing_keeps_weights_coded(coded: Path) -> None:
+    """Every trial that was healed: codes stay on their grid, and their entropy grows little."""
+    trials = {item.model: item.detail["moves"] for item in record.read(coded / "records.jsonl")
+              if item.metric == "trial"}  # fmt: skip
+    sizes = {item.model: float(item.value) for item in record.read(coded / "records.jsonl")
+             if item.metric == "bytes" and item.model in trials}  # fmt: skip
+    pairs = [(name, bare) for name, moves in trials.items() for bare, others in trials.items()
+             if moves[-1]["name"] == "distil" and moves[:-1] == others]  # fmt: skip
+    assert pairs
+    assert all(sizes[bare] * 0.98 < sizes[healed] < sizes[bare] * 1.1 for healed, bare in pairs)
+
+
+def test_a_coded_recipe_makes_the_same_bytes(coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "empty"))
+    threads = torch.get_num_threads()
+    try:
+        assert main(["apply", str(coded / "recipe.toml"), "--out", str(tmp_path / "made")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert weights(tmp_path / "made") == weights(coded)
+
+
+def test_transformers_reads_coded_weights(coded: Path) -> None:
+    """`import shrew`, which this module has done, is all that plain transformers needs."""
+    words = AutoTokenizer.from_pretrained(coded)("The cat", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(coded, dtype=torch.float32).eval()(words).logits
+        wanted = folder.load(coded).model(words).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+# Tokens that the text never uses
+
+
+def test_unused_tokens_are_dropped(
+    trained_llama_folder: Path, stories: Path, shrink: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary four times as large as the stories ask for: the search drops it, and the report reads well."""
+    loaded = folder.load(trained_llama_folder)
+    content = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
+    known = content["model"]["vocab"]
+    letters = [token for token in known if len(token) == 1]
+    for a, b in itertools.islice(itertools.product(letters[-60:], repeat=2), 1000):
+        if a + b not in known:
+            known[a + b] = len(known)
+            content["model"]["merges"].append([a, b])
+    loaded.tokenizer = with_content(loaded.tokenizer, content, tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    loaded.model.resize_token_embeddings(len(known))
+    folder.save(loaded, tmp_path / "wide")
+    source = spec.dump(Source(model=str(tmp_path / "wide"), text=[str(stories)], threads=1))
+    alone = trial.cut(json.dumps(source), [{"name": "trim-vocab"}])
+    assert alone["damage"] == pytest.approx(0, abs=1e-4)  # to the original without those tokens, whatever their numbers
+    cuts = search_run.Run.cuts
+    monkeypatch.setattr(search_run.Run, "cuts", lambda run, scores: dict([next(iter(cuts(run, scores).items()))]))
+    flags = ["--keep", "0.8", "--heal", "1", "--lr", "1e-4", "--jobs", "1"]
+    code, said = shrink(tmp_path / "wide", "--text", stories, "--out", tmp_path / "out", *flags)
+    assert code == 0, said
+    (first, *_) = json.loads((tmp_path / "out" / "shrew.json").read_text("utf-8"))["moves"]
+    assert first["name"] == "trim-vocab", said
+    small = folder.load(tmp_path / "out")
+    assert len(small.tokenizer) < len(known) / 2
+    records = record.read(tmp_path / "out" / "records.jsonl")
+    samples = [item.detail for item in records if item.metric == "sample"]
+    assert len(samples) == 3 and all(item["before"] and item["after"] for item in samples)
+    assert {item.metric for item in records if item.model == "chosen"} >= {"retention", "bytes", "document", "prefill"}
+
+
+def with_content(old: Any, content: dict[str, Any], place: Path) -> Any:
+    old.save_pretrained(place)
+    (place / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    return AutoTokenizer.from_pretrained(place)
 
 
 # Goals that cannot be met

@@ -169,6 +169,8 @@ def tail_records(run: str, model: str, task: Task, scores: Scores, original: Sco
     bottom = "decile0_tokens"
     if not isinstance(task, Text) or not np.array_equal(scores.columns[bottom], original.columns[bottom]):
         return []
+    if before.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():  # the same pieces of text, numbered otherwise
+        return []
     lost = scores.columns["decile0_bits"] - original.columns["decile0_bits"]
     places = [int(place) for place in np.argsort(-lost, kind="stable")[:DOCUMENTS] if lost[place] > 0]
     common: dict[str, Any] = {"run": run, "model": model, "task": f"{scores.task}/{scores.split}", "unit": "bits"}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from shrew.errors import DataError
+from shrew.errors import UnsupportedError
 from shrew.folder import Loaded, entropy
 from shrew.folder.grids import COLUMN_ONE, ROW_ONE, Product, Steps, encode
 from shrew.folder.packed import to_rows
@@ -229,7 +229,7 @@ def round_to_rate(
         log_step += (got - 0.5 * (1 + NEAR) * rate) / slope
     assert best is not None
     if best[0] > rate:
-        raise DataError(f"these weights take {best[0]:.2f} bits each at least; ask for a rate above {rate}.")
+        raise UnsupportedError(f"these weights take {best[0]:.2f} bits each at least; ask for a rate above {rate}.")
     if best[0] < 0.95 * rate:
         say(f"codes of {GRID.bits} bits reach no finer steps, so {best[0]:.2f} bits a weight is all they take")
     return best[1]

@@ -1,7 +1,8 @@
 """`shrew shrink`: the smallest model that keeps a wanted share of the quality, with the proof.
 
 1. Score the original; measure what each part of each layer loses at 2, 3 and 4 bits, and what each cut loses.
-2. Solve for the best bits under any byte budget (exact knapsack), for each structural cut.
+2. Solve for the best bits under any byte budget (exact knapsack), for each structural cut. (For coded weights both are
+   simpler: what three rates lose is measured, and one rate for all weights follows from the budget.)
 3. Heal one candidate of each cut briefly at one size, and keep the cut that comes out best.
 4. Heal candidates of that cut fully and close in on the smallest that holds on the search split.
 5. Only then open the final split, for a few named candidates, from the safest downward.

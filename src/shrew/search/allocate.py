@@ -16,6 +16,9 @@ class Group:
     name: str
     tensors: tuple[tuple[str, int, int], ...]  # (name, rows, cols)
 
+    def weights(self) -> int:
+        return sum(rows * cols for _, rows, cols in self.tensors)
+
     def bytes(self, bits: int, group: int, symmetric: bool) -> int:
         """Bytes in the file at a width: codes padded to whole bytes a row, bf16 scales, packed zero points."""
         total = 0

@@ -215,8 +215,14 @@ def samples(run: "Run", common: dict[str, Any], before: Loaded, after: Loaded) -
         prompt = ids[start : start + min(PROMPT, likelihood.context_length(before.model) - CONTINUED)]
         if len(prompt) < 8:
             continue
-        texts = [continuation(loaded, prompt) for loaded in (before, after)]
-        detail = {"prompt": before.tokenizer.decode(prompt), "before": texts[0], "after": texts[1],
+        text = before.tokenizer.decode(prompt)
+        if after.tokenizer.get_vocab() == before.tokenizer.get_vocab():
+            own = prompt
+        else:  # the same text in the tokens that are left, which may be more
+            own = after.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            own = own[-(likelihood.context_length(after.model) - CONTINUED) :]
+        texts = [continuation(before, prompt), continuation(after, own)]
+        detail = {"prompt": text, "before": texts[0], "after": texts[1],
                   "how": f"greedy, {CONTINUED} tokens"}  # fmt: skip
         found.append(Record(**common, metric="sample", value=None, detail=detail))
     return found

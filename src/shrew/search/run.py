@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from shrew import files, folder, machine, record, report, spec
-from shrew.errors import ShrewError, UsageError
+from shrew.errors import ShrewError, UnsupportedError, UsageError
 from shrew.folder import Loaded
 from shrew.measure import cost, statistics
 from shrew.moves.source import Source, context_of, open_task
@@ -24,7 +24,19 @@ from shrew.search import trial
 from shrew.search.allocate import Group
 from shrew.search.executor import LocalExecutor
 from shrew.search.gate import Verdict, fixed_sequence, judge
-from shrew.search.propose import Candidate, Curve, Family, inherited
+from shrew.search.propose import (
+    LEAST,
+    MEASURED_RATES,
+    MOST,
+    Candidate,
+    Choices,
+    Curve,
+    Family,
+    Rates,
+    Widths,
+    coded,
+    inherited,
+)
 from shrew.search.records import emit
 from shrew.search.wanted import ShrinkSpec
 from shrew.tasks import Scores, likelihood, read
@@ -33,6 +45,7 @@ from shrew.tasks.fairness import Fairness
 MEASURED = (2, 3, 4)  # widths whose damage is measured; wider ones follow
 ROUNDS = 8
 CUTS = 3  # structural families tried beside the uncut model
+TRIMMED, TRIM = "unused tokens dropped", 0.05  # tried where it saves at least this share of the weights
 
 
 @dataclass
@@ -53,6 +66,8 @@ class Trial:
     full: bool = True
 
 
+# Ways to store the weights of a model of these groups, from which these layers are gone.
+Store = Callable[[tuple[Group, ...], Sequence[int]], Choices]
 Started = tuple[Candidate, list[dict[str, Any]], "Future[dict[str, Any]]"]
 
 
@@ -104,7 +119,8 @@ class Run:
         try:
             found = future.result()
         except ShrewError as error:
-            if type(error) is not ShrewError:  # the user's input is at fault, not this one candidate
+            # Anything else is the fault of the user's input and not of this one candidate.
+            if type(error) not in (ShrewError, UnsupportedError):
                 raise
             self.say(f"A trial failed and is left out: {error}")
             return None
@@ -119,7 +135,8 @@ class Run:
                                 for old in self.trials[:-1]):  # fmt: skip
                 self.curve.forget(candidate.family)  # what brief healing left says little about full healing
             self.curve.learn(candidate, item.retention)
-        name = f"{candidate.family.name}, {candidate.mean_bits():.2f} bits" if candidate else "8 bits"
+        stored = "bits a weight, coded" if self.wanted.coded else "bits"
+        name = f"{candidate.family.name}, {candidate.bits:.2f} {stored}" if candidate else "8 bits"
         steps = sum(int(move.get("steps", 0)) for move in moves)
         name += f", healed {steps} steps" if steps else ", not healed"
         again = ", from the cache" if item.reused else f", {item.seconds:.0f} CPU-s"
@@ -200,9 +217,10 @@ class Run:
         self.say(f"  {self.task.describe()}")
         self.say(f"  {len(self.context.calibration)} calibration and {len(self.context.healing)} healing windows; "
                  f"{self.jobs} trial(s) at a time; {self.threads}.")  # fmt: skip
-        self.say(f"  Cuts (layers, channels) x bits (2 to 8, by measured damage), each healed for "
-                 f"{self.wanted.heal // 4} steps to rank and {self.wanted.heal} to finish; no new trial after "
-                 f"{self.wanted.minutes:g} minutes.")  # fmt: skip
+        ways = (f"rates ({LEAST / 100:g} to {MOST / 100:g} bits a weight, coded)" if self.wanted.coded
+                else "bits (2 to 8, by measured damage)")  # fmt: skip
+        self.say(f"  Cuts (layers, channels, tokens) x {ways}, each healed for {self.wanted.heal // 4} steps to rank "
+                 f"and {self.wanted.heal} to finish; no new trial after {self.wanted.minutes:g} minutes.")  # fmt: skip
 
     def baseline(self) -> "Future[dict[str, Any]] | None":
         """Score the original; start its twin that is trained on the healing text; try plain 8 bits."""
@@ -254,40 +272,57 @@ class Run:
                                  for reference in self.references.values())  # fmt: skip
 
     def families(self) -> list[Family]:
-        """The uncut model and its cuts, each with the measured damage of every choice of bits."""
+        """The uncut model and its cuts, each with the ways to store its weights and their measured damage."""
+        plain = self.executor.submit(trial.cut, self.json, [])
+        single = self.executor.submit(trial.layer_damages, self.json)
+        store = self.rates() if self.wanted.coded else self.widths()
+        cuts = self.cuts(single.result())
+        futures = {name: self.executor.submit(trial.cut, self.json, moves) for name, (moves, _) in cuts.items()}
+        base = plain.result()
+        families = [family("no cut", [], base, store, [], base)]
+        refused = []
+        for name, (moves, dropped) in cuts.items():
+            found = futures[name].result()
+            if "refused" in found:
+                refused.append(f"{name}: {found['refused']}")
+            elif name == TRIMMED and weights_of(found) > (1 - TRIM) * weights_of(base):
+                refused.append(f"{name}: it would save less than {TRIM:.0%} of the weights")
+            else:
+                families.append(family(name, moves, found, store, dropped, base))
+        self.tried = [item.name for item in families] + [f"not {reason}" for reason in refused]
+        for reason in refused:
+            self.say(f"  not tried: {reason}")
+        return self.fast_enough(families)
+
+    def widths(self) -> Store:
+        """Bits for each part of each layer, by the damage that each does alone."""
         wanted, parts = self.wanted, trial.groups(self.original)
         cells = [(item, bits) for item in parts for bits in MEASURED]
         items = [{"tensors": [name for name, _, _ in item.tensors], "bits": bits} for item, bits in cells]
         share = -(-len(items) // max(self.jobs, 1))
         profiles = [self.executor.submit(trial.profile, self.json, items[low : low + share], wanted.group,
                                          wanted.symmetric) for low in range(0, len(items), share)]  # fmt: skip
-        plain = self.executor.submit(trial.cut, self.json, [])
-        single = self.executor.submit(trial.layer_damages, self.json)
         measured = [value for future in profiles for value in future.result()]
         damages: dict[str, dict[int, float]] = {}
         for (item, bits), value in zip(cells, measured, strict=True):
             damages.setdefault(item.name, {})[bits] = value
-        cuts = self.cuts(single.result())
-        futures = {name: self.executor.submit(trial.cut, self.json, moves) for name, (moves, _) in cuts.items()}
-        base = plain.result()
         prefix = trial.find_layers(self.original.model)[0]
-        families = [family("no cut", [], base, damages, [], prefix, base)]
-        refused = []
-        for name, (moves, dropped) in cuts.items():
-            found = futures[name].result()
-            if "refused" in found:
-                refused.append(f"{name}: {found['refused']}")
-            else:
-                families.append(family(name, moves, found, damages, dropped, prefix, base))
-        self.tried = [item.name for item in families] + [f"not {reason}" for reason in refused]
-        for reason in refused:
-            self.say(f"  not tried: {reason}")
-        return self.fast_enough(families)
+        return lambda parts, dropped: Widths(parts, inherited(parts, damages, dropped, prefix), wanted.group,
+                                             wanted.symmetric)  # fmt: skip
+
+    def rates(self) -> Store:
+        """A rate for all coded weights, by the damage that some rates do; cuts are taken to change that little."""
+        futures = {rate: self.executor.submit(trial.damage, self.json, [coded(rate)]) for rate in MEASURED_RATES}
+        damages = {rate: float(future.result()) for rate, future in futures.items()}
+        told = ", ".join(f"{value:.3g} at {rate:g}" for rate, value in damages.items())
+        self.say(f"  Damage in nats a prediction by bits a weight, coded and not healed: {told}.")
+        return lambda parts, dropped: Rates(sum(item.weights() for item in parts), damages)
 
     def cuts(self, scores: list[float]) -> dict[str, tuple[list[dict[str, Any]], list[int]]]:
         """Structural cuts to try: moves, and the layers that they leave out, the least important first."""
         narrow = {share: [{"name": "narrow", "mlp": share}] for share in (0.75, 0.5)}
         found: dict[str, tuple[list[dict[str, Any]], list[int]]] = {}
+        found[TRIMMED] = ([{"name": "trim-vocab"}], [])
         found |= {f"MLP {share:.0%}": (moves, []) for share, moves in narrow.items()}
         counts = {1}
         if self.goals["faster"]:
@@ -313,16 +348,16 @@ class Run:
     def rank(self, families: list[Family]) -> list[Family]:
         """Heal one candidate of each family briefly at one size; the families worth going on with, best first."""
         keep = self.goals["keep"] or 0.0
-        ladder = families[0].ladder(self.wanted.group, self.wanted.symmetric)
+        ladder = families[0].ladder()
         likely = [item for item in ladder if self.curve.predict(item) >= keep] if keep else []
         size = min((likely or ladder)[-1 if likely else 0].bytes, int(self.goals["under"] or ladder[0].bytes))
         cuts = sorted(families[1:], key=lambda item: item.cut)[:CUTS]
         brief = self.heal(max(self.wanted.heal // 4, 1) if self.wanted.heal else 0)
         found: list[Started] = []
         for item in [families[0], *cuts]:
-            candidate = item.candidate(size, self.wanted.group, self.wanted.symmetric)
+            candidate = item.candidate(size)
             if candidate is not None:
-                moves = candidate.moves(brief, self.wanted.group, self.wanted.symmetric)
+                moves = candidate.moves(brief)
                 found.append((candidate, moves, self.start(moves)))
         done = self.finish_all(found, False)
         if not done:
@@ -336,9 +371,8 @@ class Run:
 
     def close_in(self, live: list[Family]) -> None:
         """Fully healed trials of the live families, ever nearer to the smallest that holds."""
-        group, symmetric = self.wanted.group, self.wanted.symmetric
         heal = self.heal(self.wanted.heal)
-        ladders = {item.name: item.ladder(group, symmetric) for item in live}
+        ladders = {item.name: item.ladder() for item in live}
         asked: set[str] = set()
         for _ in range(ROUNDS):
             if not self.in_time():
@@ -348,7 +382,7 @@ class Run:
             if not picked:
                 break
             asked.update(key_of(item) for item in picked)
-            started = [(item, item.moves(heal, group, symmetric)) for item in picked]
+            started = [(item, item.moves(heal)) for item in picked]
             self.finish_all([(item, moves, self.start(moves)) for item, moves in started], True)
 
     def next_candidates(
@@ -504,8 +538,13 @@ def repeated(scores: Scores, index: np.ndarray) -> Scores:
     return replace(scores, units=[f"{number}" for number in range(len(index))], columns=columns)
 
 
+def weights_of(found: dict[str, Any]) -> int:
+    """How many weights there are to store in a model that `trial.cut` told of."""
+    return sum(rows * cols for _, tensors in found["groups"] for _, rows, cols in tensors)
+
+
 def key_of(item: Candidate) -> str:
-    return f"{item.family.name} {item.bits}"
+    return f"{item.family.name} {item.quantize}"
 
 
 def loss_of(scores: Scores) -> float:
@@ -515,11 +554,9 @@ def loss_of(scores: Scores) -> float:
     return scores.ratio("bits", "tokens") * 0.6931471805599453
 
 
-def family(name: str, moves: list[dict[str, Any]], found: dict[str, Any], damages: dict[str, dict[int, float]],
-           dropped: Sequence[int], prefix: str, base: dict[str, Any]) -> Family:  # fmt: skip
+def family(name: str, moves: list[dict[str, Any]], found: dict[str, Any], store: Store, dropped: Sequence[int],
+           base: dict[str, Any]) -> Family:  # fmt: skip
     parts = tuple(Group(part, tuple((tensor, rows, cols) for tensor, rows, cols in tensors))
                   for part, tensors in found["groups"])  # fmt: skip
-    return Family(name, tuple(moves), parts, inherited(parts, damages, dropped, prefix), found["damage"],
-                  found["rest"], found["active"] / base["active"])  # fmt: skip
-
-
+    return Family(name, tuple(moves), store(parts, dropped), found["damage"], found["rest"],
+                  found["active"] / base["active"])  # fmt: skip

@@ -25,7 +25,7 @@ from shrew.moves.anatomy import batches, find_layers, logits
 from shrew.moves.drop_layers import droppable, layer_scores
 from shrew.moves.grids import nearest
 from shrew.moves.quantize import quantizable
-from shrew.moves.source import Source, context_of, fingerprint, open_task
+from shrew.moves.source import Source, context_of, fingerprint, open_task, suited
 from shrew.search.allocate import Group
 from shrew.tasks import Task
 
@@ -120,6 +120,19 @@ def layer_damages(source_json: str) -> list[float]:
     return [score if number in free else float("inf") for number, score in enumerate(scores)]
 
 
+def damage(source_json: str, moves: list[dict[str, Any]]) -> float:
+    """KL(original || changed) of moves in nats a prediction on calibration text."""
+    original, _, context = opened(source_json)
+    source = spec.parse(Source, json.loads(source_json), "source")
+
+    def compute() -> dict[str, Any]:
+        assert original.path is not None
+        path = apply_moves(original.path, parse_moves(moves, "damage"), source, context)
+        return {"damage": _away(folder.load(path), context, source)}
+
+    return float(cached("damages", [_base_key(source_json), moves], compute)["damage"])
+
+
 def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
     """What structural moves leave: the groups of the cut model, its damage before healing, the bytes that stay
     unquantized, and its active parameters. {"refused": reason} where the architecture does not allow them."""
@@ -141,8 +154,7 @@ def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
         active = cost.parameters(changed.model)[1]
         element = torch.empty(0, dtype=changed.dtype).element_size()
         rest = weight_bytes(path) - weights * element + header
-        with torch.inference_mode():
-            damage = divergence(original, changed, context) if moves else 0.0
+        damage = _away(changed, context, source) if moves else 0.0
         return {"groups": [[item.name, item.tensors] for item in found], "damage": damage, "rest": rest,
                 "active": active}  # fmt: skip
 
@@ -173,6 +185,14 @@ def _damage(source_json: str, item: dict[str, Any], group: int, symmetric: bool)
     finally:
         for target, weight in zip(targets, kept, strict=True):
             target.weight.copy_(weight)
+
+
+@torch.inference_mode()
+def _away(changed: Loaded, context: Context, source: Source) -> float:
+    """Divergence of a changed model from the original; where it has lost tokens, from the original without them."""
+    there = suited(context, changed, source)
+    assert there.teacher is not None
+    return divergence(there.teacher, changed, there)
 
 
 def _profile_batches(loaded: Loaded, context: Context) -> list[torch.Tensor]:

@@ -25,6 +25,11 @@ class ShrinkSpec:
     rows: Annotated[int, Meta(ge=1)] = doc("windows of text in a healing step", 4)
     group: Annotated[int, Meta(ge=16)] = doc("weights that share a scale", 64)
     symmetric: bool = doc("grids without zero points", True)
+    coded: bool = doc(
+        "code weights by their entropy, at a rate instead of bits and groups: by far the fewest bytes on disk, but "
+        "only Shrew's own folder holds them, and in memory they are as large as 8 bits",
+        False,
+    )
     candidates: Annotated[int, Meta(ge=1, le=8)] = doc("models that may be tried on the final split", 3)
     jobs: Annotated[int, Meta(ge=0)] = doc("trials at a time; 0: one a core", 0)
 
