@@ -28,13 +28,13 @@ class Paged(Loaded):
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        first: dict[int, str] = {}
+        first = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        # What each module has of its own: the name in the file, and the parameter without values.
         self._empty: dict[nn.Module, dict[str, tuple[str, nn.Parameter]]] = {}
-        for name, parameter in self.model.named_parameters():
-            first[id(parameter)] = name
         for module in self.model.modules():
-            if own := dict(module.named_parameters(recurse=False)):
-                self._empty[module] = {key: (first[id(value)], value) for key, value in own.items()}
+            own = {key: (first[id(value)], value) for key, value in module._parameters.items() if value is not None}
+            if own:
+                self._empty[module] = own
         self._resident: nn.Module | None = None
         layers = _layers(self.model)
         inside = {part for layer in layers for part in layer.modules()}
