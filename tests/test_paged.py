@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,17 @@ def test_on_its_own_where_memory_is_short(
     code, said = apply(tmp_path / "short", "quantize", "--method", "rtn", "--tensors", "lm_head.weight=8",
                        "--out", tmp_path / "again")  # fmt: skip
     assert "One layer" not in said  # packed: read as ever
+
+
+def test_a_work_folder_that_cannot_be_written_does_no_harm(untied: Path, context: Any, tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("a file")
+    plain = Quantize(method="rtn").apply(folder.load(untied), context)
+    found = Quantize(method="rtn").apply(paged.load(untied), replace(context, work=tmp_path / "none" / "work"))
+    assert {path.suffix for path in (tmp_path / "none" / "work").iterdir()} == {".safetensors"}
+    again = Quantize(method="rtn").apply(paged.load(untied), replace(context, work=tmp_path / "work"))
+    for name, item in plain.packed.items():
+        assert torch.equal(item.codes, found.packed[name].codes)
+        assert torch.equal(item.codes, again.packed[name].codes)
 
 
 REFUSED: dict[str, tuple[list[Any], str]] = {
