@@ -89,6 +89,18 @@ def usable_cores() -> int:
     return min(limits)
 
 
+def free_memory() -> float:
+    """Bytes that this machine could still give, at most what this container may have; infinite where nobody says."""
+    found = [float("inf")]
+    with suppress(ImportError):
+        import psutil
+
+        found.append(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # "max" is no number
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found)
+
+
 def _step_times(counts: list[int]) -> list[float]:
     """Seconds per step of a small training-like workload at each thread count, the best of interleaved rounds.
 

@@ -66,6 +66,24 @@ class Loaded:
     def is_classifier(self) -> bool:
         return type(self.model).__name__.endswith("ForSequenceClassification")
 
+    def weight(self, name: str) -> Tensor:
+        """A parameter as it now is, float32."""
+        found: Tensor = self.model.get_parameter(name).detach().float()
+        return found
+
+    def keep(self, name: str, item: Packed) -> None:
+        """Make `item` the parameter of this name."""
+        self.packed[name] = item
+        with torch.no_grad():
+            self.model.get_parameter(name).copy_(item.dense())
+
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Packed]]:
+        """What a file holds by name, tied weights once: dense tensors, and codes."""
+        state = remove_tied_weights_from_state_dict(dict(self.model.state_dict()), self.model)
+        kept = {tensor.data_ptr(): name for name, tensor in state.items()}
+        chosen = {kept[self.model.get_parameter(name).data_ptr()]: item for name, item in self.packed.items()}
+        return {name: tensor for name, tensor in state.items() if name not in chosen}, chosen
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -88,6 +106,12 @@ def load(name: str | Path, trust_remote_code: bool = False) -> Loaded:
     path = fetch(name)
     entries, stated = describe(path, trust_remote_code)
     model, tokenizer = read_model(path, entries, stated, trust_remote_code)
+    codes = read_packed(model, entries, stated)
+    return Loaded(model, tokenizer, path, codes, sparse=bool(stated.sparse), **known(path, entries))
+
+
+def known(path: Path, entries: dict[str, Entry]) -> dict[str, Any]:
+    """What a folder says of a model besides its weights: fields of `Loaded`."""
     dtype = common_dtype(entries)
     stored = {
         key.removesuffix(sparse.PARTS[1]): TORCH_DTYPES[entry.dtype]
@@ -96,8 +120,7 @@ def load(name: str | Path, trust_remote_code: bool = False) -> Loaded:
     }
     lineage = read_json(path / LINEAGE) if (path / LINEAGE).exists() else {}
     untouched = lineage.pop("untouched", {})
-    codes = read_packed(model, entries, stated)
-    return Loaded(model, tokenizer, path, codes, untouched, lineage, dtype, stored, bool(stated.sparse))
+    return {"untouched": untouched, "lineage": lineage, "dtype": dtype, "stored": stored}
 
 
 def save(loaded: Loaded, path: Path, same: bool = False) -> str:
@@ -108,15 +131,14 @@ def save(loaded: Loaded, path: Path, same: bool = False) -> str:
     Raises ShrewError when the disk refuses; an older folder at `path` is then untouched.
     """
     _check_codes(loaded)
-    state = remove_tied_weights_from_state_dict(dict(loaded.model.state_dict()), loaded.model)
+    state, chosen = loaded.content()
     for name in loaded.model._keys_to_ignore_on_save or ():
         state.pop(name, None)
-    chosen = _by_stored_name(loaded, state)
-    zeros = _sparse(loaded, state, chosen)
+    zeros = _sparse(loaded, state)
     reason = compressed.obstacle(loaded.model, loaded.packed) if chosen else ""
     if zeros:
         reason = f"{next(iter(zeros))} is sparse"
-    dense = {name: tensor for name, tensor in state.items() if name not in chosen and name not in zeros}
+    dense = {name: tensor for name, tensor in state.items() if name not in zeros}
     dense = revert_weight_conversion(loaded.model, dense)
     content = {name: _as_stored(loaded, name, tensor) for name, tensor in dense.items()}
     config = _config(loaded)
@@ -152,23 +174,17 @@ def save(loaded: Loaded, path: Path, same: bool = False) -> str:
 
 
 def _check_codes(loaded: Loaded) -> None:
-    current = dict(loaded.model.named_parameters(remove_duplicate=False))
+    current = {name for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
     for name, item in loaded.packed.items():
-        if name not in current or not torch.equal(current[name].detach().float(), item.dense()):
+        if name not in current or not torch.equal(loaded.weight(name), item.dense()):
             raise ShrewError(f"'{name}' was changed after it was quantized; quantize last, or drop its codes first.")
 
 
-def _by_stored_name(loaded: Loaded, state: dict[str, Tensor]) -> dict[str, Packed]:
-    """`loaded.packed` under the names that are kept for tied weights."""
-    kept = {tensor.data_ptr(): name for name, tensor in state.items()}
-    return {kept[loaded.model.get_parameter(name).data_ptr()]: item for name, item in loaded.packed.items()}
-
-
-def _sparse(loaded: Loaded, state: dict[str, Tensor], chosen: dict[str, Packed]) -> dict[str, Tensor]:
+def _sparse(loaded: Loaded, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights to be stored as a bitmap and values, in the dtype of the file."""
     if not loaded.sparse:
         return {}
-    found = {name: _as_stored(loaded, name, tensor) for name, tensor in state.items() if name not in chosen}
+    found = {name: _as_stored(loaded, name, tensor) for name, tensor in state.items()}
     return {name: tensor for name, tensor in found.items() if sparse.pays(tensor)}
 
 

@@ -161,10 +161,10 @@ def read_model(path: Path, entries: dict[str, Entry], stated: Stated, trust_remo
         except Exception as error:
             raise FolderError(f"{path / 'config.json'} describes no model that transformers {transformers.__version__} "
                               f"can build ({_short(error)}).") from None  # fmt: skip
-        _check_shapes(path, empty, entries, stated)
+        check_shapes(path, empty, entries, stated)
         for name, meaning in stated.sparse.items():
             bitmap = name + sparse.PARTS[0]
-            sparse.check_bitmap(str(path), name, _tensor(entries[bitmap], bitmap), meaning)
+            sparse.check_bitmap(str(path), name, read_tensor(entries[bitmap], bitmap), meaning)
         try:
             loaded: Any = auto.from_pretrained(
                 path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
@@ -173,16 +173,22 @@ def read_model(path: Path, entries: dict[str, Entry], stated: Stated, trust_remo
         except Exception as error:
             raise FolderError(f"{path} cannot be loaded ({_short(error)}).") from None
         _check_report(path, report)
-        _check_finite(path, model)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except Exception as error:
-            raise FolderError(f"{path} has no tokenizer that loads ({_short(error)}); copy the tokenizer files of the "
-                              "original model into it.") from None  # fmt: skip
+        for name, parameter in model.named_parameters():
+            check_finite(path, name, parameter.detach())
+        tokenizer = read_tokenizer(path, trust_remote_code)
     return model.eval(), tokenizer
 
 
-def _check_shapes(path: Path, empty: Any, entries: dict[str, Entry], stated: Stated) -> None:
+def read_tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    """Raises FolderError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise FolderError(f"{path} has no tokenizer that loads ({_short(error)}); copy the tokenizer files of the "
+                          "original model into it.") from None  # fmt: skip
+
+
+def check_shapes(path: Path, empty: Any, entries: dict[str, Entry], stated: Stated) -> None:
     """Compare shapes by name before any memory is taken, so that a config that lies costs nothing."""
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     stored = [*stated.tensors.items(), *stated.sparse.items()]
@@ -217,11 +223,10 @@ def _check_report(path: Path, report: dict[str, Any]) -> None:
             raise FolderError(f"{path}: '{name}'{more} {what}; the two do not belong together.")
 
 
-def _check_finite(path: Path, model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        # A sum is finite unless something in it is not (or it overflows), and is cheaper than looking at each.
-        if not torch.isfinite(parameter.detach().sum()) and not torch.isfinite(parameter.detach()).all():
-            raise FolderError(f"{path}: '{name}' contains NaN or infinite weights; use another copy of the model.")
+def check_finite(path: Path, name: str, value: Tensor) -> None:
+    # A sum is finite unless something in it is not (or it overflows), and is cheaper than looking at each.
+    if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+        raise FolderError(f"{path}: '{name}' contains NaN or infinite weights; use another copy of the model.")
 
 
 def read_packed(model: Any, entries: dict[str, Entry], stated: Stated) -> dict[str, Packed]:
@@ -232,7 +237,7 @@ def read_packed(model: Any, entries: dict[str, Entry], stated: Stated) -> dict[s
     for name, meaning in stated.tensors.items():
         module = name.removesuffix(stated.stem)
         parts = {
-            part.lstrip("."): _tensor(entries[module + part], module + part)
+            part.lstrip("."): read_tensor(entries[module + part], module + part)
             for part in stated.parts
             if module + part in entries
         }
@@ -240,7 +245,8 @@ def read_packed(model: Any, entries: dict[str, Entry], stated: Stated) -> dict[s
     return found
 
 
-def _tensor(entry: Entry, name: str) -> Tensor:
+def read_tensor(entry: Entry, name: str) -> Tensor:
+    """A tensor as the file holds it: its pages are read when they are looked at."""
     with safe_open(entry.file, framework="pt") as stream:
         tensor: Tensor = stream.get_tensor(name)
     return tensor

@@ -8,15 +8,16 @@ one run, in several runs or out of the cache gives the same bytes.
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from shrew import files, folder, machine, spec
-from shrew.errors import DataError, SpecError, UsageError, nearest
-from shrew.folder import Loaded
+from shrew.errors import DataError, SpecError, UnsupportedError, UsageError, nearest
+from shrew.folder import Loaded, paged
 from shrew.folder.check import fetch
 from shrew.folder.headers import read_json
 from shrew.moves.context import Context
@@ -66,6 +67,9 @@ MOVES: dict[str, Any] = {
 }
 
 
+LOADS = 2.5  # times the float32 weights: the original, the model to change, and what the change needs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A recipe that `shrew apply` runs."""
@@ -103,7 +107,10 @@ def contents(move: Move) -> dict[str, str]:
     return found
 
 
-def apply_moves(original: Path, moves: Sequence[Move], source: Source, context: Context) -> Path:
+def apply_moves(
+    original: Path, moves: Sequence[Move], source: Source, context: Context,
+    load: Callable[[Path], Loaded] = folder.load,
+) -> Path:  # fmt: skip
     """The folder in the cache that these moves make of `original`; what is there already is not made again."""
     base = fingerprint(source, original, context)
     path = original
@@ -113,16 +120,18 @@ def apply_moves(original: Path, moves: Sequence[Move], source: Source, context: 
         data = base | ({"read": read} if read else {})
         out = context.cache / "applied" / spec.digest([folder.versions(), data, tables])[:32]
         if not (out / folder.LINEAGE).exists():
-            loaded = folder.load(path)
+            loaded = load(path)
             context = suited(context, loaded, source)
             origin, twins = loaded.lineage.get("moves", []), loaded.lineage.get("twins")
             loaded.lineage = {"parent": {"name": Path(source.model).name, "sha256": base["original"]},
                               "moves": [*origin, tables[-1]], "data": data, "seed": source.seed,
                               "threads": source.threads}  # fmt: skip
             loaded.lineage |= {"twins": twins} if twins else {}
-            loaded = moves[count - 1].apply(loaded, context)
+            work = context.cache / "unfinished" / out.name
+            loaded = moves[count - 1].apply(loaded, replace(context, work=work))
             loaded.lineage["untouched"] = loaded.untouched
             folder.save(loaded, out, same=True)
+            shutil.rmtree(work, ignore_errors=True)
         path = out
     return path
 
@@ -173,6 +182,31 @@ def _parser(text: str) -> argparse.ArgumentParser:
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=argparse.SUPPRESS, help="model folder to write")
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print what was made as JSON")
+    parser.add_argument("--low-memory", action="store_true", default=argparse.SUPPRESS,
+                        help="hold one layer in memory at a time; on its own where memory is short")  # fmt: skip
+
+
+def _open(
+    name: str, moves: list[Move], asked: bool, say: Callable[[str], None]
+) -> tuple[Loaded, Callable[[Path], Loaded]]:
+    """The original, and how to load it again: layer by layer if asked for, or if memory is short and it can be done."""
+    light = len(moves) == 1 and getattr(moves[0], "light", False)
+    if asked and not light:
+        raise UsageError("--low-memory is for quantize alone, without a rate and by another method than learned; "
+                         "leave it out, or apply that move first.")  # fmt: skip
+    if asked or (light and LOADS * _float32_bytes(fetch(name)) > machine.free_memory()):
+        try:
+            original = paged.load(name)
+            say("One layer is in memory at a time.")
+            return original, paged.load
+        except UnsupportedError:
+            if asked:
+                raise
+    return folder.load(name), folder.load
+
+
+def _float32_bytes(path: Path) -> float:
+    return sum(item.bytes * 32 / item.bits_per_weight for item in folder.tensors(path) if item.bytes)
 
 
 def _run(source: Source, moves: list[Move], args: argparse.Namespace) -> int:
@@ -184,7 +218,7 @@ def _run(source: Source, moves: list[Move], args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    original = folder.load(source.model)
+    original, load = _open(source.model, moves, getattr(args, "low_memory", False), say)
     threads = machine.choose_threads(source.threads or None)
     source = replace(source, threads=threads.count)
     say(f"Applying {', '.join(move.name for move in moves)} to {source.model}; {threads.reason}.")
@@ -194,7 +228,7 @@ def _run(source: Source, moves: list[Move], args: argparse.Namespace) -> int:
     else:
         context = Context([], [], original, source.seed, files.cache_folder(), say)
     assert original.path is not None
-    made = apply_moves(original.path, moves, source, context)
+    made = apply_moves(original.path, moves, source, context, load)
     files.copy_folder(made, out, folder.LINEAGE)
     listed = [vars(item) | {"shape": list(item.shape)} for item in folder.tensors(out)]
     size = sum(item["bytes"] for item in listed)

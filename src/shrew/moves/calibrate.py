@@ -110,10 +110,11 @@ class Sums:
             if leader not in self.cross or leader in self.apart:
                 continue
             if leader not in made:
-                matrix = self.sums[leader].double()
-                ridge = torch.eye(len(matrix)).double() * RIDGE * matrix.diagonal().mean().clamp(min=1e-30)
-                wanted = self.cross[leader].double() + ridge
-                made[leader] = torch.linalg.solve(matrix + ridge, wanted.T).T.float()
+                matrix, wanted = self.sums[leader].double(), self.cross[leader].double()
+                ridge = RIDGE * matrix.diagonal().mean().clamp(min=1e-30)
+                for item in (matrix, wanted):
+                    item.diagonal().add_(ridge)
+                made[leader] = torch.linalg.solve(matrix, wanted.T).T.float()
             found[names[name]] = made[leader]
         return found
 

@@ -16,7 +16,8 @@ class Context:
     `calibration` and `healing` are int64 token-id sequences: windows of at most 512 tokens for causal models, one text
     each for classifiers; no document is in both. `teacher` is the original model. `cache` is a folder for results that
     are costly to repeat. `say` prints one plain line of progress. `labels` [len(healing)] are the classes of the
-    healing texts where they are known.
+    healing texts where they are known. `work` is a folder for the finished parts of this very application, where a
+    run that was killed finds them again.
     """
 
     calibration: list[np.ndarray]
@@ -26,3 +27,4 @@ class Context:
     cache: Path
     say: Callable[[str], None]
     labels: np.ndarray | None = None
+    work: Path | None = None

@@ -18,6 +18,7 @@ from shrew.moves import grids, rate
 from shrew.moves.calibrate import Block, Stage, aliases, stages
 from shrew.moves.learned import learn
 from shrew.moves.low_rank import factors
+from shrew.moves.work import finish, finished
 from shrew.spec import Meta, doc
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ class Quantize:
             elif asked not in (0, 2, 3, 4, 5, 6, 7, 8, 16):
                 raise SpecError(f"quantize: {asked} bits for '{name}'; use 2 to 8, a grid, or 0 to leave it alone.")
 
+    @property
+    def light(self) -> bool:
+        """Whether it works layer by layer, so that the whole model need not be in memory."""
+        return not self.rate and self.method != "learned"
+
     def _check_grid(self, kind: str) -> None:
         if kind not in GRIDS:
             raise SpecError(f"quantize: no grid is called '{kind}'; {nearest(kind, GRIDS)}")
@@ -109,20 +115,26 @@ class Quantize:
                                f"{asked} has them; {advice}.")  # fmt: skip
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
-        """Quantize in place."""
+        """Quantize in place. Parts that are finished are kept in `context.work`, where another run finds them."""
         targets = self._targets(loaded)
         if self.rate:
             self._round_to_rate(loaded, context, [target for target, _ in targets.values()])
             return loaded
-        if self.method == "rtn":
-            self._round(loaded, context, targets, Stage(set(targets), {}))
-            return loaded
-        for stage in stages(loaded, context.calibration, self.sequential and self.method != "weighted", context.say):
+        sequential = self.sequential and self.method != "weighted"
+        nearby = (Stage({name}, {}) for name in targets)  # rounding to nearest looks at no text
+        for stage in nearby if self.method == "rtn" else stages(loaded, context.calibration, sequential, context.say):
             now = {name: target for name, target in targets.items() if name in stage.names}
-            exact = {name: target.weight.detach().clone() for name, (target, _) in now.items()}
+            if not now:
+                continue
+            if made := finished(context.work, now):
+                for name, item in made.items():
+                    loaded.keep(name, item)
+                continue
+            exact = {name: loaded.weight(name).clone() for name in now} if self.method == "learned" else {}
             self._round(loaded, context, now, stage)
-            if self.method == "learned" and stage.block is not None and now:
+            if self.method == "learned" and stage.block is not None:
                 self._learn(loaded, context, now, stage.block, exact)
+            finish(context.work, {name: loaded.packed[name] for name in now})
         return loaded
 
     def _round_to_rate(self, loaded: Loaded, context: Context, targets: list[Target]) -> None:
@@ -136,14 +148,14 @@ class Quantize:
                 context.say(f"{target.name}: no calibration text reached it, so it is left alone")
                 loaded.untouched[target.name] = "no calibration text reached it"
                 continue
-            rows = to_rows(target.weight.detach().float(), target.transposed)
+            rows = to_rows(loaded.weight(target.name), target.transposed)
             items.append(rate.Coded(target.name, rows, known[target.name]))
         found = rate.round_to_rate(items, self.rate, self.damp, context.say)
         for target in targets:
             if target.name in found:
                 codes, steps = found[target.name]
                 shape = tuple(target.weight.shape)
-                _store(loaded, target, Packed(codes, steps, rate.GRID, shape, target.transposed, coded=True))
+                loaded.keep(target.name, Packed(codes, steps, rate.GRID, shape, target.transposed, coded=True))
 
     def _learn(
         self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], block: Block,
@@ -153,7 +165,7 @@ class Quantize:
         found, (before, after) = learn(block, packed, exact, self.steps, context.seed)
         context.say(f"{block.prefix[:-1]}: squared error {before:.3g} by gptq, {after:.3g} learned")
         for name, item in found.items():
-            _store(loaded, targets[name][0], item)
+            loaded.keep(name, item)
 
     def _round(
         self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], stage: Stage
@@ -164,7 +176,7 @@ class Quantize:
             if hessian is None:
                 if self.method != "rtn" and target.kind != "embedding":
                     context.say(f"{name}: no calibration text reached it, so it is rounded to nearest")
-                rows = to_rows(target.weight.detach().float(), target.transposed)
+                rows = to_rows(loaded.weight(name), target.transposed)
                 batched = rows.reshape(target.count, -1, rows.shape[-1])
                 self._keep(loaded, [target], grid, batched, None, grids.nearest(rows, grid))
             elif target.kind in ("experts", "tied"):
@@ -217,7 +229,7 @@ class Quantize:
         if silent and len(targets) == 1 and targets[0].kind == "experts":
             numbers = ", ".join(map(str, silent))
             context.say(f"{targets[0].name}: no text reached experts {numbers}, so they are rounded to nearest")
-        parts = [to_rows(target.weight.detach().float(), target.transposed) for target in targets]
+        parts = [to_rows(loaded.weight(target.name), target.transposed) for target in targets]
         rows = torch.cat(parts).reshape(len(batched), -1, batched.shape[-1])
         if (correction := stage.corrections.get(targets[0].name)) is not None:
             rows = rows @ correction
@@ -242,13 +254,7 @@ class Quantize:
                 wanted = rows.reshape(-1, rows.shape[-1])[own]
                 error = wanted - dequantize(packed.codes, packed.steps, grid)
                 low = factors(error.reshape(target.count, -1, rows.shape[-1]), hessian, self.low_rank, self.damp)
-            _store(loaded, target, replace(packed, low=low))
-
-
-def _store(loaded: Loaded, target: Target, packed: Packed) -> None:
-    loaded.packed[target.name] = packed
-    with torch.no_grad():
-        target.weight.copy_(packed.dense())
+            loaded.keep(target.name, replace(packed, low=low))
 
 
 @dataclass(frozen=True)
