@@ -332,3 +332,23 @@ def test_the_real_transformers_knows_shrew(order: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("True True\n", 0), done.stderr
+
+
+def test_pack_overwrites_nothing_else_and_leaves_nothing_half_written(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from shrew.packers.gguf import blocks
+
+    (tmp_path / "notes.txt").write_text("mine", "utf-8")
+    assert cli.main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(tmp_path / "notes.txt")]) == 2
+    assert cli.main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(tmp_path)]) == 2
+    assert cli.main(["pack", str(tiny_llama_folder), "--to", "folder", "--out", str(tmp_path / "x")]) == 2
+    assert cli.main(["pack", str(tmp_path / "notes.txt"), "--to", "folder", "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.count("shrew: ") == 4
+
+    def full(*_: object) -> object:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(blocks, "floats", full)
+    assert cli.main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) != 0
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["notes.txt"]

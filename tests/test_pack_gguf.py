@@ -589,21 +589,3 @@ def test_the_command_packs_and_reads_back(
     assert torch.equal(first, second)
     lineage = json.loads((again / "shrew.json").read_text("utf-8"))
     assert lineage["parent"]["name"] == "model.gguf"
-
-
-def test_nothing_else_is_overwritten_and_nothing_half_written_stays(
-    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "notes.txt").write_text("mine", "utf-8")
-    assert main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(tmp_path / "notes.txt")]) == 2
-    assert main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(tmp_path)]) == 2
-    assert main(["pack", str(tiny_llama_folder), "--to", "folder", "--out", str(tmp_path / "x")]) == 2
-    assert main(["pack", str(tmp_path / "notes.txt"), "--to", "folder", "--out", str(tmp_path / "x")]) == 2
-    assert capsys.readouterr().err.count("shrew: ") == 4
-
-    def full(*_: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(blocks, "floats", full)
-    assert main(["pack", str(tiny_llama_folder), "--to", "gguf", "--out", str(tmp_path / "a.gguf")]) != 0
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["notes.txt"]

@@ -88,7 +88,7 @@ def _levels(scans: dict[str, tuple[Held, Scan]]) -> Iterator[Finding]:
     total = sum(item.weights for item, _ in layers)
     if total:
         bits = sum(item.code * item.weights for item, _ in layers) / total
-        carried = sum(found.entropy * item.weights for item, found in layers) / total
+        carried = sum(min(found.entropy, item.code) * item.weights for item, found in layers) / total
         yield Finding("note", f"The codes of the linear layers carry {carried:.2f} bits of information in {bits:.2f}.",
                       "the rest is what a lossless coder could save" if carried < 0.95 * bits else "")  # fmt: skip
 

@@ -14,8 +14,8 @@ from shrew.audit import claims, decode
 from shrew.audit.held import Audit, Finding, Held, Span, count, mean_bits, named, printable
 from shrew.audit.layouts import Parts, Weight, assemble, plain
 from shrew.errors import FolderError
-from shrew.folder import packed
-from shrew.folder.headers import INDEX, SINGLE, Entry, read_header, read_headers, read_json
+from shrew.folder import packed, sparse
+from shrew.folder.headers import BITS, INDEX, SINGLE, Entry, read_header, read_headers, read_json
 
 POSITIONS = re.compile(r"pos|wpe|type|segment")
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
@@ -101,17 +101,27 @@ def audit(path: Path) -> Audit:
 def _ours(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> Audit:
     """A folder that `shrew` packed: its own reader has compared config.json with every part."""
     listed = folder.tensors(path if path.is_dir() else path.parent)
-    table = config["quantization_config"]["tensors"]
+    stated = config["quantization_config"]
+    table, pruned = stated["tensors"], stated.get("sparse", {})
     held = []
     for item in listed:
-        parts = {part: entries[item.name + part] for part in packed.PARTS if item.name + part in entries}
+        ends = packed.PARTS if item.name in table else sparse.PARTS if item.name in pruned else ("",)
+        parts = {part: entries[item.name + part] for part in ends if item.name + part in entries}
         spans = tuple(Span(part.file, part.start, part.bytes) for part in parts.values())
-        if item.name not in table:
-            held.append(_plain(item.name, entries[item.name]))
-            continue
-        grid = packed.grid_of(table[item.name])
-        held.append(Held(item.name, item.shape, item.effective, float(grid.bits), spans, True, grid.group,
-                         groups=partial(_own_codes, parts, table[item.name])))  # fmt: skip
+        if item.name in table and parts:
+            entry = table[item.name]
+            grid = packed.grid_of(entry)
+            code = float(grid.widths["codes"])
+            if entry.get("coded"):
+                code = 8 * parts[":codes"].bytes / count(item.shape)
+            held.append(Held(item.name, item.shape, item.effective, code, spans, True, grid.group,
+                             groups=partial(_own_codes, parts, entry)))  # fmt: skip
+        elif item.name in pruned and parts:
+            values = parts[sparse.PARTS[1]]
+            held.append(Held(item.name, item.shape, item.effective, float(BITS[values.dtype]), spans, False,
+                             groups=partial(_kept, values)))  # fmt: skip
+        elif parts:  # else it lies in another file than the one that was asked for
+            held.append(_plain(item.name, parts[""]))
     found = Audit(path, "shrew", held, size_of(entries), ["quantization_config: each tensor by its name"])
     _general(found, config)
     return found
@@ -122,6 +132,12 @@ def _own_codes(parts: dict[str, Entry], entry: dict[str, Any]) -> Iterator[np.nd
     codes = packed.from_parts({name: decode.tensor(part) for name, part in parts.items()}, entry).codes
     size = min(packed.grid_of(entry).group or codes.shape[1], codes.shape[1])
     yield codes[:, : codes.shape[1] // size * size].reshape(-1, size).numpy()
+
+
+def _kept(values: Entry) -> Iterator[np.ndarray]:
+    """The weights that pruning kept, one a row: which of them stand together, only the bitmap knows."""
+    for part in decode.numbers(values):
+        yield part.reshape(-1, 1)
 
 
 def _held(name: str, parts: Parts, weight: Weight) -> Held:

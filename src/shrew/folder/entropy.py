@@ -176,13 +176,13 @@ def _read_side(raw: bytes, rows: int, cols: int, where: str) -> tuple[Bytes, Byt
     count, of_rows, of_cols = first
     side = np.frombuffer(_inflate(raw, 3 + of_rows * rows + of_cols * cols + 256 * count, where), np.uint8)
     levels = side[-256 * count :].reshape(count, 256)
-    row = side[3 : 3 + rows].astype(np.int64) if of_rows else np.zeros(rows, np.int64)
+    row = side[3 : 3 + rows] if of_rows else np.zeros(rows, np.uint8)
     at = 3 + of_rows * rows
-    col = side[at : at + cols].astype(np.int64) if of_cols else np.zeros(cols, np.int64)
-    if levels.max() >= len(_LEVELS) or row.max() + col.max() >= count:
+    col = side[at : at + cols] if of_cols else np.zeros(cols, np.uint8)
+    if levels.max() >= len(_LEVELS) or int(row.max()) + int(col.max()) >= count:
         raise _damaged(where, "its tables are wrong")
-    classes = (row[:, None] + col).astype(np.uint8).ravel()
-    if ((levels.max(1) == 0) & (np.bincount(classes, minlength=count) > 0)).any():
+    classes = (row[:, None] + col).ravel()
+    if (levels.max(1)[np.add.outer(np.unique(row), np.unique(col))] == 0).any():
         raise _damaged(where, "a table is empty")
     return classes, levels
 

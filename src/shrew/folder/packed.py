@@ -27,6 +27,8 @@ from shrew.folder.headers import Entry
 METHOD = "shrew"
 PARTS = (":codes", ":scales", ":zeros", ":supers", ":columns", ":left", ":right")
 PLACES = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
+# What coded tensors may claim to hold together: a model stands no less than a fraction of a bit a weight.
+CODES_A_BYTE, CODES_AT_LEAST = 64, 1 << 24
 CHUNK = 1 << 22  # elements unpacked at once; bounds the memory that single bits need
 
 
@@ -211,6 +213,7 @@ def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
     if not isinstance(tensors, dict):
         raise FolderError(f"{where}: quantization_config has no table of tensors; fetch the model again.")
     expected: set[str] = set()
+    codes = stored = 0
     for name, entry in tensors.items():
         label, parts = _expected_parts(where, name, entry)
         for part, (dtypes, shape) in parts.items():
@@ -222,6 +225,11 @@ def check_entries(where: str, stated: Any, entries: dict[str, Entry]) -> None:
                 raise FolderError(f"{where}: config.json says {label} for '{name}', so '{name + part}' "
                                   f"should be {dtypes[0]} {list(shape)}, but the file has {got}.")  # fmt: skip
         expected |= {name + part for part in parts}
+        if entry.get("coded"):
+            codes, stored = codes + math.prod(entry["shape"]), stored + entries[f"{name}:codes"].bytes
+    if codes > max(CODES_A_BYTE * stored, CODES_AT_LEAST):
+        raise FolderError(f"{where}: config.json says {codes} coded weights, and the file has {stored} bytes of them; "
+                          "the two do not belong together.")  # fmt: skip
     for name in entries:
         if name.endswith(PARTS) and name not in expected:
             raise FolderError(f"{where}: the file holds '{name}', which config.json does not mention.")

@@ -46,6 +46,8 @@ class Factor:
             raise UnsupportedError("factor: only causal language models have a place for two factors.")
         if loaded.packed:
             raise UnsupportedError("factor: the weights are quantized already; put factor before quantize.")
+        if loaded.sparse:
+            raise UnsupportedError("factor goes before prune: the factors of a pruned matrix have no zeros.")
         ours = adopt(loaded.model)
         parts = projections(ours)
         if not parts:

@@ -36,6 +36,8 @@ class Rotate:
         """The turned model. Raises UnsupportedError where the residual stream has a part that cannot be turned."""
         if loaded.packed:
             raise UnsupportedError("rotate goes before quantize: turned codes would be off their grid.")
+        if loaded.sparse:
+            raise UnsupportedError("rotate goes before prune: turning weights would fill their zeros.")
         draw = torch.Generator().manual_seed(context.seed)
         if self.residual:
             loaded = _turn_residual(loaded, context, draw)

@@ -59,7 +59,7 @@ class Distil:
     rationales: str = doc("JSONL of {text, rationale, answer} to learn from beside the text", "", reads="file")
     rationale: Annotated[float, Meta(ge=0)] = doc("weight of the rationales; that of the answers is 1", 1.0)
     lora: Annotated[int, Meta(ge=0)] = doc("rank of a low-rank update that is merged at the end; 0: all weights", 0)
-    scales: bool = doc("train the scales of evenly spaced grids too", False)
+    scales: bool = doc("train the scales of weights on the grid int too", False)
     twin: bool = doc("train a twin without teacher at equal compute, compare both on the last tenth of the text", False)
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
@@ -115,6 +115,8 @@ class Run:
         self.seconds = 0.0
         self.plan = Plan(context.healing, move.rows, move.steps, context.seed, move.on_policy)
         self.weights = Weights(loaded, move.lora, context.seed, move.scales)
+        if move.scales and not self.weights.growth:
+            context.say("distil: no weight is on the grid int without a correction, so there are no scales to train")
         self.stored: Stored | None = None
         self.spellings: tuple[Spelling, Spelling] | None = None
         self.width = 0

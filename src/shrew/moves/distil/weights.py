@@ -18,7 +18,8 @@ class Weights:
         self.latent = {name: p.detach().clone().requires_grad_(rank == 0) for name, p in
                        loaded.model.named_parameters()}  # fmt: skip
         named = loaded.model.named_parameters() if loaded.sparse else ()
-        self.masks = {name: p.detach() != 0 for name, p in named if p.ndim > 1}  # what was pruned stays zero
+        # What was pruned stays zero. Of codes, many a zero comes from rounding alone.
+        self.masks = {name: p.detach() != 0 for name, p in named if p.ndim > 1 and name not in loaded.packed}
         self.update: dict[str, tuple[Tensor, Tensor]] = {}
         if rank:
             ends = (loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings())
@@ -83,9 +84,8 @@ def on_grid(value: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def has_plain_scales(packed: Packed) -> bool:
-    """Whether a packed tensor is evenly spaced, without a correction, and its scales are numbers of their own."""
-    steps, plain = packed.steps, packed.low is None and packed.steps.supers is None
-    return plain and isinstance(packed.grid, Uniform) and steps.scales.is_floating_point()
+    """Whether a packed tensor is on an integer grid, whose scales are numbers of their own, without a correction."""
+    return packed.low is None and isinstance(packed.grid, Uniform)
 
 
 def grown(packed: Packed, growth: Tensor) -> Tensor:
