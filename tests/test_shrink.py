@@ -316,8 +316,8 @@ def test_unused_tokens_are_dropped(
     assert len(small.tokenizer) < len(known) / 2
     records = record.read(tmp_path / "out" / "records.jsonl")
     samples = [item.detail for item in records if item.metric == "sample"]
-    assert len(samples) == 3 and all(item["before"] and item["after"] for item in samples)
-    assert {item.metric for item in records if item.model == "chosen"} >= {"retention", "bytes", "document", "prefill"}
+    assert any(item["before"][:5] == item["after"][:5] for item in samples), samples
+    assert {item.metric for item in records if item.model == "chosen"} >= {"retention", "bytes", "document"}
 
 
 def with_content(old: Any, content: dict[str, Any], place: Path) -> Any:
