@@ -86,7 +86,7 @@ def test_four_bits_are_what_quantize_stores(tied: bool, tiny_tokenizer: Any, tmp
     item = replace(MIXED, tied=tied)
     loaded = Loaded(build(item), tiny_tokenizer, dtype=torch.bfloat16)
     move = Quantize(bits=describe.BITS, group=describe.GROUP, method="rtn", embeddings=True)
-    folder.save(move.apply(loaded, SimpleNamespace()), tmp_path / "out")
+    folder.save(move.apply(loaded, SimpleNamespace(work=None)), tmp_path / "out")
     stored = {entry.name: entry.bytes for entry in folder.tensors(tmp_path / "out")}
     assert describe.describe(item)["bytes"]["int4"] == sum(stored.values())
 

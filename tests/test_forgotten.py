@@ -150,8 +150,8 @@ def test_paired_share_is_agresti_and_min(gained: int, lost: int, same: int) -> N
     b, c, total = gained + 0.5, lost + 0.5, n + 2  # Agresti & Min (2005), half an observation in each of the four cells
     error = math.sqrt((b + c) - (b - c) ** 2 / total) / total
     assert found.value == pytest.approx((gained - lost) / n)
-    assert found.low == pytest.approx(max(-1, (b - c) / total - 1.959964 * error))
-    assert found.high == pytest.approx(min(1, (b - c) / total + 1.959964 * error))
+    assert found.low == pytest.approx(max(-1, (b - c) / total - 1.959964 * error), abs=1e-6)
+    assert found.high == pytest.approx(min(1, (b - c) / total + 1.959964 * error), abs=1e-6)
     assert found.low < found.value < found.high or abs(found.value) == 1
 
 

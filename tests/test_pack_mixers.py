@@ -253,7 +253,7 @@ def test_a_stock_type_is_its_own_whole_pass(kind: str, tmp_path: Path) -> None:
                                                  (8, False)])  # fmt: skip
 def test_codes_are_the_values_that_torch_has(kind: str, bits: int, symmetric: bool, tmp_path: Path) -> None:
     loaded = make(kind)
-    context = SimpleNamespace(calibration=[], say=lambda line: None)
+    context = SimpleNamespace(calibration=[], say=lambda line: None, work=None)
     group = {2: 16, 4: 32}.get(bits, 0)
     Quantize(bits=bits, group=group, symmetric=symmetric, method="rtn", embeddings=True).apply(loaded, context)
     model, weights = ours(loaded)
@@ -267,7 +267,7 @@ def test_codes_are_the_values_that_torch_has(kind: str, bits: int, symmetric: bo
 def test_the_level_that_rounds_inputs_is_near(kind: str, tmp_path: Path) -> None:
     """Experts that get no row among them, which is a case of its own in every kernel."""
     loaded = make(kind)
-    context = SimpleNamespace(calibration=[], say=lambda line: None)
+    context = SimpleNamespace(calibration=[], say=lambda line: None, work=None)
     Quantize(bits=4, group=32, method="rtn").apply(loaded, context)
     tokens = text(WORDS)
     wanted = whole(loaded.model, tokens)
@@ -276,7 +276,7 @@ def test_the_level_that_rounds_inputs_is_near(kind: str, tmp_path: Path) -> None
 
 def test_each_expert_has_its_own_codes_once(tmp_path: Path) -> None:
     loaded = make("moe")
-    context = SimpleNamespace(calibration=[], say=lambda line: None)
+    context = SimpleNamespace(calibration=[], say=lambda line: None, work=None)
     Quantize(bits=4, group=0, method="rtn").apply(loaded, context)
     model, weights = ours(loaded)
     before = set(weights.dense), set(weights.packed)

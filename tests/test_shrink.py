@@ -3,8 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from broken import copied, disagreeing, flags, not_a_number, occupied, task_file, truncated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shrew import folder, record, spec
@@ -445,50 +443,6 @@ def test_a_task_that_the_original_cannot_do(whole: Whole, shrink: Any, tmp_path:
 
 
 # Bad input
-
-
-def copied(model: Path, target: Path) -> Path:
-    shutil.copytree(model, target)
-    return target
-
-
-def truncated(model: Path, work: Path) -> list[Any]:
-    bad = copied(model, work / "bad")
-    os.truncate(bad / "model.safetensors", 90_000)
-    return [bad]
-
-
-def disagreeing(model: Path, work: Path) -> list[Any]:
-    bad = copied(model, work / "bad")
-    config = json.loads((bad / "config.json").read_text()) | {"intermediate_size": 96}
-    (bad / "config.json").write_text(json.dumps(config))
-    return [bad]
-
-
-def not_a_number(model: Path, work: Path) -> list[Any]:
-    bad = copied(model, work / "bad")
-    tensors = load_file(bad / "model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
-    return [bad]
-
-
-def task_file(content: bytes, flag: str = "--task", name: str = "bad.jsonl") -> Callable[[Path, Path], list[Any]]:
-    def make(model: Path, work: Path) -> list[Any]:
-        (work / name).write_bytes(content)
-        return [model, flag, work / name]
-
-    return make
-
-
-def flags(*more: str) -> Callable[[Path, Path], list[Any]]:
-    return lambda model, work: [model, *more]
-
-
-def occupied(model: Path, work: Path) -> list[Any]:
-    (work / "out").mkdir()
-    (work / "out" / "mine.txt").write_text("mine")
-    return [model]
 
 
 PAIRS = b'{"more": "a", "less": "b", "kind": "k"}\n{"more": "c", "less": "d", "kind": "k"}\n'
