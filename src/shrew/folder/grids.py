@@ -71,8 +71,21 @@ def groups(cols: int, group: int) -> int:
     return 1 if group == 0 or cols == 0 else -(-cols // group)
 
 
+class Even:
+    """Evenly spaced values: (code - zero) * scale for codes from 0 to 2^bits - 1."""
+
+    bits: int
+
+    def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest code, as a float; half-way cases to even. The three shapes must broadcast."""
+        return ((values / scale).round_() + zero).clamp_(0, 2**self.bits - 1)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (codes - zero) * scale
+
+
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Even):
     """2^bits evenly spaced values: (code - zero) * scale, scales bf16, zero = 2^(bits-1) where symmetric.
 
     Products are exact in float32: codes have at most 9 significant bits and scales 8, so a float32 or bf16 reader gets
@@ -111,13 +124,6 @@ class Uniform:
         zero = torch.full_like(scale, 2.0 ** (self.bits - 1)) if steps.zeros is None else steps.zeros.float()
         return scale, zero
 
-    def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The nearest code, as a float; half-way cases to even. The three shapes must broadcast."""
-        return ((values / scale).round_() + zero).clamp_(0, 2**self.bits - 1)
-
-    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return (codes - zero) * scale
-
 
 # Steps in quarter octaves; mantissas of 8 bits, so that a code times a step is exact in float32.
 _QUARTERS = (1.0, 1.1875, 1.4140625, 1.6796875)
@@ -125,7 +131,7 @@ ROW_ONE, COLUMN_ONE = 200, 128  # the exponents that stand for a step of 1
 
 
 @dataclass(frozen=True)
-class Product:
+class Product(Even):
     """2^bits evenly spaced values of which one is 0, with a step for every row times one for every column.
 
     Both are stored as exponents, four an octave (uint8), so steps cost next to nothing and every weight of a tensor can
@@ -165,13 +171,6 @@ class Product:
         quarters = torch.arange(511) - ROW_ONE - COLUMN_ONE
         table = torch.ldexp(torch.tensor(_QUARTERS)[quarters % 4], torch.div(quarters, 4, rounding_mode="floor"))
         return table[steps.scales.int() + steps.columns.int()], torch.full((1, 1), 2.0 ** (self.bits - 1))
-
-    def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """The nearest code, as a float; half-way cases to even."""
-        return ((values / scale).round_() + zero).clamp_(0, 2**self.bits - 1)
-
-    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return (codes - zero) * scale
 
 
 # What config.json calls each; a grid's own fields are the other keys of its entry.
