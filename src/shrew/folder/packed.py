@@ -70,6 +70,11 @@ class Packed:
         product = left.reshape(count, -1, self.rank) @ right.reshape(count, self.rank, -1)
         return product.reshape(self.codes.shape).float()
 
+    def parts(self) -> dict[str, Tensor]:
+        """All that is stored of it, by name."""
+        low = {} if self.low is None else {"left": self.low[0], "right": self.low[1]}
+        return {"codes": self.codes} | self.steps.parts() | low
+
     def dense(self) -> Tensor:
         """The parameter that codes and correction stand for, float32 of `shape`."""
         rows = dequantize(self.codes, self.steps, self.grid)
@@ -131,8 +136,6 @@ def unpack_bits(packed: Tensor, bits: int | Fraction, cols: int) -> Tensor:
 
 def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
     """The tensors that a file holds for the weight `name`."""
-    parts = {"codes": packed.codes} | packed.steps.parts()
-    parts |= {} if packed.low is None else {"left": packed.low[0], "right": packed.low[1]}
     widths = packed.grid.widths
 
     def stored(part: str, value: Tensor) -> Tensor:
@@ -142,17 +145,15 @@ def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
             return torch.from_numpy(entropy.encode(value.numpy()))
         return pack_bits(value, widths[part])
 
-    return {f"{name}:{part}": stored(part, value) for part, value in parts.items()}
+    return {f"{name}:{part}": stored(part, value) for part, value in packed.parts().items()}
 
 
 def stored_bytes(packed: Packed) -> int:
     """The bytes of all parts in a file; of a coded weight as good as exact, by the entropy of its codes alone."""
     if not packed.coded:
         return sum(part.nbytes for part in to_parts("", packed).values())
-    parts = {"codes": packed.codes} | packed.steps.parts()
-    parts |= {} if packed.low is None else {"left": packed.low[0], "right": packed.low[1]}
     return sum(entropy.size(value.numpy()) if part in packed.grid.widths else value.nbytes
-               for part, value in parts.items())  # fmt: skip
+               for part, value in packed.parts().items())  # fmt: skip
 
 
 def from_parts(parts: dict[str, Tensor], entry: dict[str, Any]) -> Packed:
