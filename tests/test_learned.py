@@ -216,5 +216,6 @@ def test_important_columns_first_is_the_definition_on_sorted_columns() -> None:
     order = importance[0].argsort(descending=True, stable=True)
     sorted_upper, _ = grids.decompose(hessian[:, order][:, :, order], 0.01)
     wanted, _ = grids.gptq(rows[None][..., order], sorted_upper, importance[:, order], grid)
-    found, _ = grids.gptq_ordered(rows[None], hessian, importance, grid, 0.01)
+    steps = grids.fit(rows, grid, importance.expand_as(rows))
+    found, _ = grids.gptq_ordered(rows[None], hessian, importance, steps, grid, 0.01)
     assert (found[:, order] != wanted).float().mean() < 0.01  # scales of a row are one, so order is all that differs

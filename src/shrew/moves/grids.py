@@ -169,13 +169,14 @@ def gptq(rows: Tensor, upper: Tensor, importance: Tensor, grid: Grid) -> tuple[T
     return codes.transpose(1, 2).reshape(batch * count, cols), steps
 
 
-def gptq_ordered(rows: Tensor, hessian: Tensor, importance: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
+def gptq_ordered(
+    rows: Tensor, hessian: Tensor, importance: Tensor, steps: Steps, grid: Grid, damp: float
+) -> tuple[Tensor, Steps]:
     """GPTQ with the most important columns first, which then have the most columns left to take up their errors.
 
-    Steps are chosen beforehand for the columns as they stand, so the order costs nothing in the file ("static groups").
+    `steps` were chosen for the columns as they stand, so the order costs nothing in the file ("static groups").
     """
     batch, count, cols = rows.shape
-    steps = fit(rows.reshape(-1, cols), grid, importance[:, None].expand(-1, count, -1).reshape(-1, cols))
     order = importance.argsort(dim=1, descending=True, stable=True)
     across = order[:, None].expand(-1, cols, -1)
     upper, _ = decompose(hessian.gather(1, across.transpose(1, 2)).gather(2, across), damp)
@@ -237,7 +238,8 @@ def solve(rows: Tensor, hessian: Tensor, grid: Grid, damp: float) -> tuple[Tenso
     best = weighted(rows, hessian.diagonal(dim1=1, dim2=2), grid, damp)
     least = damage(rows, *best, grid, hessian)
     plain = nearest(rows.flatten(0, 1), grid)
-    for made in (plain, gptq(rows, upper, importance, grid), gptq_ordered(rows, hessian, importance, grid, damp)):
+    ordered = gptq_ordered(rows, hessian, importance, best[1], grid, damp)
+    for made in (plain, gptq(rows, upper, importance, grid), ordered):
         loss = damage(rows, *made, grid, hessian)
         better, least = loss < least, torch.minimum(loss, least)
         best = pick(better, made, best)
