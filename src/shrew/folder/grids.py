@@ -125,9 +125,14 @@ class Uniform(Even):
         return scale, zero
 
 
-# Steps in quarter octaves; mantissas of 8 bits, so that a code times a step is exact in float32.
+# Steps in quarter octaves. Mantissas of 8 bits, so that a code times a row's step times a column's is exact in float32.
 _QUARTERS = (1.0, 1.1875, 1.4140625, 1.6796875)
 ROW_ONE, COLUMN_ONE = 200, 128  # the exponents that stand for a step of 1
+
+
+def quarter_octaves(exponents: Tensor) -> Tensor:
+    """float32: 2^(exponents / 4), nearly, of integers."""
+    return torch.ldexp(torch.tensor(_QUARTERS)[exponents % 4], torch.div(exponents, 4, rounding_mode="floor"))
 
 
 @dataclass(frozen=True)
@@ -168,9 +173,9 @@ class Product(Even):
     def effective(self, steps: Steps) -> tuple[Tensor, Tensor]:
         """Scale and zero of every weight, float32 [rows, cols] and [1, 1]."""
         assert steps.columns is not None
-        quarters = torch.arange(511) - ROW_ONE - COLUMN_ONE
-        table = torch.ldexp(torch.tensor(_QUARTERS)[quarters % 4], torch.div(quarters, 4, rounding_mode="floor"))
-        return table[steps.scales.int() + steps.columns.int()], torch.full((1, 1), 2.0 ** (self.bits - 1))
+        rows, columns = (quarter_octaves(part.int() - one) for part, one in
+                         ((steps.scales, ROW_ONE), (steps.columns, COLUMN_ONE)))  # fmt: skip
+        return rows * columns, torch.full((1, 1), 2.0 ** (self.bits - 1))
 
 
 # What config.json calls each; a grid's own fields are the other keys of its entry.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +19,7 @@ from shrew.moves import grids, rate
 from shrew.moves.calibrate import Block, Stage, aliases, stages
 from shrew.moves.learned import learn
 from shrew.moves.low_rank import factors
+from shrew.moves.seams import fed
 from shrew.moves.work import finish, finished
 from shrew.spec import Meta, doc
 
@@ -150,7 +152,9 @@ class Quantize:
                 continue
             rows = to_rows(loaded.weight(target.name), target.transposed)
             items.append(rate.Coded(target.name, rows, known[target.name]))
-        found = rate.round_to_rate(items, self.rate, self.damp, context.say)
+        ids = torch.from_numpy(np.asarray(context.calibration[0], np.int64))[None]
+        together = [{side.name for side in readers} for readers in fed(loaded.model, ids).values()]
+        found = rate.round_to_rate(items, together, self.rate, self.damp, context.say)
         for target in targets:
             if target.name in found:
                 codes, steps = found[target.name]

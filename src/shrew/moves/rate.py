@@ -205,12 +205,20 @@ def bits_of(codes: Tensor, steps: Steps) -> float:
 
 
 def round_to_rate(
-    items: Sequence[Coded], rate: float, damp: float, say: Callable[[str], None]
+    items: Sequence[Coded], together: Sequence[set[str]], rate: float, damp: float, say: Callable[[str], None]
 ) -> dict[str, tuple[Tensor, Steps]]:
-    """Codes and steps on `GRID` by name, of `rate` bits a weight at most in the file, steps included."""
+    """Codes and steps on `GRID` by name, of `rate` bits a weight at most in the file, steps included. Weights that
+    stand `together` get the same columns: they read the same input, which a runtime then scales once."""
     if not items:
         return {}
     columns = {item.name: _columns(item, damp) for item in items}
+    for names in together:
+        among = [item for item in items if item.name in names]
+        octaves = {item.name: columns[item.name].log2() for item in among}
+        middle = {name: each.median() for name, each in octaves.items()}
+        parts = [len(item.rows) * (octaves[item.name] - middle[item.name]) for item in among]
+        mean = sum(parts, torch.zeros(())) / max(sum(len(item.rows) for item in among), 1)
+        columns |= {name: (mean + middle[name]).exp2() for name in octaves}
     log_step, slope = _estimated(items, columns, rate), min(1.0, 0.4 + 0.2 * rate)
     best: tuple[float, dict[str, tuple[Tensor, Steps]]] | None = None
     last: tuple[float, float] | None = None

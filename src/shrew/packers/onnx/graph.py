@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from shrew.folder.grids import COLUMN_ONE, ROW_ONE, quarter_octaves
 from shrew.packers.onnx.kv import Steps
 from shrew.packers.onnx.weights import Blocks, Weights, picked
 
@@ -204,16 +205,35 @@ class Graph:
 
     def _product(self, x: str, blocks: Blocks, key: Any, bias: str = "") -> str:
         codes, scales, zeros = self._parts(blocks, key)
+        x = self._by_columns(x, blocks)
         # the accuracy level is set when the file is written
         return str(self.node("MatMulNBits", x, codes, scales, zeros, "", bias, domain=MS, K=blocks.cols,
                              N=len(blocks.codes), bits=blocks.bits, block_size=blocks.size))  # fmt: skip
 
     def _parts(self, blocks: Blocks, key: Any) -> tuple[str, str, str]:
         codes = self.initializer((key, "codes"), blocks.codes.shape, torch.uint8, lambda: blocks.codes)
+        if blocks.columns is not None:
+            each = self._steps(blocks.scales, ROW_ONE)
+            shape = self.ints(len(blocks.codes), blocks.codes.shape[1])
+            return codes, self.once(("steps", codes), lambda: str(self.node("Expand", each, shape))), ""
         scales = self._wide((key, "scales"), blocks.scales.shape, blocks.scales.dtype, lambda: blocks.scales)
         if (held := blocks.zeros) is None:
             return codes, scales, ""
         return codes, scales, self.initializer((key, "zeros"), held.shape, torch.uint8, lambda: held)
+
+    def _steps(self, exponents: Tensor, one: int) -> str:
+        """Steps as `Product` stores them, as float32; ONNX Runtime computes them when it loads the model."""
+        table = self.constant(quarter_octaves(torch.arange(256) - one))
+        held = self.initializer(("exponents", one, exponents.numpy().tobytes()), tuple(exponents.shape), torch.uint8,
+                                lambda: exponents)  # fmt: skip
+        return self.once(("wide", held), lambda: str(self.node("Gather", table, self.cast(held, torch.int32))))
+
+    def _by_columns(self, x: str, blocks: Blocks) -> str:
+        """x [..., in] times the step of each input, where a matrix has such."""
+        if blocks.columns is None:
+            return x
+        columns = self._steps(blocks.columns, COLUMN_ONE)
+        return self.once(("by columns", x, columns), lambda: self.mul(x, columns))
 
     def embed(self, ids: str, name: str) -> str:
         """Rows of the table `name`.weight: ids [...] -> [..., width]. A head that is tied to it shares its bytes."""
@@ -222,8 +242,9 @@ class Graph:
             codes, scales, zeros = self._parts(blocks, ("codes", name))
             flat = (len(blocks.codes), blocks.cols * blocks.bits // 8)
             data = self.initializer(("rows", name), flat, torch.uint8, lambda: blocks.codes.view(flat), of=codes)
-            return str(self.node("GatherBlockQuantized", data, ids, scales, zeros, domain=MS, bits=blocks.bits,
-                                 block_size=blocks.size, gather_axis=0, quantize_axis=1))  # fmt: skip
+            found = str(self.node("GatherBlockQuantized", data, ids, scales, zeros, domain=MS, bits=blocks.bits,
+                                  block_size=blocks.size, gather_axis=0, quantize_axis=1))  # fmt: skip
+            return self._by_columns(found, blocks)
         value = self.weights.exact(f"{name}.weight")
         table = self.initializer(("table", name), value.shape, value.dtype, lambda: value)
         rows = str(self.node("Gather", table, ids, axis=0))

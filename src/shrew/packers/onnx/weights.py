@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shrew.folder.grids import Steps
+from shrew.folder.grids import Product, Steps
 from shrew.folder.packed import Packed, pack_bits
 from shrew.packers.carry import as_uniform
 
@@ -18,7 +18,9 @@ SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 @dataclass(frozen=True)
 class Blocks:
     """A matrix as MatMulNBits reads it: `codes` uint8 [rows, blocks, bytes], `scales` [rows, blocks] and packed `zeros`
-    uint8 [rows, bytes] or None, each [rows, ...] for `cols` inputs in blocks of `size`."""
+    uint8 [rows, bytes] or None, each [rows, ...] for `cols` inputs in blocks of `size`.
+
+    With `columns` uint8 [cols], steps of the inputs, both are as `Product` stores them: `scales` uint8 [rows, 1]."""
 
     codes: Tensor
     scales: Tensor
@@ -26,6 +28,7 @@ class Blocks:
     bits: int
     size: int
     cols: int
+    columns: Tensor | None = None
 
 
 def stored_bits(bits: int, size: int) -> int:
@@ -43,14 +46,28 @@ def block_size(group: int, cols: int) -> int:
 def to_blocks(packed: Packed) -> Blocks:
     """The same codes in blocks. Scales are repeated where a group is longer than a block; symmetric codes move with
     their middle. Only for grids that have a `block_size`, and weights whose rows are outputs."""
-    cols, rows, group, steps = packed.codes.shape[1], len(packed.codes), packed.grid.group, packed.steps
+    cols, rows, group, steps = packed.codes.shape[1], len(packed.codes), group_of(packed), packed.steps
     size = block_size(group, cols)
     bits = stored_bits(packed.grid.bits, size)
+    if steps.columns is not None:  # few codes may be in use
+        half = middle(packed.grid.bits)
+        bits = 4 if half - 8 <= int(packed.codes.min()) and int(packed.codes.max()) < half + 8 else 8
     which = torch.arange(0, cols, size) // (group or cols)
     codes = packed.codes if steps.zeros is not None else packed.codes + (2 ** (bits - 1) - middle(packed.grid.bits))
     zeros = None if steps.zeros is None else pack_bits(steps.zeros[:, which].contiguous(), bits)
     codes = pack_bits(codes, bits).view(rows, -1, size * bits // 8)
+    if steps.columns is not None:
+        return Blocks(codes, steps.scales, None, bits, size, cols, steps.columns[0])
     return Blocks(codes, steps.scales[:, which].contiguous(), zeros, bits, size, cols)
+
+
+def group_of(packed: Packed) -> int:
+    """Inputs that share a scale; 0: the row."""
+    return 0 if packed.steps.columns is not None else packed.grid.group
+
+
+def _codes(packed: Packed) -> Packed | None:
+    return packed if isinstance(packed.grid, Product) else as_uniform(packed)
 
 
 def middle(bits: int) -> int:
@@ -79,19 +96,22 @@ class Weights:
     def blocks(self, *names: str, rows: Tensor | None = None) -> Blocks | None:
         """The rows of several weights, one under the other, as blocks; None where they have no codes, or codes that no
         integer grid says or that cannot stand in one matrix. `rows` picks among them; -1 is a row of zeros."""
-        found = [same for name in names if name in self.packed and (same := as_uniform(self.packed[name])) is not None]
+        found = [same for name in names if name in self.packed and (same := _codes(self.packed[name])) is not None]
         kinds = {(item.grid, item.codes.shape[1], item.steps.scales.dtype) for item in found}
-        if len(found) < len(names) or len(kinds) > 1 or not block_size(found[0].grid.group, found[0].codes.shape[1]):
+        if len(found) < len(names) or len(kinds) > 1 or not block_size(group_of(found[0]), found[0].codes.shape[1]):
             return None
-        grid: Any = found[0].grid  # a uniform one
+        grid: Any = found[0].grid
+        columns = found[0].steps.columns
+        if columns is not None and not all(torch.equal(columns, other.steps.columns) for other in found[1:]):  # type: ignore[arg-type]
+            return None
         codes, scales = torch.cat([item.codes for item in found]), torch.cat([item.steps.scales for item in found])
         zeros = None
-        if not grid.symmetric:
+        if found[0].steps.zeros is not None:
             zeros = torch.cat([item.steps.zeros for item in found if item.steps.zeros is not None])
         if rows is not None:
-            codes, scales = picked(codes, rows, middle(grid.bits) if grid.symmetric else 0), picked(scales, rows, 1)
+            codes, scales = picked(codes, rows, 0 if zeros is not None else middle(grid.bits)), picked(scales, rows, 1)
             zeros = None if zeros is None else picked(zeros, rows, 0)
-        blocks = to_blocks(Packed(codes, Steps(scales, zeros), grid, tuple(codes.shape)))
+        blocks = to_blocks(Packed(codes, Steps(scales, zeros, columns=columns), grid, tuple(codes.shape)))
         for name in names:
             held = self.packed[name].grid
             self.effective[name] = held.label() + (f" in {blocks.bits} bits" if blocks.bits != held.bits else "")
