@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_folder import logits, plain
 
-from shrew import audit, folder
+from shrew import audit, entropy, folder
 from shrew.errors import FolderError, UnsupportedError
-from shrew.folder import Loaded, entropy
+from shrew.folder import Loaded
 from shrew.folder.packed import stored_bytes
 from shrew.moves import Context, parse_moves
 from shrew.moves.trim_vocab import with_rows

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from shrew import entropy
 from shrew.errors import FolderError
-from shrew.folder import entropy
 
 
 def draw(seed: int, rows: int, cols: int, spread: float) -> np.ndarray:

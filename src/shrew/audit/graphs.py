@@ -135,6 +135,9 @@ def _outside(path: Path, item: Any, needed: int) -> Span:
     if not place.name or place.is_absolute() or ".." in place.parts or "\\" in str(place) or "\0" in str(place):
         raise FolderError(f"{where} lies in {printable(str(place))!r}, which is no file beside the graph.")
     file = path.parent / place
+    if not file.is_file() and (path.parent / "model.coded").is_file():
+        raise FolderError(f"{path.parent} holds its weights coded; audit the model it was packed from, or pack it "
+                          "without --coded.")  # fmt: skip
     if not file.is_file():
         raise FolderError(f"{where} lies in {printable(str(place))}, which is missing; fetch that file too.")
     numbers = [said.get("offset", "0"), said.get("length", str(needed))]

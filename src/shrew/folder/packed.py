@@ -19,8 +19,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from shrew import entropy
 from shrew.errors import FolderError
-from shrew.folder import entropy
 from shrew.folder.grids import FLOATS, KINDS, Grid, Steps, Uniform, dequantize
 from shrew.folder.headers import Entry
 

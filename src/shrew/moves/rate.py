@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from shrew import entropy
 from shrew.errors import UnsupportedError
-from shrew.folder import Loaded, entropy
+from shrew.folder import Loaded
 from shrew.folder.grids import COLUMN_ONE, ROW_ONE, Product, Steps, encode
 from shrew.folder.packed import to_rows
 from shrew.moves import grids

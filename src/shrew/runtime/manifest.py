@@ -18,6 +18,7 @@ from shrew.errors import FolderError
 FORMAT = 1
 NAME = "pack.json"
 GRAPH = "model.onnx"
+DATA, CODED = "model.bin", "model.coded"  # its weights: one or the other
 TOKENIZER = "tokenizer.json"
 CAPACITY = "capacity"  # the dimension of a cache that grows with the text
 LARGEST_MANIFEST = 64 << 20  # it lists every weight of the largest models in a few megabytes

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from shrew import machine
 from shrew.errors import FolderError, RequestError, UnsupportedError, UsageError
+from shrew.runtime import coded
 from shrew.runtime import manifest as manifests
 from shrew.runtime.manifest import Manifest
 
@@ -71,9 +72,10 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     """
     folder = Path(path)
     manifest = manifests.read(folder, verify)
+    weights = _decoded(folder)
     try:
-        count = _threads(threads, manifest, folder)
-        graph = open_graph(folder / manifests.GRAPH, count)
+        count = _threads(threads, manifest, folder, weights)
+        graph = open_graph(folder / manifests.GRAPH, count, weights)
         tokenizer = Tokenizer.from_file(str(folder / manifests.TOKENIZER))
     except UsageError:
         raise
@@ -85,18 +87,25 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     return model
 
 
-def open_graph(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A graph on the CPU, its weights mapped. Raises what ONNX Runtime raises."""
+def _decoded(folder: Path) -> bytes | None:
+    """What `model.bin` would hold, where it is stored coded. Raises FolderError."""
+    return coded.restore(folder / manifests.CODED) if (folder / manifests.CODED).is_file() else None
+
+
+def open_graph(path: Path, threads: int, weights: bytes | None = None) -> onnxruntime.InferenceSession:
+    """A graph on the CPU, its weights mapped, or those in `weights`. Raises what ONNX Runtime raises."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what fails is raised, and said in our words
     options.enable_mem_pattern = False  # a plan would be kept for each shape, and shapes change all the time
     for key, value in SETTINGS.items():
         options.add_session_config_entry(key, value)
+    if weights is not None:
+        options.add_external_initializers_from_files_in_memory([manifests.DATA], [weights], [len(weights)])
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _threads(requested: int | None, manifest: Manifest, folder: Path) -> int:
+def _threads(requested: int | None, manifest: Manifest, folder: Path, weights: bytes | None) -> int:
     """As requested, as OMP_NUM_THREADS says, or the faster of one and one for each core, tried out once a day.
 
     Raises UsageError below 1.
@@ -108,11 +117,11 @@ def _threads(requested: int | None, manifest: Manifest, folder: Path) -> int:
     if chosen or (cores := machine.usable_cores()) == 1:
         return chosen or 1
     key = f"packed {manifest.files[manifests.GRAPH].sha256}, {cores} threads, onnxruntime {onnxruntime.__version__}"
-    one, many = machine.remember(key, lambda: _step_seconds(manifest, folder, (1, cores)))
+    one, many = machine.remember(key, lambda: _step_seconds(manifest, folder, (1, cores), weights))
     return cores if many * FASTER < one else 1
 
 
-def _step_seconds(manifest: Manifest, folder: Path, counts: Sequence[int]) -> list[float]:
+def _step_seconds(manifest: Manifest, folder: Path, counts: Sequence[int], weights: bytes | None) -> list[float]:
     """Seconds of a call with one token at each number of threads, the best of interleaved rounds; of a text of a full
     chunk for a model that does not go token by token."""
     length = 1 if manifest.kind == "causal" else min(manifest.chunk, manifest.context)
@@ -120,7 +129,7 @@ def _step_seconds(manifest: Manifest, folder: Path, counts: Sequence[int]) -> li
                                     "start": np.zeros(1, np.int64), "wanted": np.zeros(1, np.int64)}  # fmt: skip
     for state in manifest.states:
         feeds[f"past.{state.name}"] = np.zeros((1, *state.sized(1)), state.dtype)
-    graphs = [open_graph(folder / manifests.GRAPH, count) for count in counts]
+    graphs = [open_graph(folder / manifests.GRAPH, count, weights) for count in counts]
     given = {item.name: feeds[item.name] for item in graphs[0].get_inputs()}
     best = [float("inf")] * len(graphs)
     for _ in range(ROUNDS):

@@ -20,8 +20,10 @@ from shrew.folder.check import quiet
 from shrew.packers.carry import refuse_corrections
 from shrew.packers.onnx import check
 from shrew.packers.onnx.build import CHUNK, Built, build
-from shrew.packers.onnx.graph import DATA, MODEL
 from shrew.packers.onnx.weights import VALUES_OF, Weights
+from shrew.runtime import coded
+from shrew.runtime.manifest import CODED, DATA
+from shrew.runtime.manifest import GRAPH as MODEL
 from shrew.spec import doc
 
 __all__ = ["MANIFEST", "Options", "pack"]
@@ -42,6 +44,7 @@ class Options:
         "text on which the shipped graph is compared with the exact one: a file, folder or glob; default: modules of "
         "Python's standard library", None,
     )  # fmt: skip
+    coded: bool = doc("store weights coded by their entropy: fewer bytes, decoded when the model is loaded", False)
     kv: Literal[0, 8, 4] = doc("bits of cached keys and values, with steps fitted to more of that text; 0: in full", 0)
 
 
@@ -77,6 +80,11 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
                 exact, shipped, level = _checked(where / MODEL, built, first / EXACT, full, loaded, text, say)
                 (first / EXACT).unlink()
             (where / MODEL).write_bytes(built.graph.proto(offsets, level))
+            if options.coded:
+                coded.store(where / DATA, where / CODED, built.graph.tables(offsets))
+                if coded.restore(where / CODED) != (where / DATA).read_bytes():
+                    raise AssertionError(f"{CODED} is not what {DATA} was")
+                (where / DATA).unlink()
             manifest = built.manifest(loaded, name) | {
                 "accuracy_level": level, "exact": exact, "shipped": shipped | {"text": options.text or TEXT},
                 "weights": built.weights.effective, "files": _hashes(where)}  # fmt: skip

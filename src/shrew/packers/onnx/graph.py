@@ -4,6 +4,7 @@ Nothing is rounded here. Bytes go to the file only in `write`, one tensor after 
 twice.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from torch import Tensor
 from shrew.folder.grids import COLUMN_ONE, ROW_ONE, quarter_octaves
 from shrew.packers.onnx.kv import Steps
 from shrew.packers.onnx.weights import Blocks, Weights, picked
+from shrew.runtime.coded import ALIGN
+from shrew.runtime.manifest import DATA
 
-MODEL, DATA = "model.onnx", "model.bin"
 OPSET = 22
 MS = "com.microsoft"
-ALIGN = 64  # bytes: a cache line, and enough for every vector instruction
+NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # the input that is its weight
 INLINE = 256  # bytes of the largest tensor that stands in the graph itself
 TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16,
          torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8, torch.int64: TensorProto.INT64,
@@ -54,6 +56,7 @@ class Graph:
         self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._views: dict[str, str] = {}  # a tensor that is the bytes of another one
         self._same: dict[Any, str] = {}
+        self._columns: set[str] = set()  # steps of inputs
         self._count = 0
         self.align = 0  # no call may cross a multiple of it; 0: free
 
@@ -233,6 +236,7 @@ class Graph:
         if blocks.columns is None:
             return x
         columns = self._steps(blocks.columns, COLUMN_ONE)
+        self._columns.add(columns)
         return self.once(("by columns", x, columns), lambda: self.mul(x, columns))
 
     def embed(self, ids: str, name: str) -> str:
@@ -269,6 +273,25 @@ class Graph:
                           outputs=4, unused=(1, 2), epsilon=eps)  # fmt: skip
         return found[0], found[3]
 
+    def settle(self) -> None:
+        """Let norms do the multiplication by steps of inputs behind them, where nothing else reads what they give."""
+        known, first, rest = set(self._contents), list[Any](), list[Any]()
+        for node in self._nodes:  # what depends on weights alone goes first; it is computed when the model is loaded
+            fixed = bool(node.input) and known.issuperset(node.input)
+            known.update(node.output if fixed else ())
+            (first if fixed else rest).append(node)
+        made = {node.output[0]: node for node in rest}
+        uses = Counter(name for node in rest for name in node.input)
+        uses.update(item.name for item in self._outputs)
+        for node in [node for node in rest if node.op_type == "Mul" and node.input[1] in self._columns]:
+            norm = made.get(node.input[0])
+            if norm is not None and norm.op_type in NORMS and uses[node.input[0]] == 1:
+                gain = NORMS[norm.op_type]
+                first.append(helper.make_node("Mul", [norm.input[gain], node.input[1]], [f"{node.name}.gain"]))
+                norm.input[gain], norm.output[0] = f"{node.name}.gain", node.output[0]
+                rest.remove(node)
+        self._nodes = first + rest
+
     # the files
 
     def write(self, path: Path) -> dict[str, tuple[int, int]]:
@@ -286,6 +309,11 @@ class Graph:
                 offsets[name] = stream.tell(), content.nbytes
                 stream.write(content.reshape(-1).view(torch.uint8).numpy().data)
         return offsets | {name: offsets[of] for name, of in self._views.items() if of in offsets}
+
+    def tables(self, offsets: dict[str, tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """What stands in the data file: offset, rows and bytes a row of each tensor, in order."""
+        return [(at, self._shapes[name][0][0], length // self._shapes[name][0][0])
+                for name, (at, length) in offsets.items() if name not in self._views]  # fmt: skip
 
     def proto(self, offsets: dict[str, tuple[int, int]], level: int = 0) -> bytes:
         """The file of the graph, its larger tensors at those places of the data file. `level` is the accuracy level of

@@ -40,6 +40,7 @@ def causal(model: ShrewForCausalLM, weights: Weights, kv: dict[str, Steps] | Non
     logits = g.capped(logits if spec.logit_scale == 1 else g.mul(logits, spec.logit_scale), spec.softcap)
     g.output(logits, "logits", torch.float32, ("n", spec.vocabulary or 0))
     g.output(hidden, "hidden", torch.float32, ("n", spec.width))
+    g.settle()
     return g
 
 
@@ -54,6 +55,7 @@ def classifier(model: ShrewForCausalLM, weights: Weights, labels: int) -> Graph:
     ends = g.add(g.mul(str(rows), call.length), str(g.node("Sub", call.lengths, g.ints(1))))
     logits = g.linear(str(g.node("Gather", hidden, ends, axis=0)), "score")
     g.output(logits, "logits", torch.float32, ("batch", labels))
+    g.settle()
     return g
 
 

@@ -1,0 +1,93 @@
+"""Coded weights in packs: steps of rows and columns in the graph, and `model.coded` in place of `model.bin`."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_runtime_packed import EVERYTHING, shaken
+
+from shrew import files
+from shrew.__main__ import main
+from shrew.blocks.model import build
+from shrew.errors import FolderError
+from shrew.runtime import coded, load
+from shrew.runtime.coded import restore, store
+
+
+@pytest.fixture(scope="module", params=["llama", "everything"])
+def packs(
+    request: Any, tiny_llama_folder: Path, tiny_tokenizer: Any, text: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A model of coded weights packed twice: plain and coded. Packing checks the graph against torch."""
+    where = tmp_path_factory.mktemp("coded")
+    (where / "text.txt").write_text(text, "utf-8")
+    source, words = tiny_llama_folder, ["--text", str(where / "text.txt")]
+    if request.param == "everything":
+        source = where / "source"
+        shaken(build(EVERYTHING, bos_token_id=0, eos_token_id=1, pad_token_id=2)).save_pretrained(source)
+        tiny_tokenizer.save_pretrained(source)
+    rated = ["quantize", "--rate", "5", "--embeddings", "--out", str(where / "model"), *words]
+    assert main(["apply", str(source), *rated]) == 0
+    for name, more in (("plain", []), ("coded", ["--coded"])):
+        assert main(["pack", str(where / "model"), "--out", str(where / name), *words, *more]) == 0
+    return where / "plain", where / "coded"
+
+
+def test_the_graph_holds_the_codes(packs: tuple[Path, Path]) -> None:
+    weights = json.loads((packs[0] / "pack.json").read_text("utf-8"))["weights"]
+    held = [kind for name, kind in weights.items() if name.endswith(("q_proj.weight", "up_proj.weight"))]
+    assert held and all("row x column" in kind and "values of" not in kind for kind in held)
+
+
+def test_norms_do_the_scaling_of_what_reads_them(packs: tuple[Path, Path]) -> None:
+    graph = onnx.load(str(packs[0] / "model.onnx"), load_external_data=False).graph
+    fixed = {item.name for item in graph.initializer}
+    for node in graph.node:
+        fixed.update(node.output if node.input and fixed.issuperset(node.input) else ())
+    norms = {node.output[0] for node in graph.node if "LayerNormalization" in node.op_type}
+    reads = [name for node in graph.node for name in node.input] + [item.name for item in graph.output]
+    assert not [node.name for node in graph.node if node.op_type == "Mul" and node.input[1] in fixed
+                and node.input[0] in norms and reads.count(node.input[0]) == 1]  # fmt: skip
+
+
+def test_coded_is_smaller_and_the_same(packs: tuple[Path, Path]) -> None:
+    plain, small = (load(path, threads=1) for path in packs)
+    assert (packs[1] / "model.coded").stat().st_size < (packs[0] / "model.bin").stat().st_size
+    assert restore(packs[1] / "model.coded") == (packs[0] / "model.bin").read_bytes()
+    tokens = np.array([[5, 9, 200, 3]])
+    feeds: dict[str, np.ndarray] = {"tokens": tokens, "start": np.zeros(1, np.int64), "wanted": np.arange(4)}
+    for state in plain.manifest.states:
+        feeds[f"past.{state.name}"] = np.zeros((1, *state.sized(8)), state.dtype)
+    known = {item.name for item in plain.graph.get_inputs()}
+    feeds = {name: value for name, value in feeds.items() if name in known}
+    assert np.array_equal(plain.graph.run(["logits"], feeds)[0], small.graph.run(["logits"], feeds)[0])
+
+
+def test_damage_is_told(packs: tuple[Path, Path], tmp_path: Path) -> None:
+    files.copy_folder(packs[1], tmp_path / "p", "pack.json")
+    whole = (tmp_path / "p/model.coded").read_bytes()
+    for content in (whole[:-1], whole[:40], b"", struct.pack("<Q", 1 << 60) + whole[8:], whole + b"\0"):
+        (tmp_path / "p/model.coded").write_bytes(content)
+        with pytest.raises(FolderError):
+            load(tmp_path / "p", threads=1)
+        with pytest.raises(FolderError):  # a hash does not help against who made the folder
+            coded.restore(tmp_path / "p/model.coded")
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 600), st.integers(1, 255)), min_size=1, max_size=4))
+def test_stored_and_restored(tmp_path_factory: pytest.TempPathFactory, tensors: list[tuple[int, int, int]]) -> None:
+    where = tmp_path_factory.mktemp("files")
+    content, places = b"", []
+    for number, (rows, width, most) in enumerate(tensors):
+        content += b"\0" * (-len(content) % coded.ALIGN)
+        places.append((len(content), rows, width))
+        content += np.random.default_rng(number).integers(0, most, rows * width, np.uint8).tobytes()
+    (where / "plain").write_bytes(content)
+    store(where / "plain", where / "coded", places)
+    assert restore(where / "coded") == content
