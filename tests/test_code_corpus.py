@@ -166,10 +166,12 @@ def test_the_script_writes_what_train_reads(
     (tmp_path / "in").mkdir()
     sdist(tmp_path / "in", "fine", {"a.c": lines("a"), "b.py": lines("b"), "c.c": lines("c before")})
     out = tmp_path / "out"
-    args = ["--sources", str(tmp_path / "in"), "--exclude", str(pairs), "--no-installed", "--out", str(out)]
+    args = ["--sources", str(tmp_path / "in"), "--exclude", str(pairs), "--no-installed", "--tokens", "300",
+            "--out", str(out)]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["corpus.py", *args])
     runpy.run_path(str(ROOT / "recipes" / "scan" / "corpus.py"), run_name="__main__")
     assert {item.text for item in data.documents([str(out)])} == {lines("a"), lines("b")}
+    assert len(json.loads((out / "tokenizer" / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]) == 300
     manifest = json.loads((out / "manifest.json").read_text("utf-8"))
     assert manifest["packages"] == {"fine 1.0": {"licence": "MIT", "files": 2, "bytes": len(lines("a")) * 2}}
     said = capsys.readouterr().out
