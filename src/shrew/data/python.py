@@ -8,8 +8,9 @@ import hashlib
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ FILE_BYTES = (200, 200_000)
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|0BSD|Unlicense|Zlib|HPND|CC0)\b", re.I)
 RESTRICTED = re.compile(r"GPL|Affero|MPL|EUPL|Proprietary|Commercial", re.I)
 TOKEN = re.compile(r"\w+|[^\w\s]")
+FACTOR = np.uint64(0x9E3779B97F4A7C15)
+FILTER = 20  # bits
+INVERSE = np.uint64(pow(int(FACTOR), -1, 2**64))
 
 
 @dataclass
@@ -72,12 +76,12 @@ def _library() -> Iterator[tuple[str, str]]:
         name = path.relative_to(root).as_posix()
         top = name.split("/")[0].removesuffix(".py")
         if top in sys.stdlib_module_names or top == "test":
-            text = _text(path)
+            text = source_text(path)
             if text is not None and "lib2to3/tests" not in name:
                 yield name, text
 
 
-def _text(path: Path) -> str | None:
+def source_text(path: Path) -> str | None:
     try:
         raw = path.read_bytes()
         return raw.decode("utf-8") if FILE_BYTES[0] <= len(raw) <= FILE_BYTES[1] else None
@@ -104,29 +108,81 @@ def standard_library(tests: bool = True) -> tuple[list[tuple[str, str]], dict[st
 
 
 class Runs:
-    """The set of all runs of 50 tokens in some texts; `text in runs` says whether it shares one of them."""
+    """The set of all runs of 50 tokens in some texts; `text in runs` says whether it shares one of them.
 
-    def __init__(self, texts: Iterator[str]) -> None:
-        found = [self._hashes(text) for text in texts]
-        self._known = np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
+    A text of fewer tokens, but at least `shortest`, is known as a whole."""
+
+    def __init__(self, texts: Iterable[str], shortest: int = RUN) -> None:
+        found: dict[int, list[np.ndarray]] = {}
+        for text in texts:
+            words = hash_words(text)
+            if len(words) >= shortest:
+                length = min(len(words), RUN)
+                found.setdefault(length, []).append(windows(words, length))
+        self._known = {length: np.unique(np.concatenate(parts)) for length, parts in found.items()}
+        self._maybe = {length: np.zeros(1 << FILTER, bool) for length in found}  # by the first bits: most end here
+        for length, known in self._known.items():
+            self._maybe[length][known >> np.uint64(64 - FILTER)] = True
 
     def __contains__(self, text: str) -> bool:
-        hashes = self._hashes(text)
-        places = np.searchsorted(self._known, hashes).clip(max=max(len(self._known) - 1, 0))
-        return bool(len(self._known) and (self._known[places] == hashes).any())
+        return self.shares(hash_words(text))
 
-    @staticmethod
-    def _hashes(text: str) -> np.ndarray:
-        words = np.array([hash_word(word) for word in TOKEN.findall(text)], dtype=np.uint64)
-        if len(words) < RUN:
-            return np.empty(0, np.uint64)
-        total = np.zeros(len(words) - RUN + 1, np.uint64)
-        for place in range(RUN):  # Horner's rule modulo 2^64 over all windows at once
-            total = total * np.uint64(0x9E3779B97F4A7C15) + words[place : place + len(total)]
-        return total
+    def shares(self, words: np.ndarray) -> bool:
+        """Whether a text of which these are the hashed words holds one of the runs."""
+        sums = _sums(words)
+        for length, known in self._known.items():
+            hashes = _differences(sums, length)
+            hashes = hashes[self._maybe[length][hashes >> np.uint64(64 - FILTER)]]
+            if among(hashes, known).any():
+                return True
+        return False
+
+
+def among(hashes: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which hashes [n] stand in the sorted array `known` -> [n] bool."""
+    if not len(known):
+        return np.zeros(len(hashes), bool)
+    return known[np.searchsorted(known, hashes).clip(max=len(known) - 1)] == hashes
+
+
+def windows(words: np.ndarray, length: int) -> np.ndarray:
+    """Hashes of all runs of `length` among hashed words [n] -> [max(n - length + 1, 0)] uint64.
+
+    The polynomial sum of words[i + j] * FACTOR^(length - 1 - j) modulo 2^64; all at once, since FACTOR has an inverse.
+    """
+    return _differences(_sums(words), length)
+
+
+def _sums(words: np.ndarray) -> np.ndarray:
+    """Sums of words[i] * FACTOR^-i before each place [n + 1]."""
+    return np.concatenate([np.zeros(1, np.uint64), np.cumsum(words * _powers(len(words))[1])])
+
+
+def _differences(sums: np.ndarray, length: int) -> np.ndarray:
+    count = len(sums) - length
+    if count < 1:
+        return np.empty(0, np.uint64)
+    return (sums[length:] - sums[:count]) * _powers(len(sums))[0][length - 1 : length - 1 + count]
+
+
+def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """FACTOR^i and FACTOR^-i for i below `count`."""
+    rising, falling = _all_powers(1 << max(count, 1).bit_length())
+    return rising[:count], falling[:count]
+
+
+@cache
+def _all_powers(count: int) -> tuple[np.ndarray, np.ndarray]:
+    each = (np.full(count, base, np.uint64) for base in (FACTOR, INVERSE))
+    return tuple(np.concatenate([np.ones(1, np.uint64), np.cumprod(item)]) for item in each)  # type: ignore[return-value]
 
 
 _WORDS: dict[str, int] = {}
+
+
+def hash_words(text: str) -> np.ndarray:
+    """The stable 64-bit hashes [n] of a text's tokens."""
+    return np.array([hash_word(word) for word in TOKEN.findall(text)], dtype=np.uint64)
 
 
 def hash_word(word: str) -> int:
@@ -150,7 +206,7 @@ def build() -> tuple[list[tuple[str, str]], Manifest]:
         read, size = 0, 0
         ordered = sorted(paths, key=lambda path: hashlib.sha256(path.name.encode()).digest())
         for path in ordered:
-            text = _text(path)
+            text = source_text(path)
             if text is None or size + len(text) > PACKAGE_BYTES:
                 continue
             mark = hashlib.sha256(text.encode()).hexdigest()
@@ -179,12 +235,22 @@ def _packages() -> Iterator[tuple[str, str, list[Path]]]:
     for package in metadata.distributions():
         about: Any = package.metadata
         name = f"{about['Name']} {about['Version']}"
-        claims = [about.get("License-Expression") or "", (about.get("License") or "")[:60]]
-        claims += [item for item in about.get_all("Classifier") or [] if item.startswith("License")]
-        licence = next((claim for claim in claims if PERMISSIVE.search(claim)), "")
-        if not licence or any(RESTRICTED.search(claim) for claim in claims) or about["Name"] == "shrew":
+        licence = permissive(claims(about))
+        if not licence or about["Name"] == "shrew":
             continue
         sources = [Path(str(package.locate_file(item))) for item in package.files or [] if item.suffix == ".py"]
-        found.setdefault(name, (licence.strip().splitlines()[0], sources))
+        found.setdefault(name, (licence, sources))
     for name in sorted(found):
         yield name, *found[name]
+
+
+def claims(about: Any) -> list[str]:
+    """What a package's metadata say of its licence."""
+    said = [about.get("License-Expression") or "", (about.get("License") or "")[:60]]
+    return said + [item for item in about.get_all("Classifier") or [] if item.startswith("License")]
+
+
+def permissive(claims: list[str]) -> str:
+    """The first claim of a permissive licence; "" where there is none, or any claim of another kind."""
+    licence = next((claim for claim in claims if PERMISSIVE.search(claim)), "")
+    return "" if any(RESTRICTED.search(claim) for claim in claims) else licence.strip().partition("\n")[0]
