@@ -106,7 +106,7 @@ def _write(packed: Path, out: Path, options: Options, say: Say) -> dict[str, Any
     if any(state.dtype in ("int8", "uint8") for state in held.states):
         raise UnsupportedError(f"{packed} holds keys and values in few bits, and the page cannot; pack without --kv.")
     if manifests.CODED in held.files:
-        raise UnsupportedError(f"{packed} holds its weights coded, and the page cannot decode them; pack without --coded.")
+        raise UnsupportedError(f"{packed} holds coded weights, which the page cannot read; pack without --coded.")
     weights = {name: file.bytes for name, file in held.files.items() if Path(name).suffix == ".bin"}
     if sum(weights.values()) > LARGEST:
         raise UnsupportedError(f"{packed} has {sum(weights.values()):,} bytes of weights, and a page can hold "
