@@ -16,7 +16,8 @@ from shrew.folder import Loaded, Packed, Uniform
 from shrew.moves import grids
 from shrew.packers.onnx import check
 from shrew.packers.onnx.build import build
-from shrew.packers.onnx.graph import DATA, MODEL
+from shrew.runtime.manifest import DATA
+from shrew.runtime.manifest import GRAPH as MODEL
 
 COMMON: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
                           "num_attention_heads": 4, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": 0,

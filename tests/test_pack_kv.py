@@ -20,12 +20,12 @@ from shrew.folder import Loaded
 from shrew.packers.onnx import check
 from shrew.packers.onnx.build import CHUNK
 from shrew.packers.onnx.build import build as build_graph
-from shrew.packers.onnx.graph import DATA
 from shrew.packers.onnx.kv import MOST, fitted, rounded
 from shrew.packers.onnx.source import ours
 from shrew.packers.web import Options as WebOptions
 from shrew.packers.web import pack as pack_web
 from shrew.runtime import Engine, Request, load
+from shrew.runtime.manifest import DATA
 
 TOKENS = np.random.default_rng(1).integers(3, 290, 400).tolist()
 

@@ -30,10 +30,11 @@ from shrew.folder import Loaded
 from shrew.folder.packed import pack_bits
 from shrew.moves.quantize import Quantize
 from shrew.packers.onnx.check import opened
-from shrew.packers.onnx.graph import DATA, MODEL
 from shrew.packers.onnx.source import ours
 from shrew.packers.onnx.trunk import causal
 from shrew.packers.onnx.weights import Weights
+from shrew.runtime.manifest import DATA
+from shrew.runtime.manifest import GRAPH as MODEL
 
 States = dict[str, np.ndarray]
 PROMPTS, STEPS = (9, 4, 17), 6  # tokens of each row before they are decoded together

@@ -32,10 +32,12 @@ from shrew.moves import grids
 from shrew.packers.carry import carry
 from shrew.packers.onnx import attention, check, graph, trunk
 from shrew.packers.onnx.check import Runner
-from shrew.packers.onnx.graph import DATA, MODEL, Graph
+from shrew.packers.onnx.graph import Graph
 from shrew.packers.onnx.source import ours
 from shrew.packers.onnx.weights import Blocks, Weights, picked
-from shrew.runtime import template
+from shrew.runtime import coded, template
+from shrew.runtime.manifest import DATA
+from shrew.runtime.manifest import GRAPH as MODEL
 
 CONTEXT, TOKENS = 64, 40
 
@@ -367,7 +369,7 @@ def test_a_folder_is_packed(quantized_folder: Path, stories: Path, tmp_path: Pat
     loaded = folder.load(quantized_folder)
     matrices = sum(p.numel() for p in loaded.model.parameters() if p.ndim > 1)
     promised = matrices * 4.5 / 8
-    assert 0.98 * promised < (out / DATA).stat().st_size < promised + 5 * 64 * 4 + 40 * graph.ALIGN
+    assert 0.98 * promised < (out / DATA).stat().st_size < promised + 5 * 64 * 4 + 40 * coded.ALIGN
     assert (out / MODEL).stat().st_size < 30_000
     assert json.loads((out / "shrew.json").read_text("utf-8"))["packed"]["from"]["sha256"] == folder.identity(
         quantized_folder
