@@ -38,8 +38,11 @@ def sarif(report: Report, suppressed: bool = False) -> str:
     alerts = ordered(report.alerts) + (ordered(report.suppressed) if suppressed else [])
     numbers = {id(alert): number for alert, number in numbered([*report.alerts, *report.suppressed])}
     results = []
+    texts: dict[str, list[str]] = {}  # the lines of each file, split once
     for alert in alerts:
-        found = _result(alert, numbers[id(alert)])
+        if alert.path not in texts:
+            texts[alert.path] = alert.function.source.text.split("\n")
+        found = _result(alert, numbers[id(alert)], texts[alert.path])
         if suppressed:  # on every result or on none, as the standard has it
             found["suppressions"] = [_suppression(alert)] if alert.suppressed else []
         if report.compared:
@@ -93,7 +96,7 @@ def _place(path: str, start: int, end: int, column: int = 1) -> dict[str, Any]:
     return {"artifactLocation": where, "region": region}
 
 
-def _result(alert: Alert, number: int) -> dict[str, Any]:
+def _result(alert: Alert, number: int, lines: list[str]) -> dict[str, Any]:
     function, at = alert.function, alert.first_line()
     primary = next((item for item in alert.findings if item.start == at), None)
     if primary:
@@ -101,7 +104,7 @@ def _result(alert: Alert, number: int) -> dict[str, Any]:
     else:
         place = _place(alert.path, at, at)
     region = place["region"]
-    code = "\n".join(function.source.text.split("\n")[region["startLine"] - 1 : region["endLine"]])
+    code = "\n".join(lines[region["startLine"] - 1 : region["endLine"]]).removesuffix("\r")
     if code and "startColumn" not in region and len(code) <= MOST_SNIPPET:
         region["snippet"] = {"text": clean(code, MOST_SNIPPET)}
     if function.start <= region["startLine"] and region["endLine"] <= function.end:
@@ -131,10 +134,10 @@ def _sentence(text: str) -> str:
 def _related(alert: Alert, primary: "Finding | None", at: int) -> list[dict[str, Any]]:
     """What rules and other tools said, and the lines that moved the score."""
     found = []
-    for item in alert.findings:
-        if item is not primary or item.tool != "shrew":
-            said = f"{item.tool} {item.rule}: {item.message}"
-            found.append((_place(item.path, item.start, item.end, item.column), said))
+    foreign = [primary] if primary and primary.tool != "shrew" else []
+    for item in [*foreign, *(item for item in alert.findings if item is not primary)]:
+        said = f"{item.tool} {item.rule}: {item.message}"
+        found.append((_place(item.path, item.start, item.end, item.column), said))
     start, shades = alert.function.start, alert.shades()
     hot = sorted(range(len(shades)), key=lambda line: -shades[line])[:3]
     for line in sorted(hot):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Part = tuple[str, str]  # text and its style, as rich names it
 
 STYLES = {"low": "cyan", "medium": "yellow", "high": "bold red"}
-WIDEST_PLACE, WIDEST_LINE, MOST_SKIPPED = 56, 160, 20
+WIDEST_PLACE, WIDEST_LINE, MOST_SKIPPED, MOST_FINDINGS = 56, 160, 20, 20
 HOT = 0.5  # the shade from which a line is said to matter
 
 # Besides what `words.plain` marks: characters that are not seen at all, and one more that reorders text.
@@ -64,11 +64,12 @@ def shown_lines(alert: Alert, hot: int = 3) -> list[tuple[int, str, str]]:
     """The lines that matter, in order: number, code, and what marks it ("score", or the rule that speaks of it)."""
     texts, shades, start = alert.function.text.split("\n"), alert.shades(), alert.function.start
     best = sorted(range(len(texts)), key=lambda at: -shades[at])[:hot]
-    marks = {at: "score" for at in best if shades[at] >= HOT}
-    for item in alert.findings:
+    marks = {at: ["score"] for at in best if shades[at] >= HOT}
+    for item in alert.findings[:MOST_FINDINGS]:
         if 0 <= item.start - start < len(texts):
-            marks[item.start - start] = f"{item.tool} {item.rule}" if item.tool != "shrew" else item.rule
-    return [(start + at, texts[at], marks[at]) for at in sorted(marks)]
+            who = item.rule if item.tool == "shrew" else f"{item.tool} {item.rule}"
+            marks.setdefault(item.start - start, []).append(who)
+    return [(start + at, texts[at], ", ".join(dict.fromkeys(marks[at]))) for at in sorted(marks)]
 
 
 def summary(report: Report) -> str:
