@@ -47,7 +47,9 @@ def function(text: str, path: str = "app/db.py", name: str = "Users.find", start
     return Function(source, name, start, start + text.count("\n"), text, key)
 
 
-def alert(text: str = FIND, probability: float = 0.91, cwe: str = "CWE-89", severity: str = "high", **more: Any) -> Alert:
+def alert(
+    text: str = FIND, probability: float = 0.91, cwe: str = "CWE-89", severity: str = "high", **more: Any
+) -> Alert:
     told = {key: more.pop(key) for key in ("findings", "lines", "message", "fingerprint", "suppressed") if key in more}
     return Alert(function(text, **more), probability, cwe, severity, **told)
 
@@ -60,8 +62,10 @@ def report(*alerts: Alert, **more: Any) -> Report:
 
 def example() -> Report:
     """A scan with a bit of everything."""
-    said = Said("python-sql-built", "CWE-89", "high", "A query is put together from parts of text.", "app/db.py", 15, 15, 13)
+    built = "A query is put together from parts of text."
+    said = Said("python-sql-built", "CWE-89", "high", built, "app/db.py", 15, 15, 13)
     other = Said("B608", "CWE-89", "medium", "Possible SQL injection vector.", "app/db.py", 15, 15, 13, "bandit")
+    joined = Said("python-path-joined", "CWE-22", "medium", "A path is made from a request.", "app/views.py", 35, 35)
     path = 'def download(request):\n    name = request.args["file"]\n    return send(open(ROOT + "/" + name).read())'
     long = "def handle(self, data):\n" + "".join(f"    step_{i} = self.stage({i}, data)\n" for i in range(60)) + \
         "    return pickle.loads(data)\n" + "".join(f"    self.done({i})\n" for i in range(30))  # fmt: skip
@@ -71,10 +75,12 @@ def example() -> Report:
         alert(findings=(said, other), lines=(-2.0, -3.0, -1.0, 3.0, 2.0, -2.0)),
         alert(RUN, 0.74, "CWE-787", "high", path="native/run.c", name="run", start=120, language="c",
               lines=(-1.0, -1.0, 0.2, -1.0, 2.0, 1.5, -1.0)),
-        alert(long, 0.66, "CWE-502", "medium", path="app/jobs/queue.py", name="Queue.handle", start=200, lines=tuple(scores)),
+        alert(long, 0.66, "CWE-502", "medium", path="app/jobs/queue.py", name="Queue.handle", start=200,
+              lines=tuple(scores)),
         alert(path, 0.41, "CWE-22", "medium", path="app/views.py", name="download", start=33,
-              findings=(Said("python-path-joined", "CWE-22", "medium", "A path is made from a request.", "app/views.py", 35, 35),)),
-        alert("def check(user):\n    return user is not None", 0.22, "", "low", path="app/views.py", name="check", start=60),
+              findings=(joined,)),
+        alert("def check(user):\n    return user is not None", 0.22, "", "low", path="app/views.py",
+              name="check", start=60),
         files=48, functions=913, seconds=6.4, detector="scan (hybrid, 5.1 MB)", notes=["2 rule files were read."],
         skipped=[("data/logo.py", "binary"), ("old/latin.py", "larger than 4 MB")],
         suppressed=[alert(FIND.replace("find", "first"), suppressed="inline", start=30)],

@@ -157,7 +157,7 @@ def show(report: Report, explain: bool = False) -> None:
         return
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=True).print(styled(report, explain))
+    Console(highlight=False, soft_wrap=True).print(styled(report, explain), end="")
 
 
 def plain(report: Report) -> dict[str, Any]:
