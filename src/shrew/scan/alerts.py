@@ -102,7 +102,7 @@ class Report:
 
 def ordered(alerts: Iterable[Alert]) -> list[Alert]:
     """The worst first: by severity, probability, then place."""
-    return sorted(alerts, key=lambda item: (-SEVERITIES.index(item.severity), -round(item.probability, 6), _place(item)))
+    return sorted(alerts, key=lambda item: (-SEVERITIES.index(item.severity), -item.probability, _place(item)))
 
 
 def _place(alert: Alert) -> tuple[str, int, int, str]:

@@ -223,7 +223,8 @@ _SAME = {564: 89, 184: 20, 83: 79, 87: 79, 98: 73, 99: 73, 624: 94, 917: 94, 96:
          131: 787, 193: 787, 170: 120, 242: 676, 825: 416, 672: 416, 763: 415, 590: 415, 690: 476, 252: 703, 253: 703,
          390: 703, 391: 703, 754: 703, 755: 703, 457: 908, 665: 908, 824: 908, 192: 190, 194: 681, 195: 681, 196: 681,
          197: 681, 682: 190, 680: 190, 366: 362, 364: 362, 833: 667, 378: 377, 93: 113, 444: 113, 1004: 522, 614: 319,
-         311: 319, 494: 345, 829: 345, 353: 345, 1236: 116, 425: 862, 566: 639, 538: 200, 548: 200, 552: 732}  # fmt: skip
+         311: 319, 494: 345, 829: 345, 353: 345, 1236: 116, 425: 862, 566: 639, 538: 200, 548: 200, 552: 732,
+         }  # fmt: skip
 
 TABLE = {row[0]: Weakness(*row) for row in _ROWS}
 FAMILIES: dict[str, tuple[Weakness, ...]] = {}
@@ -234,7 +235,8 @@ for _row in TABLE.values():
 def normal(cwe: str | int) -> str:
     """'cwe-089', 'CWE-89: SQL Injection', 'external/cwe/cwe-089' and 89 as 'CWE-89'; '' for what names no CWE."""
     text = str(cwe).strip()
-    match = re.search(r"cwe[-_ :]*0*([1-9]\d{0,5})(?!\d)", text, re.I | re.A) or re.fullmatch(r"0*([1-9]\d{0,5})", text, re.A)
+    named = re.search(r"cwe[-_ :]*0*([1-9]\d{0,5})(?!\d)", text, re.I | re.A)
+    match = named or re.fullmatch(r"0*([1-9]\d{0,5})", text, re.A)
     return f"CWE-{match[1]}" if match else ""
 
 
