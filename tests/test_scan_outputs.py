@@ -1,5 +1,6 @@
 """What `shrew scan` prints and writes: always valid, never more than text, and the same for the same scan."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from scanned import FIND, RUN, Said, alert, example, report
 
 from shrew.errors import DataError
-from shrew.scan import alerts, baseline, cwe, sarif, show
+from shrew.scan import alerts, baseline, config, cwe, sarif, show
 from shrew.scan.alerts import Alert, Report
 from shrew.scan.page import page
 
@@ -513,3 +514,36 @@ def test_the_order_of_alerts() -> None:
         ("high", 0.91, "a.py"), ("high", 0.7, "app/db.py"), ("high", 0.5, "app/db.py"), ("low", 0.9, "app/db.py"),
     ]  # fmt: skip
     assert isinstance(found[0], Alert) and alerts.by_severity(found) == {"high": 3, "low": 1}
+
+
+# --- other people's CI -----------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands() -> list[list[str]]:
+    """The words of every `shrew scan` in the page about CI, in the hook, and in the settings of the hook."""
+    text = (ROOT / "docs" / "scan-ci.md").read_text("utf-8")
+    hook = (ROOT / ".pre-commit-hooks.yaml").read_text("utf-8")
+    found = [re.sub(r"\$\{\{[^}]*\}\}", "x", line).split() for line in re.findall(r"shrew scan ([^`\n]*)", text)]
+    return found + [line.replace(",", " ").split() for line in re.findall(r"args: \[([^\]]*)\]", text + hook)]
+
+
+def test_the_commands_for_ci_have_flags_that_exist() -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("paths", nargs="*")
+    config.add_flags(parser)
+    assert len(commands()) >= 10
+    for words in commands():
+        spec = config.from_flags(parser.parse_args(words), "/nowhere")
+        assert spec.fail_on in ("any", "none", "medium", "high")
+
+
+def test_the_snippets_for_ci_are_yaml() -> None:
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / "docs" / "scan-ci.md").read_text("utf-8")
+    blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)]
+    assert [next(iter(block)) for block in blocks if isinstance(block, dict)] == ["repos", "name", "scan"]
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text("utf-8"))
+    assert hook["id"] == blocks[0]["repos"][0]["hooks"][0]["id"]
+    assert {key: hook[key] for key in ("entry", "language")} == {"entry": "shrew scan", "language": "python"}
