@@ -214,7 +214,7 @@ _ROWS: list[tuple[int, str, str, float, str]] = [
     (617, "Assertion that can be reached", "unhandled-error", 5.0,
      "Report the failure as an error that the caller handles."),
     (0, "Suspicious code", UNKNOWN, 5.0,
-     "Read the marked lines: where do the values come from, and what checks them?"),
+     "Ask where its values come from, and what checks them."),
 ]  # fmt: skip
 
 # Ids that other tools report and that ask for the same repair as one in the table.

@@ -70,7 +70,7 @@ def page(report: Report) -> str:
     alerts = ordered(report.alerts)
     body = _header(report, told.partition(" in ")[0].partition(" (")[0]) + _weaknesses(alerts) + _files(alerts)
     body += _alerts(alerts) + _rest(alerts[MOST_SHOWN:]) + _held(report) + _skipped(report) + _method(report)
-    footer = f"<footer>Made by shrew scan. {escape(told)} {escape(show.operating_point(report))}</footer>\n"
+    footer = f"<footer>Made by shrew scan. {escape(told)}</footer>\n"
     return document(told, f"<main>\n{body}</main>\n{footer}", STYLE)
 
 
@@ -136,7 +136,7 @@ def _files(alerts: Sequence[Alert]) -> str:
         name = f'<a href="#f{number}">{_text(path)}</a>' if path in shown else _text(path)
         rows.append(f'<tr><th scope="row" class="name">{name}</th>{_counts(here)}</tr>\n')
     more = f" The table has the first {MOST_ROWS:,}." if len(groups) > MOST_ROWS else ""
-    note = f"{show.count(len(groups), 'file')}, the worst first.{more}"
+    note = f"{show.count(len(groups), 'file')}{', the worst first' * (len(groups) > 1)}.{more}"
     body = scroll("Files", table([("", "File"), *SEVERITY_HEADS], rows, "counted"))
     if len(groups) > 12:
         body = f"<details>\n<summary>{show.count(len(groups), 'file')}</summary>\n{body}</details>\n"
@@ -281,7 +281,9 @@ def _skipped(report: Report) -> str:
 def _method(report: Report) -> str:
     """What the numbers mean, and what they do not."""
     points = [
-        "The probability is calibrated on functions of known projects. It is a reason to look, not a proof.",
+        "The probability is a reason to look, not a proof. " + (
+            "It was calibrated on functions of which it is known whether they were repaired." if report.detector else
+            "It comes from rules alone here, as no detector was run, and says no more than their severity."),
         "No alert does not mean no weakness.",
     ]
     if report.alerts_per_1000 is not None:
