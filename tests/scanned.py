@@ -1,10 +1,13 @@
-"""Made-up scans for the tests of what `shrew scan` prints and writes."""
+"""Made-up scans, honest and hostile, for the tests of what `shrew scan` prints and writes."""
 
 import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from hypothesis import strategies as st
+
 from shrew.scan.alerts import Alert, Report
+from shrew.scan.cwe import SEVERITIES
 from shrew.scan.functions import Function, Source
 
 
@@ -84,4 +87,37 @@ def example() -> Report:
         files=48, functions=913, seconds=6.4, detector="scan (hybrid, 5.1 MB)", notes=["2 rule files were read."],
         skipped=[("data/logo.py", "binary"), ("old/latin.py", "larger than 4 MB")],
         suppressed=[alert(FIND.replace("find", "first"), suppressed="inline", start=30)],
+    )  # fmt: skip
+
+
+HOSTILE = st.one_of(
+    st.text(max_size=40),
+    st.text(alphabet="<>/\"'&=! scriptonlhef:jav\x00\x1b-]\n\r\t\u202e\u2066\ud800\udcff\u2028", max_size=40),
+    st.sampled_from(["</style><script>x()</script>", '" onload="x', "javascript:x", "[click](https://evil.example)",
+                     "{0}", "../../etc/passwd", "C:/x y", "//evil.example/x", "a:b", "%41", "?#", "\u05d0\u05d1 code"]),
+)  # fmt: skip
+
+
+@st.composite
+def reports(draw: st.DrawFn) -> Report:
+    """Scans of hostile code with hostile names in hostile places, with scores and rules of any kind."""
+    found = []
+    for _ in range(draw(st.integers(0, 4))):
+        text, path, start = draw(HOSTILE), draw(HOSTILE), draw(st.integers(1, 5))
+        numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
+        said = [
+            Said(draw(HOSTILE), draw(HOSTILE), "low", draw(HOSTILE), path, draw(st.integers(1, 9)), 9,
+                 draw(st.integers(1, 50)), draw(HOSTILE))
+            for _ in range(draw(st.integers(0, 2)))
+        ]  # fmt: skip
+        weakness = draw(st.one_of(HOSTILE, st.sampled_from(["CWE-89", "cwe-022"])))
+        held = draw(st.sampled_from(["", "", "inline", "baseline"]))
+        found.append(alert(text, draw(st.floats(0, 1)), weakness, draw(st.sampled_from(SEVERITIES)), path=path,
+                           name=draw(HOSTILE), start=start, findings=tuple(said), message=draw(HOSTILE),
+                           lines=tuple(draw(st.lists(numbers, max_size=6))), suppressed=held))  # fmt: skip
+    return report(
+        *[item for item in found if not item.suppressed],
+        suppressed=[item for item in found if item.suppressed],
+        skipped=draw(st.lists(st.tuples(HOSTILE, HOSTILE), max_size=2)), point=draw(HOSTILE), detector=draw(HOSTILE),
+        notes=draw(st.lists(HOSTILE, max_size=2)), compared=draw(st.booleans()),
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """What `shrew scan` prints and writes: always valid, never more than text, and the same for the same scan."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -15,46 +14,15 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scanned import FIND, RUN, Said, alert, example, report
+from scanned import FIND, RUN, Said, alert, example, report, reports
 
-from shrew.errors import DataError
-from shrew.scan import alerts, baseline, config, cwe, sarif, show
+from shrew.scan import alerts, baseline, cwe, sarif, show
 from shrew.scan.alerts import Alert, Report
+from shrew.scan.functions import Source, functions
 from shrew.scan.page import page
 
 SCHEMA = json.loads((Path(__file__).parent / "sarif" / "sarif-2.1.0.json").read_text("utf-8"))
 VALIDATOR = jsonschema.validators.validator_for(SCHEMA)(SCHEMA)
-HOSTILE = st.one_of(
-    st.text(max_size=40),
-    st.text(alphabet="<>/\"'&=! scriptonlhef:jav\x00\x1b-]\n\r\t\u202e\u2066\ud800\udcff\u2028", max_size=40),
-    st.sampled_from(["</style><script>x()</script>", '" onload="x', "javascript:x", "[click](https://evil.example)",
-                     "{0}", "../../etc/passwd", "C:/x y", "//evil.example/x", "a:b", "%41", "?#", "\u05d0\u05d1 code"]),
-)  # fmt: skip
-
-
-@st.composite
-def reports(draw: st.DrawFn) -> Report:
-    """Scans of hostile code with hostile names in hostile places, with scores and rules of any kind."""
-    found = []
-    for _ in range(draw(st.integers(0, 4))):
-        text, path, start = draw(HOSTILE), draw(HOSTILE), draw(st.integers(1, 5))
-        numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
-        said = [
-            Said(draw(HOSTILE), draw(HOSTILE), "low", draw(HOSTILE), path, draw(st.integers(1, 9)), 9,
-                 draw(st.integers(1, 50)), draw(HOSTILE))
-            for _ in range(draw(st.integers(0, 2)))
-        ]  # fmt: skip
-        kind = draw(st.one_of(HOSTILE, st.sampled_from(["CWE-89", "cwe-022"])))
-        held = draw(st.sampled_from(["", "", "inline", "baseline"]))
-        found.append(alert(text, draw(st.floats(0, 1)), kind, draw(st.sampled_from(cwe.SEVERITIES)), path=path,
-                           name=draw(HOSTILE), start=start, findings=tuple(said), message=draw(HOSTILE),
-                           lines=tuple(draw(st.lists(numbers, max_size=6))), suppressed=held))  # fmt: skip
-    return report(
-        *[item for item in found if not item.suppressed],
-        suppressed=[item for item in found if item.suppressed],
-        skipped=draw(st.lists(st.tuples(HOSTILE, HOSTILE), max_size=2)), point=draw(HOSTILE), detector=draw(HOSTILE),
-        notes=draw(st.lists(HOSTILE, max_size=2)), compared=draw(st.booleans()),
-    )  # fmt: skip
 
 
 def results(text: str) -> list[dict[str, Any]]:
@@ -196,6 +164,54 @@ def test_edits_elsewhere_keep_every_fingerprint() -> None:
     assert set(before) <= set(prints(sarif.sarif(report(*moved))))
     held = [dataclasses.replace(twins[0], suppressed="inline")]
     assert set(prints(sarif.sarif(report(*twins[1:], suppressed=held)))) == set(before) - {before[0]}
+
+
+SOURCE = """class A:
+    def get(self, name):
+        return self.db.execute("SELECT * FROM t WHERE n = '" + name + "'")
+
+class B:
+    def get(self, name):
+        return self.db.execute("SELECT * FROM t WHERE n = '" + name + "'")
+
+def other():
+    return 1
+"""
+EDITED = '''# A comment, an import, another function: elsewhere.
+import os
+
+def added(x):
+    return os.system(x)
+
+class A:
+    def get(self, name):
+        """Documented now."""
+        # and commented
+        return self.db.execute(
+            "SELECT * FROM t WHERE n = '" + name + "'")
+
+class B:
+    def get(self, name):
+        return self.db.execute("SELECT * FROM t WHERE n = '" + name + "'")
+
+def other():
+    return 2
+'''
+
+
+def test_a_real_file_keeps_its_fingerprints_when_it_is_edited_elsewhere() -> None:
+    def scanned(text: str) -> dict[str, str]:
+        source = Source("app/db.py", "python", text.encode(), text)
+        log = results(sarif.sarif(report(*[Alert(item, 0.9, "CWE-89", "high") for item in functions(source)])))
+        places = [item["locations"][0] for item in log]
+        for place in [item["physicalLocation"]["region"] for item in places]:
+            assert place["snippet"]["text"] == text.split("\n")[place["startLine"] - 1]
+        names = [item["logicalLocations"][0]["fullyQualifiedName"] for item in places]
+        return {name: item["partialFingerprints"]["shrewFunction/v1"] for name, item in zip(names, log, strict=True)}
+
+    before, after = scanned(SOURCE), scanned(EDITED)
+    assert before["A.get"] != before["B.get"] and before["A.get"][:32] == before["B.get"][:32]
+    assert {name for name in before if before[name] != after[name]} == {"other"}
 
 
 def test_the_same_scan_gives_the_same_bytes_in_any_order() -> None:
@@ -416,134 +432,9 @@ def test_hidden_and_reordering_characters_are_shown() -> None:
     assert "x = '⟨U+202E⟩⟨U+200B⟩⟨U+2066⟩'␛[31m" in text and "f␀" in text
 
 
-# --- baseline --------------------------------------------------------------------------------------------------------
-
-
-def back(found: Report, folder: Path) -> list[baseline.Known]:
-    baseline.write(folder / "known.json", found)
-    return baseline.read(folder / "known.json")
-
-
-def test_only_what_is_new_is_left(tmp_path: Path) -> None:
-    first = report(alert(FIND), alert(RUN, path="run.c"))
-    known = back(first, tmp_path)
-    moved = alert(FIND, start=70, probability=0.4)  # in its file
-    renamed = alert(RUN, path="src/run.c")
-    changed = alert(FIND.replace("users", "people"), start=90)
-    now = baseline.apply(report(moved, renamed, changed), known)
-    assert (now.alerts, now.compared) == ([changed], True)
-    assert [item.path for item in now.suppressed] == ["src/run.c", "app/db.py"]
-    assert {item.suppressed for item in now.suppressed} == {"baseline"}
-    assert baseline.apply(now, known).alerts == [changed]
-
-
-def test_a_copy_of_a_known_function_is_new_and_not_the_original(tmp_path: Path) -> None:
-    known = back(report(alert(FIND, path="m.py")), tmp_path)
-    copies = [alert(FIND, path=path) for path in ("a.py", "m.py", "z.py")]
-    new, old = baseline.split(copies, known)
-    assert ([item.path for item in new], [item.path for item in old]) == (["a.py", "z.py"], ["m.py"])
-    twice = [alert(FIND, path="m.py", start=1), alert(FIND, path="m.py", start=50)]
-    assert [item.function.start for item in baseline.split(twice, known)[0]] == [50]
-
-
-def test_what_was_known_stays_when_a_baseline_is_written_again(tmp_path: Path) -> None:
-    first = report(alert(FIND), alert(RUN, path="run.c"))
-    known = back(first, tmp_path)
-    held = alert("def h(): 1", suppressed="inline")
-    more = report(*first.alerts, alert("def g(): eval(x)", cwe="CWE-95"), suppressed=[held])
-    again = back(baseline.apply(more, known), tmp_path)
-    assert len(again) == 3 and baseline.split(more.alerts, again)[0] == []
-
-
-def test_a_baseline_diffs_well() -> None:
-    one = baseline.text(report(alert(FIND, start=3), alert(RUN, path="run.c")))
-    added = alert("def k(): 2", path="b.py")
-    more = baseline.text(report(alert(RUN, path="run.c", start=9), added, alert(FIND, start=80)))
-    lines = {line.rstrip(",") for line in one.split("\n")}
-    assert lines <= {line.rstrip(",") for line in more.split("\n")}
-    assert len(more.split("\n")) == len(one.split("\n")) + 1
-    assert baseline.text(report()) == '{\n  "version": 1,\n  "alerts": []\n}\n'
-
-
-@settings(max_examples=60, deadline=None)
-@given(found=reports())
-def test_whatever_was_scanned_is_known_afterwards(found: Report, tmp_path_factory: pytest.TempPathFactory) -> None:
-    everything = [*found.alerts, *(item for item in found.suppressed if item.suppressed == "baseline")]
-    known = back(found, tmp_path_factory.getbasetemp())
-    new, old = baseline.split(everything, known)
-    assert (new, len(old)) == ([], len(everything))
-    for item in everything:
-        assert len(baseline.split([*everything, item], known)[0]) == 1
-    assert sum(entry.count for entry in known) == len(everything)
-
-
-DAMAGED = [
-    b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"version": 1}', b'{"version": "1", "alerts": []}',
-    b'{"version": 0, "alerts": []}', b'{"version": true, "alerts": []}', b'{"version": 1, "alerts": []} x',
-    b'{"version": 1, "alerts": [{"path": "a"}]}', b'{"version": 1, "alerts": [{"fingerprint": "", "path": "b"}]}',
-    b'{"version": 1, "alerts": [{"fingerprint": "a", "path": "b", "count": -1}]}',
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_baseline_is_refused_in_one_sentence(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "known.json").write_bytes(content)
-    with pytest.raises(DataError) as error:
-        baseline.read(tmp_path / "known.json")
-    assert "\n" not in str(error.value) and "known.json" in str(error.value) and str(error.value).endswith(".")
-
-
-def test_a_baseline_of_the_future_a_missing_one_and_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "known.json").write_text('{"version": 9, "alerts": {"new": "form"}}', "utf-8")
-    for name, words in (("known.json", "newer Shrew"), ("none.json", "no such baseline"), (".", "cannot be read")):
-        with pytest.raises(DataError, match=words):
-            baseline.read(tmp_path / name)
-
-
-@given(content=st.binary(max_size=60))
-def test_no_bytes_break_the_reader(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.getbasetemp() / "any.json"
-    path.write_bytes(content)
-    with pytest.raises(DataError):
-        baseline.read(path)
-
-
 def test_the_order_of_alerts() -> None:
     found = [alert(severity="low", probability=0.9), alert(probability=0.5), alert(probability=0.7), alert(path="a.py")]
     assert [(item.severity, item.probability, item.path) for item in alerts.ordered(found)] == [
         ("high", 0.91, "a.py"), ("high", 0.7, "app/db.py"), ("high", 0.5, "app/db.py"), ("low", 0.9, "app/db.py"),
     ]  # fmt: skip
     assert isinstance(found[0], Alert) and alerts.by_severity(found) == {"high": 3, "low": 1}
-
-
-# --- other people's CI -----------------------------------------------------------------------------------------------
-
-ROOT = Path(__file__).parents[1]
-
-
-def commands() -> list[list[str]]:
-    """The words of every `shrew scan` in the page about CI, in the hook, and in the settings of the hook."""
-    text = (ROOT / "docs" / "scan-ci.md").read_text("utf-8")
-    hook = (ROOT / ".pre-commit-hooks.yaml").read_text("utf-8")
-    found = [re.sub(r"\$\{\{[^}]*\}\}", "x", line).split() for line in re.findall(r"shrew scan ([^`\n]*)", text)]
-    return found + [line.replace(",", " ").split() for line in re.findall(r"args: \[([^\]]*)\]", text + hook)]
-
-
-def test_the_commands_for_ci_have_flags_that_exist() -> None:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("paths", nargs="*")
-    config.add_flags(parser)
-    assert len(commands()) >= 10
-    for words in commands():
-        spec = config.from_flags(parser.parse_args(words), "/nowhere")
-        assert spec.fail_on in ("any", "none", "medium", "high")
-
-
-def test_the_snippets_for_ci_are_yaml() -> None:
-    yaml = pytest.importorskip("yaml")
-    text = (ROOT / "docs" / "scan-ci.md").read_text("utf-8")
-    blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)]
-    assert [next(iter(block)) for block in blocks if isinstance(block, dict)] == ["repos", "name", "scan"]
-    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text("utf-8"))
-    assert hook["id"] == blocks[0]["repos"][0]["hooks"][0]["id"]
-    assert {key: hook[key] for key in ("entry", "language")} == {"entry": "shrew scan", "language": "python"}
