@@ -90,11 +90,15 @@ def example() -> Report:
     )  # fmt: skip
 
 
+TRICKS = [
+    "</style><script>x()</script>", '" onload="x', "<img src=//evil.example onerror=x>", "</code></div><b>", "<!--",
+    "&lt;", "javascript:x", "[click](https://evil.example)", "{0}", "../../etc/passwd", "C:/x y", "//evil.example/x",
+    "a:b", "%41", "?#", "\u05d0\u05d1 code", "\x1b[31m\u202e\ud800\x00\x9b2J\u2028", "a\r\nb",
+]  # fmt: skip
 HOSTILE = st.one_of(
+    st.sampled_from(TRICKS),
     st.text(max_size=40),
     st.text(alphabet="<>/\"'&=! scriptonlhef:jav\x00\x1b-]\n\r\t\u202e\u2066\ud800\udcff\u2028", max_size=40),
-    st.sampled_from(["</style><script>x()</script>", '" onload="x', "javascript:x", "[click](https://evil.example)",
-                     "{0}", "../../etc/passwd", "C:/x y", "//evil.example/x", "a:b", "%41", "?#", "\u05d0\u05d1 code"]),
 )  # fmt: skip
 
 
@@ -121,3 +125,14 @@ def reports(draw: st.DrawFn) -> Report:
         skipped=draw(st.lists(st.tuples(HOSTILE, HOSTILE), max_size=2)), point=draw(HOSTILE), detector=draw(HOSTILE),
         notes=draw(st.lists(HOSTILE, max_size=2)), compared=draw(st.booleans()),
     )  # fmt: skip
+
+
+def tricked(trick: str) -> Report:
+    """A scan in which everything that comes from outside is one trick."""
+    said = Said(trick, trick, "high", trick, trick, 2, 2, 1, trick)
+    long = "\n".join([trick] * 40)
+    found = [alert(text, path=trick, name=trick, cwe=trick, message=message, findings=(said,), start=1,
+                   lines=(0.0, 0.0, 4.0), suppressed=held)
+             for text, message, held in ((trick, trick, ""), (long, "", ""), (trick, trick, "inline"))]  # fmt: skip
+    return report(*found[:2], suppressed=found[2:], skipped=[(trick, trick)], notes=[trick], point=trick,
+                  detector=trick)  # fmt: skip

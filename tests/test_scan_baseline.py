@@ -37,6 +37,8 @@ def test_a_copy_of_a_known_function_is_new_and_not_the_original(tmp_path: Path) 
     copies = [alert(FIND, path=path) for path in ("a.py", "m.py", "z.py")]
     new, old = baseline.split(copies, known)
     assert ([item.path for item in new], [item.path for item in old]) == (["a.py", "z.py"], ["m.py"])
+    gone = [alert(FIND, path=path) for path in ("a.py", "b.py")]  # moved, and copied: one of them is new
+    assert [item.path for item in baseline.split(gone, known)[0]] == ["b.py"]
     twice = [alert(FIND, path="m.py", start=1), alert(FIND, path="m.py", start=50)]
     assert [item.function.start for item in baseline.split(twice, known)[0]] == [50]
 
