@@ -81,7 +81,7 @@ class ShrewForSequenceClassification(PreTrainedModel):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Detection:  # fmt: skip
+    ) -> Detection:
         """input_ids [B, T], padded at the right where `attention_mask` [B, T] is 0."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         logits, families, lines, _ = self.judge(input_ids, mask)
@@ -99,17 +99,17 @@ class ShrewForSequenceClassification(PreTrainedModel):
 
     def pool(self, hidden: Tensor, lines: Tensor, mask: Tensor) -> Tensor:
         """hidden [B, T, d] -> [B, d] for each way of pooling, side by side."""
-        text = mask[..., None].to(hidden.dtype)
+        none = mask == 0
         parts = []
         for way in self.config.pooling:
             if way == "mean":
-                parts.append((hidden * text).sum(1) / text.sum(1))
+                parts.append(hidden.masked_fill(none[..., None], 0).sum(1) / mask.sum(1, keepdim=True))
             elif way == "last":
                 parts.append(hidden[torch.arange(len(hidden)), mask.sum(1) - 1])
             elif way == "max":
-                parts.append((hidden * text + FAR * (1 - text)).amax(1))
+                parts.append(hidden.masked_fill(none[..., None], FAR).amax(1))
             else:
-                shares = (lines * text[..., 0] + FAR * (1 - text[..., 0])).softmax(1)
+                shares = lines.masked_fill(none, FAR).softmax(1)
                 parts.append((hidden * shares[..., None]).sum(1))
         return torch.cat(parts, 1)
 
