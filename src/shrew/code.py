@@ -53,8 +53,15 @@ def count_lines(text: str) -> int:
     return text.count("\n") + bool(text and not text.endswith("\n"))
 
 
+def uncut(tokenizer: Any) -> Any:
+    """A `tokenizers.Tokenizer` that neither cuts nor pads a text, as its file may tell it to."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def tokenized(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int64 [n] of a text by a `tokenizers.Tokenizer`, and the line int64 [n], from 0, of each.
+    """Token ids int64 [n] of a text by an `uncut` tokenizer, and the line int64 [n], from 0, of each.
 
     A token that covers several lines stands on that of its first character that is no space, else of its last one.
     """

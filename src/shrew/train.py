@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--text", action="append", default=[], help="train on this instead of the recipe's data")
     spec.add_flags(parser, TrainSpec)
     group = parser.add_argument_group("detectors of vulnerable functions, of recipes with [detect]")
-    for flag in ("pairs", "negatives", "hold-out"):
+    for flag in ("pairs", "negatives", "languages", "hold-out", "pooling"):
         text = DetectSpec.__dataclass_fields__[flag.replace("-", "_")].metadata["doc"]
         group.add_argument(f"--{flag}", action="append", help=f"{text}; may be repeated")
     spec.add_flags(group, DetectSpec)

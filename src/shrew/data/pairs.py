@@ -1,7 +1,7 @@
 """Vulnerable functions with their fixed twins, and ordinary functions, as batches for a detector.
 
-A row of a pairs file is {"before": vulnerable, "after": fixed, "language", "cwe", "project", "licence"}, a row of a file
-of ordinary functions {"text", "language"} and perhaps "project". A batch is a pure function of (texts, seed, step).
+A row of a pairs file is {"before": vulnerable, "after": fixed, "language", "cwe", "project", "licence"}, a row of
+ordinary functions {"text", "language"} and perhaps "project". A batch is a pure function of (texts, seed, step).
 """
 
 import difflib
@@ -112,7 +112,8 @@ def changes(before: str, after: str) -> tuple[frozenset[int], list[tuple[int, in
 
     Where the fix only added lines, the line that each addition now stands before is the one that was wrong."""
     old, new = before.split("\n"), after.split("\n")
-    steps = [step for step in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes() if step[0] != "equal"]
+    matched = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    steps = [step for step in matched.get_opcodes() if step[0] != "equal"]
     removed = {line for _, low, high, _, _ in steps for line in range(low, high) if old[line].strip()}
     if not removed:
         removed = {next((line for line in range(low, len(old)) if old[line].strip()), max(low - 1, 0))
@@ -124,7 +125,7 @@ class Reader:
     """Reads files of functions for one tokenizer; `left_out` counts what is not learned from, by reason."""
 
     def __init__(self, item: DetectSpec, tokenizer: Any, families: Sequence[str]) -> None:
-        self.item, self.tokenizer = item, tokenizer
+        self.item, self.tokenizer = item, code.uncut(tokenizer)
         self.left_out: Counter[str] = Counter()
         self._families = {name: number for number, name in enumerate(families)}
         self._seen: set[str] = set()
@@ -216,7 +217,7 @@ class Pairs:
         """SHA-256 of what is learned from."""
         mark = hashlib.sha256()
         for text in [*(member for pair in self.pairs for member in (pair.before, pair.after)), *self.ordinary]:
-            mark.update(hashlib.sha256(text.tokens).digest() + repr(sorted(text.changed)).encode())
+            mark.update(hashlib.sha256(text.tokens.tobytes()).digest() + repr(sorted(text.changed)).encode())
         mark.update(repr([pair.family for pair in self.pairs]).encode())
         return mark.hexdigest()
 
@@ -242,11 +243,12 @@ class Pairs:
         return range(first, first + count)
 
     def _row(self, text: Text, shift: float, which: int, label: int, family: int = IGNORE) -> "_Row":
-        """The window of a function that holds the start of change `which` (-1: any window) at the share `shift`."""
+        """The window of a function that holds the start of change `which` in its first three quarters, at the share
+        `shift` of them; any window for -1."""
         head = [] if self.first is None else [self.first]
         room, count = self.length - len(head), len(text.tokens)
         place = text.places[which] if which >= 0 and text.places else int(shift * count)
-        start = int(np.clip(place - shift * room, 0, max(count - room, 0)))
+        start = int(np.clip(place - shift * (3 * room // 4), 0, max(count - room, 0)))
         lines = text.lines[start : start + room]
         hit = np.isin(lines, list(text.changed))
         _, own = np.unique(lines, return_inverse=True)

@@ -16,7 +16,7 @@ from shrew import code, machine
 from shrew.errors import UnsupportedError, UsageError
 from shrew.runtime import Model, load
 
-NOTHING = -30.0  # the logit of a text, and the score of a line, without a token
+NOTHING = -30.0  # the logit of a text, and the score of a line, without a token that shows
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,7 @@ class Detector:
 
     def __init__(self, model: Model, workers: int) -> None:
         self._model, self._workers = model, workers
+        self._tokenizer = code.uncut(model.tokenizer)
         self._families = model.manifest.families or ()
         self._head = [] if model.manifest.first is None else [model.manifest.first]
 
@@ -51,8 +52,8 @@ class Detector:
             raise UsageError(f"{workers} workers cannot work; ask for 1 or more.")
         model = load(folder, threads=1)
         if model.manifest.kind != "detector":
-            raise UnsupportedError(f"{folder} is a {model.manifest.kind}, no detector; `shrew train` makes one of a recipe "
-                                   "with [detect], and `shrew pack` packs it.")  # fmt: skip
+            raise UnsupportedError(f"{folder} is a {model.manifest.kind}, no detector; `shrew train` makes one of a "
+                                   "recipe with [detect], and `shrew pack` packs it.")  # fmt: skip
         return cls(model, workers)
 
     def score(self, texts: Sequence[str], languages: Sequence[str]) -> list[Score]:
@@ -66,7 +67,8 @@ class Detector:
     def _score(self, text: str, language: str) -> Score:
         manifest = self._model.manifest
         lines = np.full(code.count_lines(text), NOTHING, np.float32)
-        tokens, where = code.tokenized(self._model.tokenizer, code.canonical(text, language, manifest.comments))
+        clean = code.canonical(text, language, manifest.comments)
+        tokens, where = code.tokenized(self._tokenizer, clean)
         if not len(tokens):
             return Score(NOTHING, lines, {name: float(name == "unknown") for name in self._families})
         each = np.empty(len(tokens), np.float32)
@@ -78,7 +80,7 @@ class Detector:
             if logit > best:
                 best, families = logit, of
         counts = np.bincount(where, minlength=len(lines))
-        present = counts > 0
+        present = (counts > 0) & np.array([bool(line.strip()) for line in clean.split("\n")][: len(lines)])
         lines[present] = (np.bincount(where, each, len(lines)) / np.maximum(counts, 1))[present]
         shares = np.exp(families - families.max(), dtype=np.float64)
         return Score(float(best), lines, dict(zip(self._families, (shares / shares.sum()).tolist(), strict=True)))

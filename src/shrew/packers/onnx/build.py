@@ -69,7 +69,7 @@ def build(loaded: Loaded, bits: int = 0, tokens: Sequence[int] = ()) -> Built:
         return Built(trunk.causal(model, weights, kv), model.spec.vocabulary or 0, model.spec.width, model.spec.context)
     if isinstance(loaded.model, ShrewForSequenceClassification):
         model, weights = ours(loaded)
-        graph = trunk.detector(model, weights, len(config.families), config.pooling, config.window)
+        graph = trunk.detector(model, weights, len(config.families), config.pooling)
         return Built(graph, model.spec.vocabulary or 0, model.spec.width, config.window, None, config.families,
                      config.comments)  # fmt: skip
     labels = [str(config.id2label[number]) for number in range(config.num_labels)]

@@ -204,7 +204,8 @@ def exact_labels(labeller: Labeller, model: Any, texts: Sequence[Sequence[int]])
 @torch.no_grad()
 def exact_detections(labeller: Labeller, model: Any, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """As `exact_labels`, of all that a detector says: of being vulnerable, of each family and of each token."""
-    wanted, found = [], []
+    wanted: list[np.ndarray] = []
+    found: list[np.ndarray] = []
     for text in texts:
         said = model(input_ids=torch.tensor([list(text)]))
         wanted.append(torch.cat([said.logits[0, 1:], said.families[0], said.lines[0]]).float().numpy())

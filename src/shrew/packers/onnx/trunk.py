@@ -7,7 +7,6 @@ import torch
 
 from shrew.blocks.detector import FAR
 from shrew.blocks.model import ShrewForCausalLM
-from shrew.errors import UnsupportedError
 from shrew.packers.onnx import attention, conv, delta, depth, linear, memory, mlp, moe, ngrams
 from shrew.packers.onnx.call import Call, Whole
 from shrew.packers.onnx.graph import Graph
@@ -49,23 +48,17 @@ def classifier(model: ShrewForCausalLM, weights: Weights, labels: int) -> Graph:
     spec, g = model.spec, Graph(weights)
     call = Whole(g, spec.context, spec.eps)
     hidden = _hidden(g, model, call)
-    if g.align:
-        raise UnsupportedError("a classifier with memory mixers cannot be packed; take another mixer.")
     logits = g.linear(str(g.node("Gather", hidden, _ends(g, call), axis=0)), "score")
     g.output(logits, "logits", torch.float32, ("batch", labels))
     return g
 
 
-def detector(model: ShrewForCausalLM, weights: Weights, families: int, pooling: Sequence[str], window: int) -> Graph:
-    """The graph of a detector, for texts of up to `window` tokens: `logits` [batch] of being vulnerable, `families`
+def detector(model: ShrewForCausalLM, weights: Weights, families: int, pooling: Sequence[str]) -> Graph:
+    """The graph of a detector: `logits` [batch] of being vulnerable, `families`
     [batch, families] and, for each token, what it adds to the score of its line, `lines` [batch, length]."""
     spec, g = model.spec, Graph(weights)
     call = Whole(g, spec.context, spec.eps)
     flat = _hidden(g, model, call)
-    if g.align and window > g.align:
-        raise UnsupportedError(f"a memory with segments of {g.align} tokens cannot be packed in a detector that reads "
-                               f"{window} at once; train it with length = {g.align}.")  # fmt: skip
-    g.align = 0  # a whole text stands in one segment
     hidden = str(g.node("Reshape", flat, g.node("Concat", call.shape, g.ints(spec.width), axis=0)))
     lines = str(g.node("Squeeze", g.linear(hidden, "line"), g.ints(2)))
     pooled = [_pooled(g, way, flat, hidden, lines, call) for way in pooling]
