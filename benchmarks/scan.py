@@ -12,18 +12,21 @@ PEERS is a folder of virtual environments: bandit, flawfinder, cppcheck. A tool 
 
 Every system has one threshold for all functions. What only says yes or no (a tool, always-alert) is what it is; the
 others are read at the false-positive rate of bandit (of the first tool that ran, or 5 %), on the fixed functions.
-Intervals resample projects. `--logits` has the scores of detectors trained on the other folds: {"id", "member": "before"
-or "after", "logit"}; the combination is fitted inside the folds, on n-grams fitted inside them again.
+Intervals resample projects. `--logits` has the scores of detectors trained on the other folds, {"id", "member", "logit"}
+with "before" or "after" as member; the combination is fitted inside the folds, on n-grams fitted inside them again.
 """
 
 import argparse
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
+import tomllib
 import xml.etree.ElementTree as ElementTree
 import zlib
 from collections.abc import Callable, Sequence
@@ -39,12 +42,15 @@ from shrew.data.pairs import cwe_id, fold_of, project_name
 from shrew.measure.detection import grouped_interval
 from shrew.record import Record
 from shrew.scan import combine
+from shrew.scan.cwe import family
 from shrew.scan.functions import Source, normalise, parse
 from shrew.scan.grams import Grams, Rows, logistic
+from shrew.scan.judge import Judge
 from shrew.scan.rules import Finding, load_rules
 from shrew.tasks import detection
 
 FOLDS, COST, SAMPLES = 5, 10.0, 2000
+ENOUGH = 5000  # ordinary functions, for a recall at 0.5 % false alarms
 ENDINGS = {"python": "py", "c": "c", "cpp": "cpp", "javascript": "js", "ruby": "rb", "go": "go", "java": "java"}
 SPEAKS = {"bandit": {"python"}, "flawfinder": {"c", "cpp"}, "cppcheck": {"c", "cpp"}}
 FLAGS = {"bandit": "medium", "flawfinder": "low", "cppcheck": "low"}  # the least severity that counts
@@ -282,7 +288,8 @@ def figures(data: Set, systems: Sequence[System], run: str, samples: int) -> lis
 
         detail = {"pair_correct": told.correct, "pair_reversed": told.reversed, "net": told.net, "rate_of": name,
                   "false_positive_rate": float((new >= threshold).mean()), "recall_at_0.05":
-                  None if item.flags else detection.at_rate(old, new, 0.05).recall, "by_cwe": by_cwe(data, item, threshold),
+                  None if item.flags else detection.at_rate(old, new, 0.05).recall,
+                  "by_cwe": by_cwe(data, item, threshold),
                   "projects": len(set(data.projects)), "interval": "bootstrap over projects"}  # fmt: skip
         values: dict[str, Callable[[np.ndarray], float]] = {"recall_at_rate": at, "auc": area}
         net = (old >= threshold).astype(float) - (new >= threshold)
@@ -312,12 +319,14 @@ def by_cwe(data: Set, item: System, threshold: float) -> dict[str, list[float]]:
 
 def show(records: Sequence[Record]) -> None:
     """A row for each system."""
-    rows = {(item.task, item.model): {} for item in records}  # type: dict[tuple[str, str], dict[str, Record]]
+    rows: dict[tuple[str, str], dict[str, Record]] = {(item.task, item.model): {} for item in records}
     for item in records:
         rows[item.task, item.model][item.metric] = item
-    print("| set | system | AUC | recall | at FPR | net | recall over tool | AUC over n-grams |\n|---|---|---|---|---|---|---|---|")
+    print("| set | system | AUC | recall | at FPR | net | recall over tool | AUC over n-grams |")
+    print("|---" * 8 + "|")
+    shown = ("auc", "recall_at_rate", "net", "recall_over_tool", "auc_over_ngrams")
     for (task, model), found in rows.items():
-        cells = [span(found.get(name)) for name in ("auc", "recall_at_rate", "net", "recall_over_tool", "auc_over_ngrams")]
+        cells = [span(found.get(name)) for name in shown]
         rate = f"{next(iter(found.values())).detail.get('false_positive_rate', 0):.3f}"
         print(f"| {task} | {model} | {cells[0]} | {cells[1]} | {rate} | {' | '.join(cells[2:])} |")
 
@@ -335,9 +344,11 @@ def tools_of(data: Set, venvs: Path | None) -> dict[str, list[list[Finding]]]:
     """The findings of each tool that speaks the set's languages and is there."""
     found = {}
     for tool, speaks in SPEAKS.items():
-        if speaks & set(data.languages) and venvs and (told := run_tool(tool, venvs, data.texts, data.languages)) is not None:
+        if not speaks & set(data.languages):
+            continue
+        if venvs and (told := run_tool(tool, venvs, data.texts, data.languages)) is not None:
             found[tool] = told
-        elif speaks & set(data.languages):
+        else:
             print(f"{tool} was not run: it is not in --venvs", file=sys.stderr)
     return found
 
@@ -353,8 +364,8 @@ def common(data: Set, tools: dict[str, list[list[Finding]]], said: list[list[Fin
 
 def compare(args: argparse.Namespace, with_logits: bool) -> list[Record]:
     data, dropped = read(args.pairs, args.language, args.without)
-    print(f"{data.name}: {data.n} pairs of {len(set(data.projects))} projects ({dropped} dropped); folds "
-          f"{np.bincount(data.folds, minlength=FOLDS).tolist()}; {int(data.shared.sum())} share a text with another fold",
+    print(f"{data.name}: {data.n} pairs of {len(set(data.projects))} projects ({dropped} dropped); "
+          f"folds {np.bincount(data.folds, minlength=FOLDS).tolist()}; {int(data.shared.sum())} share a text with another fold",
           file=sys.stderr)  # fmt: skip
     tools, said = tools_of(data, args.venvs), ruled(data.texts, data.languages)
     systems = common(data, tools, said)
@@ -382,6 +393,113 @@ def compare(args: argparse.Namespace, with_logits: bool) -> list[Record]:
     return figures(data, systems, "scan floors" if not with_logits else "scan system", args.samples)
 
 
+def alerts(args: argparse.Namespace) -> list[Record]:
+    """Alerts per 1,000 ordinary functions, whose packages nothing was trained on, at each operating point; and which
+    share of the vulnerable members of `--pairs` alerts where 0.5 % of the ordinary functions do."""
+    judge, rows = Judge(args.detector), lines(args.functions)
+    texts, languages = [row["text"] for row in rows], [row["language"] for row in rows]
+    calm = judged(judge, texts, languages)
+    projects = [str(row.get("project") or place) for place, row in enumerate(rows)]
+    model = judge.name or "rules alone"
+    found = []
+    for point in combine.POINTS:
+        told = calm >= judge.point(point).threshold if judge.has_model else calm > 0
+        value = grouped_interval(projects, lambda places, told=told: float(told[places].mean() * 1000), args.samples)
+        found.append(Record(run="scan alerts", model=model, metric="alerts_per_1000", value=value.value, low=value.low,
+                            high=value.high, n=len(texts), task=f"{args.functions.stem} {point}",
+                            detail={"packages": value.n, "interval": "bootstrap over packages"}))  # fmt: skip
+        if not judge.has_model:
+            break
+    if args.pairs and len(texts) >= ENOUGH:
+        data, _ = read(args.pairs, sorted(set(languages)))
+        scores = judged(judge, data.texts[: data.n], data.languages[: data.n])
+        level = detection.at_rate(scores, calm, 0.005)
+        value = grouped_interval(data.projects, lambda places: float((scores[places] >= level.threshold).mean()),
+                                 args.samples)  # fmt: skip
+        found.append(Record(run="scan alerts", model=model, metric="recall_at_0.005", value=value.value, low=value.low,
+                            high=value.high, n=data.n, task=data.name, detail={"ordinary": len(texts)}))  # fmt: skip
+    return found
+
+
+def judged(judge: Judge, texts: Sequence[str], languages: Sequence[str]) -> np.ndarray:
+    """float64 [n] probabilities, each text as if it were a file; all go to the detector that the first stage passes."""
+    grams, said = judge.grams(texts, languages), ruled(texts, languages)
+    asked = [place for place, gram in enumerate(grams) if judge.passes(gram) or (judge.has_model and said[place])]
+    scores = dict(zip(asked, judge.scores(pick(texts, np.array(asked, int)), pick(languages, np.array(asked, int))),
+                      strict=True)) if asked else {}  # fmt: skip
+    return np.array([judge.probability(scores.get(place), grams[place], said[place]) for place in range(len(texts))])
+
+
+def planted(args: argparse.Namespace) -> list[Record]:
+    """Of each weakness: planted bugs that are told, of these the ones with the right weakness, and told twins."""
+    judge, found = Judge(args.detector), []
+    level = judge.point(args.point).threshold if judge.has_model else 1e-9
+    for path in sorted(args.folder.glob("*.toml")):
+        content = tomllib.loads(path.read_text("utf-8"))
+        cases, cwe = content["case"], cwe_id(content["cwe"])
+        languages = [case["language"] for case in cases]
+        bad, good = ([case[key] for case in cases] for key in ("vulnerable", "fixed"))
+        old, new = judged(judge, bad, languages) >= level, judged(judge, good, languages) >= level
+        named = [any(family(item.cwe) == family(cwe) for item in said if item.cwe) for said in ruled(bad, languages)]
+        on_line = [any(set(range(item.start, item.end + 1)) & set(case["lines"]) for item in said)
+                   for case, said in zip(cases, ruled(bad, languages), strict=True)]  # fmt: skip
+        detail = {"told": int(old.sum()), "twins_told": int(new.sum()), "pair_correct": int((old & ~new).sum()),
+                  "rule_names_the_family": sum(named), "rule_on_the_line": sum(on_line), "point": args.point}
+        found.append(Record(run="scan planted", model=judge.name or "rules alone", metric="planted",
+                            value=float(old.mean()), n=len(cases), task=cwe, detail=detail))  # fmt: skip
+        print(f"{cwe}: {detail['told']} of {len(cases)} told, {detail['twins_told']} twins told, the family named for "
+              f"{sum(named)}, the line met for {sum(on_line)}")  # fmt: skip
+    return found
+
+
+def timed(command: Sequence[str | Path], **more: str) -> dict[str, float]:
+    """Wall and CPU seconds and peak resident bytes of a command and its children; exit 1 (something found) is fine."""
+    begun = time.perf_counter()
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          env=os.environ | more) as process:  # fmt: skip
+        told = process.stderr.read().decode("utf-8", "replace") if process.stderr else ""
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 1):
+        raise SystemExit(f"{command[0]} ended with {process.returncode}: {told[-500:]}")
+    return {"wall": time.perf_counter() - begun, "cpu": used.ru_utime + used.ru_stime,
+            "peak": used.ru_maxrss * 1024.0}  # fmt: skip
+
+
+def speed(args: argparse.Namespace) -> list[Record]:
+    """The scanner against bandit, alternated: a cold start on one small file, a first run and a second one."""
+    with tempfile.TemporaryDirectory() as home:
+        report, small = Path(home, "report.json"), Path(home, "small.py")
+        small.write_text("def f(x):\n    return x + 1\n", "utf-8")
+        shrew = [sys.executable, "-m", "shrew", "scan", "--fail-on", "none", "--format", "json", "--out", report]
+        shrew += ["--detector", args.detector] if args.detector else []
+        bandit = args.venvs / "bandit" / "bin" / "bandit" if args.venvs else None
+        runs: dict[str, list[dict[str, float]]] = {}
+        for turn in range(args.rounds):
+            cache = {"SHREW_CACHE": str(Path(home, f"cache{turn}"))}
+            runs.setdefault("cold start", []).append(timed([*shrew, small], **cache))
+            for name in ("first run", "second run"):
+                runs.setdefault(name, []).append(timed([*shrew, *args.paths], **cache))
+            if bandit and bandit.exists():
+                runs.setdefault("bandit", []).append(timed([bandit, "-q", "-r", *args.paths]))
+        told = json.loads(report.read_text("utf-8"))
+    counts = {key: told[key] for key in ("files", "functions") if key in told}
+    found = []
+    for name, items in runs.items():
+        for key, unit in (("wall", "s"), ("cpu", "s"), ("peak", "bytes")):
+            values = sorted(item[key] for item in items)
+            found.append(Record(run="scan speed", model=name, metric=key, value=values[len(values) // 2], unit=unit,
+                                low=values[0], high=values[-1], n=len(values),
+                                detail=counts | {"interval": "least and most"}))  # fmt: skip
+    wall = {item.model: float(item.value or 0) for item in found if item.metric == "wall"}
+    if counts.get("functions"):
+        found.append(Record(run="scan speed", model="first run", metric="functions_per_second", detail=counts,
+                            value=counts["functions"] / wall["first run"]))  # fmt: skip
+    for item in found:
+        print(f"{item.model}: {item.metric} {item.value:,.4g} {item.unit}")
+    return found
+
+
 def shared_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pairs", type=Path)
     parser.add_argument("--language", nargs="+", default=["python"], choices=sorted(ENDINGS))
@@ -397,11 +515,30 @@ def main(words: Sequence[str] | None = None) -> int:
     system = jobs.add_parser("system")
     shared_flags(system)
     system.add_argument("--logits", type=Path)
+    calm = jobs.add_parser("alerts")
+    calm.add_argument("functions", type=Path, help='JSONL of ordinary functions: "text", "language", "project"')
+    calm.add_argument("--pairs", type=Path)
+    calm.add_argument("--samples", type=int, default=SAMPLES)
+    bugs = jobs.add_parser("planted")
+    bugs.add_argument("folder", type=Path)
+    bugs.add_argument("--point", choices=combine.POINTS, default="balanced")
+    fast = jobs.add_parser("speed")
+    fast.add_argument("paths", type=Path, nargs="+")
+    fast.add_argument("--rounds", type=int, default=3)
+    fast.add_argument("--venvs", type=Path)
+    for job in (calm, bugs, fast):
+        job.add_argument("--detector", type=Path, help="the folder of a packed detector; without it, rules alone")
     for job in jobs.choices.values():
         job.add_argument("--records", type=Path, help="JSONL file that the records are added to")
     args = parser.parse_args(words)
-    found = compare(args, args.job == "system")
-    show(found)
+    if args.job in ("floors", "system"):
+        found = compare(args, args.job == "system")
+        show(found)
+    else:
+        found = {"alerts": alerts, "planted": planted, "speed": speed}[args.job](args)
+        if args.job == "alerts":
+            for item in found:
+                print(f"{item.task}: {item.metric} {span(item)}")
     if args.records:
         record.append(args.records, found)
     return 0
