@@ -59,7 +59,7 @@ class Diff:
     def _command(self, *words: str) -> list[str]:
         return [*_QUIET, "-C", self._root, *words]
 
-    def _git(self, *words: str, rev: str = "") -> bytes:
+    def _git(self, *words: str, rev: str | None = None) -> bytes:
         try:
             done = subprocess.run(
                 self._command(*words),
@@ -71,7 +71,7 @@ class Diff:
             raise UsageError(f"{rev!r} is no revision.") from None
         if done.returncode:
             why = " ".join(done.stderr.decode("utf-8", "replace").split()).removeprefix("fatal: ").partition(" To ")[0]
-            if rev:
+            if rev is not None:
                 raise UsageError(f"--diff: git knows no revision '{rev}' here; give a branch, tag or commit.")
             raise UsageError(f"--diff: {why or 'git failed'}; run it inside a git repository.")
         return done.stdout
