@@ -66,17 +66,21 @@ def names(report: dict[str, Any], what: str = "alerts") -> list[str]:
 # --- functions -------------------------------------------------------------------------------------------------------
 
 SAMPLES = {
-    "python": ("class A:\n    @d\n    def m(self):\n        def inner(): pass\n        return 1\n\nasync def f(): pass\nx = f()\n",
+    "python": ("class A:\n    @d\n    def m(self):\n        def inner(): pass\n        return 1\n\n"
+               "async def f(): pass\nx = f()\n",
                [("A.m", 2, 5), ("f", 7, 7), (MODULE, 1, 8)]),
     "c": ("#include <a.h>\nint g;\nstatic char *const *f(int a)\n{\n  return 0;\n}\n", [("f", 3, 6)]),
-    "cpp": ("namespace n { struct K { int m() { return 1; } K() = default; }; }\ntemplate <class T>\nT g(T a) { return a; }\n"
-            "int n::K::q() { return 2; }\n", [("n.K.m", 1, 1), ("g", 2, 3), ("n.K.q", 4, 4)]),
-    "javascript": ("const a = require('b');\nconst g = (x) => { return x; };\nclass C { m() {} }\nexports.z = function () {};\n",
+    "cpp": ("namespace n { struct K { int m() { return 1; } K() = default; }; }\n"
+            "template <class T>\nT g(T a) { return a; }\nint n::K::q() { return 2; }\n",
+            [("n.K.m", 1, 1), ("g", 2, 3), ("n.K.q", 4, 4)]),
+    "javascript": ("const a = require('b');\nconst g = (x) => { return x; };\nclass C { m() {} }\n"
+                   "exports.z = function () {};\n",
                    [("g", 2, 2), ("C.m", 3, 3), ("exports.z", 4, 4)]),
     "go": ("package m\nfunc F() {}\nfunc (s *Srv[T]) M() {}\n", [("F", 2, 2), ("Srv.M", 3, 3)]),
     "ruby": ("require 'a'\nmodule M\n  class K\n    def m\n      1\n    end\n  end\nend\nputs `ls`\n",
              [("M.K.m", 4, 6), (MODULE, 1, 9)]),
-    "java": ("class K {\n  @A\n  int m() { return 1; }\n  K() {}\n  abstract void no();\n}\n", [("K.m", 2, 3), ("K.K", 4, 4)]),
+    "java": ("class K {\n  @A\n  int m() { return 1; }\n  K() {}\n  abstract void no();\n}\n",
+             [("K.m", 2, 3), ("K.K", 4, 4)]),
 }  # fmt: skip
 
 
@@ -116,7 +120,8 @@ def test_a_broken_file_still_gives_functions(broken: str, wanted: str) -> None:
 
 
 SAME = [
-    ("python", "def f(a):\n  '''doc'''\n  if a:\n    return 'x  y'  # why\n", "def f( a ):\n\n    if a:\n        return 'x  y'"),
+    ("python", "def f(a):\n  '''doc'''\n  if a:\n    return 'x  y'  # why\n",
+     "def f( a ):\n\n    if a:\n        return 'x  y'"),
     ("c", "int f(void) { /* no */ return 1; } // x", "int f(void)\n{\n  return 1;\n}"),
     ("javascript", "function f() { return `a ${b}` } // x", "function f(){return `a ${b}`}"),
     ("ruby", "def f\n  1 # x\nend", "def f\n\n 1\nend"),
@@ -140,7 +145,7 @@ def test_what_code_means_does_count(language: str, one: str, two: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.text(alphabet="def class(){}[]:;'\"`#/*\\\n \tx=é\x0c\r@", max_size=60), language=st.sampled_from(LANGUAGES))
+@given(st.text(alphabet="def class(){}[]:;'\"`#/*\\\n \tx=é\x0c\r@", max_size=60), st.sampled_from(LANGUAGES))
 def test_any_text_gives_functions_inside_it(text: str, language: str) -> None:
     found: list[Function] = functions(source(text, language))
     for item in found:
@@ -348,15 +353,16 @@ def test_an_unchanged_file_is_not_even_opened(run: Run, monkeypatch: pytest.Monk
 def test_a_file_written_within_its_stamp_is_read_again(run: Run) -> None:
     write({"a.py": BAD})
     assert run(".")[0] == 1
-    stamp = os.stat("a.py")
+    stamp = Path("a.py").stat()
     write({"a.py": BAD.replace("%s", "00").replace("% name", "# name")[: len(BAD)].ljust(len(BAD))})
     os.utime("a.py", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert os.stat("a.py").st_size == stamp.st_size
+    assert Path("a.py").stat().st_size == stamp.st_size
     assert run(".")[0] == 0
 
 
 def test_another_rule_is_another_cache(run: Run) -> None:
-    write({"a.py": GOOD, "r.toml": '[[rule]]\nid = "no-add"\ncwe = "CWE-682"\nseverity = "low"\nlanguages = ["python"]\n'
+    write({"a.py": GOOD, "r.toml": '[[rule]]\nid = "no-add"\ncwe = "CWE-682"\nseverity = "low"\n'
+           'languages = ["python"]\n'
            'message = "Adds."\norigin = "a test"\nquery = "(binary_operator)"\n'})  # fmt: skip
     assert run(".")[0] == 0
     code, report = run(".", "--rules", "r.toml")

@@ -206,9 +206,9 @@ def test_many_small_files(run: Run) -> None:
 
 
 def test_a_very_deep_tree(run: Run) -> None:
-    here = os.getcwd()
+    here = Path.cwd()
     for _ in range(60):  # beyond the longest path that a system call takes
-        os.mkdir("d" * 100)
+        Path("d" * 100).mkdir()
         os.chdir("d" * 100)
     os.chdir(here)
     assert [why for why in run()["why"].values() if "cannot be entered" in why]
