@@ -348,7 +348,7 @@ def _split_pairs(recipe: Recipe, loaded: folder.Loaded, say: Any) -> tuple[Pairs
         say(f"{count:,} left out: {reason}.")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     source = Pairs(pairs, ordinary, detect.emphasis, detect.share, item.length, first, tokenizer.pad_token_id or 0,
-                   item.seed)  # fmt: skip
+                   item.seed, detect.noise)  # fmt: skip
     return source, None, {"train": source.digest()}
 
 
