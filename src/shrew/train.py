@@ -68,6 +68,10 @@ class Recipe:
     model: ModelSpec = field(default_factory=ModelSpec)
     detect: DetectSpec | None = None
 
+    def __post_init__(self) -> None:
+        if not self.train.data and self.detect is None:
+            raise SpecError("train.data: name at least one text, or give it with --text.")
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="shrew train", description="Train a small language model from a recipe.")

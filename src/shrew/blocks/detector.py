@@ -33,7 +33,7 @@ class DetectorConfig(ShrewConfig):
     ) -> None:  # fmt: skip
         kwargs = {"id2label": dict(LABELS), "label2id": {name: number for number, name in LABELS.items()}} | kwargs
         super().__init__(spec, **kwargs)
-        self.families, self.pooling = families or ["unknown"], pooling or ["mean", "last"]
+        self.families, self.pooling = families or ["unknown"], pooling or ["mean"]
         self.window, self.comments, self.dropout = window, comments, dropout
 
 

@@ -44,7 +44,7 @@ class DetectSpec:
     families: list[str] = doc("CWE ids to tell apart; all others are unknown", default_factory=lambda: [*FAMILIES])
     pooling: list[Literal["mean", "last", "max", "lines"]] = doc(
         "what of a function is judged: mean, last or largest hidden states, or their mean weighted by the line scores",
-        default_factory=lambda: ["mean", "last"])  # fmt: skip
+        default_factory=lambda: ["mean"])  # fmt: skip
     dropout: Annotated[float, Meta(ge=0, lt=1)] = doc("share of the pooled features left out in training", 0.1)
     noise: Annotated[float, Meta(ge=0, le=0.5)] = doc(
         "share of the tokens that are replaced by another one of the same function in training", 0.0)  # fmt: skip
