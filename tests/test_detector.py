@@ -154,7 +154,7 @@ def _batches(tokenizer: Any, where: Path, length: int = 60, rows: int = 8, share
     pairs, plain = _toy(where)
     item = DetectSpec(pairs=[pairs], negatives=[plain], families=["CWE-94"])
     reader = Reader(item, tokenizer.backend_tokenizer, item.known_families())
-    return Pairs(reader.pairs(), reader.ordinary(), item.emphasis, share, length, 0, 2, 0, rows)
+    return Pairs(reader.pairs(), reader.ordinary(), item.emphasis, share, length, 0, 2, 0, 0.0, rows)
 
 
 @pytest.mark.parametrize("length", [12, 60, 200])
@@ -259,7 +259,7 @@ def test_every_parameter_learns_and_padding_counts_for_nothing(shape: str, tiny_
     model.eval()
     with torch.no_grad():
         tokens, mask = arrays[0], arrays[2]
-        found = model(input_ids=tokens, attention_mask=mask)
+        found = model(input_ids=tokens, attention_mask=mask.float())
         for row in (0, 3):
             size = int(mask[row].sum())
             alone = model(input_ids=tokens[row : row + 1, :size])

@@ -68,6 +68,10 @@ class Recipe:
     model: ModelSpec = field(default_factory=ModelSpec)
     detect: DetectSpec | None = None
 
+    def __post_init__(self) -> None:
+        if not self.train.data and self.detect is None:
+            raise SpecError("train.data: name at least one text, or give it with --text.")
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="shrew train", description="Train a small language model from a recipe.")
@@ -348,7 +352,7 @@ def _split_pairs(recipe: Recipe, loaded: folder.Loaded, say: Any) -> tuple[Pairs
         say(f"{count:,} left out: {reason}.")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     source = Pairs(pairs, ordinary, detect.emphasis, detect.share, item.length, first, tokenizer.pad_token_id or 0,
-                   item.seed)  # fmt: skip
+                   item.seed, detect.noise)  # fmt: skip
     return source, None, {"train": source.digest()}
 
 

@@ -33,7 +33,7 @@ class DetectorConfig(ShrewConfig):
     ) -> None:  # fmt: skip
         kwargs = {"id2label": dict(LABELS), "label2id": {name: number for number, name in LABELS.items()}} | kwargs
         super().__init__(spec, **kwargs)
-        self.families, self.pooling = families or ["unknown"], pooling or ["mean", "last"]
+        self.families, self.pooling = families or ["unknown"], pooling or ["mean"]
         self.window, self.comments, self.dropout = window, comments, dropout
 
 
@@ -83,7 +83,7 @@ class ShrewForSequenceClassification(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Detection:
         """input_ids [B, T], padded at the right where `attention_mask` [B, T] is 0."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
         logits, families, lines, _ = self.judge(input_ids, mask)
         return Detection(torch.stack([torch.zeros_like(logits), logits], 1), families, lines)
 

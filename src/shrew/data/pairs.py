@@ -44,8 +44,10 @@ class DetectSpec:
     families: list[str] = doc("CWE ids to tell apart; all others are unknown", default_factory=lambda: [*FAMILIES])
     pooling: list[Literal["mean", "last", "max", "lines"]] = doc(
         "what of a function is judged: mean, last or largest hidden states, or their mean weighted by the line scores",
-        default_factory=lambda: ["mean", "last"])  # fmt: skip
+        default_factory=lambda: ["mean"])  # fmt: skip
     dropout: Annotated[float, Meta(ge=0, lt=1)] = doc("share of the pooled features left out in training", 0.1)
+    noise: Annotated[float, Meta(ge=0, le=0.5)] = doc(
+        "share of the tokens that are replaced by another one of the same function in training", 0.0)  # fmt: skip
     margin: Annotated[float, Meta(ge=0)] = doc("how far the vulnerable logit is to stand above its twin's", 1.0)
     pair_weight: Annotated[float, Meta(ge=0)] = doc("weight of the loss of that margin", 1.0)
     line_weight: Annotated[float, Meta(ge=0)] = doc("weight of the loss of the lines", 0.5)
@@ -209,6 +211,7 @@ class Pairs:
     first: int | None  # the token that every row begins with
     pad: int
     seed: int
+    noise: float = 0.0
     rows: int = 2
     rank: int = 0
     world: int = 1
@@ -231,10 +234,11 @@ class Pairs:
         for place in self._places(number, units - plain):
             pair = self.pairs[_order(len(self.pairs), self.seed, place)]
             shift, which = draw.random(), int(draw.integers(max(len(pair.before.places), 1)))
-            rows.append([self._row(pair.before, shift, which, 1, pair.family), self._row(pair.after, shift, which, 0)])
+            rows.append([self._row(draw, pair.before, shift, which, 1, pair.family),
+                         self._row(draw, pair.after, shift, which, 0)])  # fmt: skip
         for place in self._places(number, plain):
             twins = (self.ordinary[_order(len(self.ordinary), self.seed + 1, 2 * place + at)] for at in (0, 1))
-            rows.append([self._row(text, draw.random(), -1, 0) for text in twins])
+            rows.append([self._row(draw, text, draw.random(), -1, 0) for text in twins])
         rows.sort(key=lambda two: max(len(row.tokens) for row in two))
         return self._arrays([row for two in rows for row in two])
 
@@ -242,18 +246,21 @@ class Pairs:
         first = (number * self.world + self.rank) * count
         return range(first, first + count)
 
-    def _row(self, text: Text, shift: float, which: int, label: int, family: int = IGNORE) -> "_Row":
+    def _row(self, draw: np.random.Generator, text: Text, shift: float, which: int, label: int,
+             family: int = IGNORE) -> "_Row":  # fmt: skip
         """The window of a function that holds the start of change `which` in its first three quarters, at the share
         `shift` of them; any window for -1."""
         head = [] if self.first is None else [self.first]
         room, count = self.length - len(head), len(text.tokens)
         place = text.places[which] if which >= 0 and text.places else int(shift * count)
         start = int(np.clip(place - shift * (3 * room // 4), 0, max(count - room, 0)))
-        lines = text.lines[start : start + room]
+        tokens, lines = text.tokens[start : start + room], text.lines[start : start + room]
+        if self.noise and len(tokens):
+            tokens = np.where(draw.random(len(tokens)) < self.noise, draw.choice(tokens, len(tokens)), tokens)
         hit = np.isin(lines, list(text.changed))
         _, own = np.unique(lines, return_inverse=True)
         none = np.full(len(head), -1)
-        return _Row(np.concatenate([head, text.tokens[start : start + room]]).astype(np.int64),
+        return _Row(np.concatenate([head, tokens]).astype(np.int64),
                     np.concatenate([none, own]), np.concatenate([none * 0, hit]), label, family)  # fmt: skip
 
     def _arrays(self, rows: list["_Row"]) -> tuple[np.ndarray, ...]:
