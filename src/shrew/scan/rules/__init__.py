@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["SEVERITIES", "Finding", "Rules", "load_rules"]
 
 SEVERITIES = ("low", "medium", "high")
-STEPS = 4_000_000  # of one file: the most that was seen on ordinary ones is a hundredth
+STEPS = 300_000  # of one file; ordinary ones take a few thousand
 _IMPORTS = {
     "python": ("import_statement", "import_from_statement"),
     "javascript": ("import_statement", "variable_declarator"),
@@ -152,6 +152,7 @@ class _Work:
         self.syntax = table.syntax
         self.imported: dict[str, str] = {}
         self.kept: dict[tuple[int, int], bool] = {}
+        self.known: dict[int, dict[int, Value]] = {}
 
     @cached_property
     def file(self) -> File:
@@ -201,11 +202,11 @@ class _Work:
         return self.imported[first] + dot + rest if first in self.imported else name
 
     def hits(self, rule: Rule, node: "Node", captures: Captures, steps: Steps) -> Iterator[Finding]:
-        flow = Flow(self.file, rule.sources, rule.cleaners, steps) if rule.conditions else None
-        if flow is not None and not all(
-            self._holds(condition, node, captures, flow) for condition in rule.conditions
-        ):
-            return
+        if rule.conditions:
+            known = self.known.setdefault(id(rule), {})
+            flow = Flow(self.file, rule.sources, rule.cleaners, steps, known)
+            if not all(self._holds(condition, node, captures, flow) for condition in rule.conditions):
+                return
         if self._cleared(rule, node, steps):
             return
         if rule.then is None:
@@ -293,4 +294,4 @@ def _fits(condition: Condition, node: "Node", flow: Flow) -> bool:
         return False
     if condition.without & value.labels:
         return False
-    return condition.says is None or expressions.found(condition.says, "".join(value.says))
+    return condition.says is None or expressions.found(condition.says, value.says)

@@ -39,7 +39,7 @@ _ROUTES = re.compile(r"@[\w.]+\.(route|get|post|put|delete|patch|websocket|api_r
 @dataclass
 class Value:
     labels: set[str] = field(default_factory=set)
-    says: list[str] = field(default_factory=list)  # constant text that is part of it, in order
+    says: str = ""  # the constant text that is part of it, in order
     text: bool = False  # a string literal is part of it
 
 
@@ -73,13 +73,12 @@ class Scope:
         label = "outside" if self._serves(declared) else "parameter"
         known = {}
         items = [] if declared is None else [declared] if is_name(declared) else declared.named_children
-        for number, item in enumerate(items):
+        for place, item in enumerate(items):
             kind = text_of(item.child_by_field_name("type")).split("[")[0]
-            if kind in _NUMBER_TYPES and self.syntax is not LANGUAGES["c"]:
-                continue
+            number = kind in _NUMBER_TYPES and self.syntax is not LANGUAGES["c"]  # where it may be a length
             for name in _targets(item):
-                if name not in ("self", "cls", "this") and not (number < 2 and name == "request"):
-                    known[name] = label
+                if name not in ("self", "cls", "this") and not (place < 2 and name == "request"):
+                    known[name] = "" if number else label
         return known
 
     def _serves(self, declared: "Node | None") -> bool:
@@ -237,9 +236,12 @@ class File:
 class Flow:
     """Answers for one rule where values come from."""
 
-    def __init__(self, file: File, sources: Names, cleaners: Names, steps: Steps) -> None:
+    def __init__(
+        self, file: File, sources: Names, cleaners: Names, steps: Steps, known: dict[int, Value]
+    ) -> None:
+        """`known`: what was found out before about assigned values, for the same rule and file; it is added to."""
         self.file, self.syntax, self.sources, self.cleaners = file, file.syntax, sources, cleaners
-        self.all_steps, self.steps = steps, 0
+        self.all_steps, self.steps, self.known = steps, 0, known
 
     def of(self, node: "Node") -> Value:
         """What is known of an expression. Raises Spent."""
@@ -282,14 +284,14 @@ class Flow:
                 _say(value, text_of(child))
             elif child.type in self.syntax.strings:
                 self._string(child, inner, depth + 1, scope)
-                value.says += inner.says
-                inner.says = []
+                _say(value, inner.says)
+                inner.says = ""
             elif child.type in self.syntax.holes:
                 for part in child.named_children[:1]:
                     self._look(part, inner, depth + 1, scope)
         if inner.labels:
             value.labels |= inner.labels | {"built"}
-        value.says += inner.says
+        _say(value, inner.says)
 
     def _name(self, node: "Node", value: Value, depth: int, scope: Scope) -> None:
         name = text_of(node)
@@ -303,17 +305,16 @@ class Flow:
             bindings, earlier = scope.reaching(name, at)
             inner = Value()
             for item in bindings:
-                part = Value()
-                self._look(item.value, part, depth + 1, scope)
+                part = self._assigned(item.value, depth, scope)
                 joined = item.adds and part.labels and (part.text or inner.text)
                 inner.labels |= part.labels | ({"built"} if joined else set())
-                inner.says += part.says
+                _say(inner, part.says)
                 inner.text |= part.text
             _merge(value, inner)
             if not earlier:
                 return
             if name in scope.parameters:
-                value.labels.add(scope.parameters[name])
+                value.labels |= {scope.parameters[name]} - {""}
                 return
             if bindings and scope.outer is None:
                 return
@@ -321,6 +322,15 @@ class Flow:
             scope = scope.outer
         if name not in self.file.imported and not name.isupper():
             value.labels.add("unknown")
+
+    def _assigned(self, node: "Node", depth: int, scope: Scope) -> Value:
+        value = self.known.get(node.id)
+        if value is None:
+            value = Value()
+            self._look(node, value, depth + 1, scope)
+            if self.steps <= STEPS:
+                self.known[node.id] = value
+        return value
 
     def _member(self, node: "Node", kind: str, value: Value, depth: int, scope: Scope) -> None:
         name = name_of(node, self.syntax)
@@ -331,7 +341,7 @@ class Flow:
         if place in scope.bindings and "?" not in place:
             bindings, _ = scope.reaching(place, node.start_byte)
             for item in bindings:
-                self._look(item.value, value, depth + 1, scope)
+                _merge(value, self._assigned(item.value, depth, scope))
             if bindings:
                 return
         first = self.syntax.elements.get(kind) or self.syntax.members[kind][0]
@@ -350,7 +360,7 @@ class Flow:
             self._look(child, inner, depth + 1, scope)
         sign = text_of(operator)
         if sign == "%" and left is not None and left.type in self.syntax.strings and _only_numbers(text_of(left)):
-            value.says += inner.says
+            _say(value, inner.says)
             value.text = True
             return
         if inner.labels and inner.text and sign in _OPERATORS:
@@ -402,13 +412,11 @@ def _operands(node: "Node") -> "list[Node]":
 def _merge(value: Value, inner: Value) -> None:
     value.labels |= inner.labels
     value.text |= inner.text
-    for text in inner.says:
-        _say(value, text)
+    _say(value, inner.says)
 
 
 def _say(value: Value, text: str) -> None:
-    if sum(map(len, value.says)) < SAID:
-        value.says.append(text[:SAID])
+    value.says = (value.says + text)[:SAID]
 
 
 def _only_numbers(text: str) -> bool:

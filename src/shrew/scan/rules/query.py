@@ -91,6 +91,11 @@ class Query:
         return frozenset(part.kind for part in (self.part.choices or (self.part,)))
 
     @property
+    def named(self) -> bool:
+        """Whether it begins with nodes that have names."""
+        return all(part.named and not part.choices for part in (self.part.choices or (self.part,)))
+
+    @property
     def captures(self) -> frozenset[str]:
         return frozenset(_captures(self.part))
 

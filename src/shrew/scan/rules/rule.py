@@ -112,8 +112,8 @@ class Stated:
                 return None
             try:
                 read = query.parse(text, grammar)
-                if "" in read.roots or query.DEEP in read.roots:
-                    raise ValueError("it begins with any node; say of which kind the outermost one is")
+                if read.roots & {"", query.DEEP} or not read.named:
+                    raise ValueError("it may begin with any node; say of which kind the outermost one is")
                 if missing := set(needs) - read.captures:
                     raise ValueError(f"@{missing.pop()} is not captured")
             except ValueError as error:
@@ -183,7 +183,7 @@ def _one(path: Path, number: int, values: dict[str, Any], lists: dict[str, list[
         raise SpecError(f"{where}: give calls, or query, or first and then (with or without reset).")
     for names in (rule.calls, rule.sources, rule.cleaners, rule.unless_calls):
         for item in names:
-            if not re.fullmatch(r"(new )?(\*\.)?[^\s*()]+", item):
+            if not re.fullmatch(r"(new )?(\*\.)?[^\s*]+", item):
                 raise SpecError(f"{where}: '{item[:60]}' is no name; write a.b.c, *.c or new C.")
     return Stated(rule, where, tuple(_condition(where, item, bool(rule.calls)) for item in rule.where))
 
