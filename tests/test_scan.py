@@ -1,6 +1,7 @@
 """`shrew scan` from the command line: what is found, held back, cached, and what counts as changed."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -397,3 +398,34 @@ def test_the_spec_has_a_flag_for_each_field(capsys: pytest.CaptureFixture[str]) 
     told = capsys.readouterr().out
     fields = set(ScanSpec.__dataclass_fields__) - {"ignore"}
     assert [name for name in fields if f"--{name.replace('_', '-')}" not in told] == []
+
+
+def test_a_first_stage_from_a_folder(place: Path, tmp_path: Path) -> None:
+    """What is packed beside a detector, with a threshold that never wakes the detector itself."""
+    from shrew.scan.grams import Grams
+
+    texts = [f"def f{at}(x):\n    return {'evil' if at % 2 else 'good'}(x)\n" for at in range(20)]
+    folder = tmp_path / "detector"
+    folder.mkdir()
+    Grams.fit(texts, [at % 2 for at in range(20)], ["python"] * 20).save(folder / "grams.npz")
+    table = {"bias": 0.0, "weights": {"grams": 1.0}}
+    points = {name: {"threshold": at, "alerts_per_1000": 3.0} for name, at in
+              {"quiet": 0.99, "balanced": 0.5, "thorough": 0.4}.items()}  # fmt: skip
+    given = {"combine": {"with": table, "without": table}, "points": points, "first_stage": 99.0, "version": 1}
+    (folder / "scan.json").write_text(json.dumps(given))
+    write({"a.py": texts[1] + texts[2]})
+    judge = Judge(folder)
+    evil, good = judge.grams([texts[1], texts[2]], ["python"] * 2)
+    assert evil is not None and good is not None and evil > 0 > good
+    assert scan(["."], judge=judge).alerts == [], "nothing reaches the detector"
+    chance = judge.probability(None, evil, [])
+    assert chance == pytest.approx(1 / (1 + math.exp(-evil)), abs=1e-3)
+    assert judge.severity(chance, []) == "medium"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"combine": {}, "points": {}}', '{"combine": 1, "points": {}}'])
+def test_a_damaged_detector_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scan.json").write_text(text)
+    write({"a.py": BAD})
+    assert main(["scan", ".", "--detector", str(tmp_path)]) == 2
+    assert "scan.json" in capsys.readouterr().err
