@@ -57,9 +57,9 @@ def test_bootstrap_agrees_with_theory_and_with_single_resamples() -> None:
     error = (new.columns["bits"] - old.columns["bits"]).std() / 20 / 100
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.08)
     assert found.value == pytest.approx(measure.difference(old, new))
-    rows = next(statistics.weights(5, 3, seed=4))
-    index = np.random.default_rng(4).integers(0, 5, (3, 5))
     few = text(rng.random(5) + 1, rng.random(5) + 1)
+    rows = next(few.resamples(3, seed=4))
+    index = np.random.default_rng(4).integers(0, 5, (3, 5))
     np.testing.assert_allclose(few.values(rows), [few.value(row) for row in index])
 
 

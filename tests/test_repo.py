@@ -18,7 +18,7 @@ from shrew.__main__ import VERBS
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "shrew"
 SHELVES = [
-    "spec errors files machine entropy",
+    "spec errors files machine code entropy",
     "objectives",
     "record folder data muon blocks runtime",
     "tasks train report",

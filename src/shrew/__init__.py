@@ -47,7 +47,7 @@ def _teach_transformers() -> None:
     """Register the packed weights and the block models; without torch transformers cannot load a model anyway."""
     if importlib.util.find_spec("torch") is not None:
         importlib.import_module("shrew.folder.packed").register()
-        importlib.import_module("shrew.blocks.model")
+        importlib.import_module("shrew.blocks.detector")
 
 
 class _AfterTransformers(importlib.abc.MetaPathFinder):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,6 +41,57 @@ def chunked_next_token(hidden: Tensor, head: Callable[[Tensor], Tensor], targets
 def classify(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of -log p(label) in nats; logits [N, classes], labels [N]."""
     return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    """What `detection` adds to the classification: a margin between the members of a pair, and the weights of losses.
+    """
+
+    margin: float = 1.0
+    pairs: float = 1.0
+    lines: float = 0.5
+    families: float = 0.2
+
+
+def margin(before: Tensor, after: Tensor, gap: float) -> Tensor:
+    """Sum of how far each `before` [N] falls short of standing `gap` above its `after` [N]."""
+    return F.relu(gap - (before - after)).sum()
+
+
+def line_means(scores: Tensor, lines: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the tokens of each line: scores [B, T] and the line [B, T] of each token, -1 where none ->
+    [B, T] by line, and which lines there are."""
+    place, there = lines.clamp(min=0), (lines >= 0).to(scores.dtype)
+    total = torch.zeros_like(scores).scatter_add(1, place, scores * there)
+    count = torch.zeros_like(scores).scatter_add(1, place, there)
+    return total / count.clamp(min=1), count > 0
+
+
+def line_loss(scores: Tensor, lines: Tensor, hits: Tensor) -> Tensor:
+    """Sum over rows of the binary cross-entropy of their lines' scores in nats, half of it from the lines that a fix
+    changes and half from the others, whatever their numbers; `hits` [B, T] is 1 at the tokens of the former."""
+    means, there = line_means(scores.float(), lines)
+    wrong = line_means(hits.to(means.dtype), lines)[0] > 0
+    each = F.binary_cross_entropy_with_logits(means, wrong.to(means.dtype), reduction="none")
+    halves = [(each * part).sum(1) / part.sum(1).clamp(min=1) for part in (wrong & there, ~wrong & there)]
+    return 0.5 * torch.stack(halves).sum()
+
+
+def detection(
+    logits: Tensor, scores: Tensor, families: Tensor, labels: Tensor, lines: Tensor, hits: Tensor, family: Tensor,
+    weights: Tensor, emphasis: Emphasis,
+) -> Tensor:  # fmt: skip
+    """The loss of a detector in nats, summed over rows that come in twos: a vulnerable function (label 1) and its fixed
+    twin, or two others. `logits` [B] are those of being vulnerable, `scores` [B, T] those of tokens, `families` [B, K];
+    `family` [B] is IGNORE where there is none. Each row's cross-entropy has its weight of `weights` [B]."""
+    logits = logits.float()
+    found = (weights * F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")).sum()
+    pairs = labels[0::2] == 1
+    found = found + emphasis.pairs * margin(logits[0::2][pairs], logits[1::2][pairs], emphasis.margin)
+    found = found + emphasis.lines * line_loss(scores, lines, hits)
+    known = F.cross_entropy(families.float(), family, ignore_index=IGNORE, reduction="sum")
+    return found + emphasis.families * known
 
 
 def divergence(student: Tensor, teacher: Tensor, loss: str = "forward", alpha: float = 0.1) -> Tensor:

@@ -148,7 +148,7 @@ def to_toml(values: dict[str, Any], comment: str = "") -> str:
     return head + ("\n" if head else "") + tomli_w.dumps(values)
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: Any) -> None:
+def add_flags(parser: argparse._ActionsContainer, cls: Any) -> None:
     """One `--flag` for each field of a spec; nested tables stay recipe-only."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for item in dataclasses.fields(cls):

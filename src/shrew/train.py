@@ -20,13 +20,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from shrew import data, files, folder, machine, objectives, spec
+from shrew.blocks.detector import ShrewForSequenceClassification, detector
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.stock import adopt, stock
+from shrew.data.pairs import DetectSpec, Pairs, Reader
 from shrew.errors import DataError, FolderError, ShrewError, SpecError, UnsupportedError, UsageError, nearest
-from shrew.muon import StackedMuon
+from shrew.muon import optimizers
 from shrew.spec import Meta, doc
 
 
@@ -34,7 +35,8 @@ from shrew.spec import Meta, doc
 class TrainSpec:
     """The `[train]` table of a recipe."""
 
-    data: list[str] = doc("text, JSONL or parquet: files, folders, globs, python:train, or a datasets name")
+    data: list[str] = doc("text, JSONL or parquet: files, folders, globs, python:train, or a datasets name",
+                          default_factory=list)  # fmt: skip
     out: str = doc("model folder to write")
     init: str = doc("model folder to go on from (any causal LM or classifier); default: build [model]", "")
     tokenizer: str = doc("bpe:SIZE to train one on the data, or a folder with a tokenizer", "bpe:4096")
@@ -64,6 +66,11 @@ class TrainSpec:
 class Recipe:
     train: TrainSpec
     model: ModelSpec = field(default_factory=ModelSpec)
+    detect: DetectSpec | None = None
+
+    def __post_init__(self) -> None:
+        if not self.train.data and self.detect is None:
+            raise SpecError("train.data: name at least one text, or give it with --text.")
 
 
 def main(argv: list[str]) -> int:
@@ -72,13 +79,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the last line of the log as JSON")
     parser.add_argument("--text", action="append", default=[], help="train on this instead of the recipe's data")
     spec.add_flags(parser, TrainSpec)
+    group = parser.add_argument_group("detectors of vulnerable functions, of recipes with [detect]")
+    for flag in ("pairs", "negatives", "languages", "hold-out", "pooling"):
+        text = DetectSpec.__dataclass_fields__[flag.replace("-", "_")].metadata["doc"]
+        group.add_argument(f"--{flag}", action="append", help=f"{text}; may be repeated")
+    spec.add_flags(group, DetectSpec)
     args = parser.parse_args(argv)
     values = spec.read_toml(args.recipe)
-    names = TrainSpec.__dataclass_fields__
-    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    given |= {"data": args.text} if args.text else {}
-    if isinstance(values.get("train"), dict):
-        values["train"].update(given)
+    given = {k: v for k, v in vars(args).items() if v is not None} | ({"data": args.text} if args.text else {})
+    for table, cls in (("train", TrainSpec), ("detect", DetectSpec)):
+        some = {k: v for k, v in given.items() if k in cls.__dataclass_fields__}
+        if isinstance(values.get(table), dict):
+            values[table].update(some)
+        elif some and table == "detect":
+            raise UsageError(f"{args.recipe} has no [detect], which --{next(iter(some)).replace('_', '-')} is for.")
     result = train(spec.parse(Recipe, values, str(args.recipe)))
     if args.json:
         print(json.dumps(result))
@@ -134,7 +148,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     machine.set_seed(item.seed)
     loaded, documents = prepare(recipe, run, say)
     middle = data.fill_in_the_middle(loaded.tokenizer, item.fim) if item.fim else None
-    kept, held, hashes = _split(documents, item, loaded)
+    kept, held, hashes = _split_pairs(recipe, loaded, say) if recipe.detect else _split(documents, item, loaded)
     if not world.rank:
         world.barrier()
     model = loaded.model.to(world.device).train()
@@ -170,6 +184,8 @@ def _sayer(speak: bool) -> Any:
 
 
 def _size(source: Any) -> str:
+    if isinstance(source, Pairs):
+        return f"{len(source.pairs):,} pairs and {len(source.ordinary):,} ordinary functions"
     if isinstance(source, data.Stream):
         return f"{len(source.tokens):,} tokens of text ({source.text_bytes / 1e6:.1f} MB)"
     return f"{len(source.texts):,} labelled texts"
@@ -178,11 +194,15 @@ def _size(source: Any) -> str:
 def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[data.Document]]:
     """The model to train with its tokenizer, and the documents (empty for a classifier, which reads labelled rows)."""
     item = recipe.train
+    if recipe.detect and not item.init:
+        raise SpecError("train.init: a detector starts from a trained model; name its folder (--init).")
     if item.init:
         loaded = folder.load(item.init)
         if loaded.packed:
             raise UsageError(f"{item.init} is quantized and cannot be trained further; start from its original.")
         _check_length(item.length, getattr(loaded.model.config, "max_position_embeddings", None))
+        if recipe.detect:
+            return _as_detector(loaded, recipe.detect, item), []
         return (loaded, []) if loaded.is_classifier else (_in_our_blocks(loaded, item), data.documents(item.data))
     _check_length(item.length, recipe.model.context)
     documents = data.documents(item.data)
@@ -205,6 +225,18 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
     model = build(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id)  # fmt: skip
     return folder.Loaded(model, tokenizer), documents
+
+
+def _as_detector(loaded: folder.Loaded, detect: DetectSpec, item: TrainSpec) -> folder.Loaded:
+    """A detector as it is, and a causal model with the heads of one, whose weights the seed says."""
+    if isinstance(loaded.model, ShrewForSequenceClassification):
+        loaded.model.config.window, loaded.model.config.comments = item.length, detect.comments
+        return loaded
+    if loaded.is_classifier:
+        raise UsageError(f"{item.init} is a classifier; a detector starts from a causal model or a detector.")
+    made = detector(adopt(loaded.model), detect.known_families(), list(detect.pooling), item.length, detect.comments,
+                    detect.dropout)  # fmt: skip
+    return replace(loaded, model=made)
 
 
 def _in_our_blocks(loaded: folder.Loaded, item: TrainSpec) -> folder.Loaded:
@@ -309,6 +341,21 @@ def _split(documents: list[data.Document], item: TrainSpec, loaded: folder.Loade
     return streams["train"], held if held and held.windows(item.length) else None, hashes
 
 
+def _split_pairs(recipe: Recipe, loaded: folder.Loaded, say: Any) -> tuple[Pairs, None, dict[str, str]]:
+    """As `_split`, for a detector: benchmarks hold projects out, so that nothing is kept for validation."""
+    detect, item, tokenizer = recipe.detect or DetectSpec(), recipe.train, loaded.tokenizer
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedError(f"{item.init}: a detector needs a tokenizer with a tokenizer.json.")
+    reader = Reader(detect, tokenizer.backend_tokenizer, loaded.model.config.families)
+    pairs, ordinary = reader.pairs(), reader.ordinary()
+    for reason, count in sorted(reader.left_out.items()):
+        say(f"{count:,} left out: {reason}.")
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    source = Pairs(pairs, ordinary, detect.emphasis, detect.share, item.length, first, tokenizer.pad_token_id or 0,
+                   item.seed, detect.noise)  # fmt: skip
+    return source, None, {"train": source.digest()}
+
+
 def _read_state(run: Path) -> dict[str, Any]:
     place = run / "checkpoint" / "state.json"
     try:
@@ -335,7 +382,9 @@ class Loop:
         self.item, self.world, self.model, self.run, self.bf16, self.say = item, world, model, run, bf16, say
         self.rows = max(item.batch_tokens // item.length // world.size, 1)
         self.micro = item.micro_rows or max(min(self.rows, 2048 // item.length), 1)
-        if isinstance(source, data.Labelled):
+        if isinstance(source, Pairs):  # rows come in twos
+            self.rows, self.micro = max(self.rows // 2 * 2, 2), max(self.micro // 2 * 2, 2)
+        if isinstance(source, data.Labelled | Pairs):
             self.batches: Any = replace(source, rows=self.rows, rank=world.rank, world=world.size)
         else:
             self.batches = data.Batches(source, item.length, self.rows, item.seed, world.rank, world.size, middle)
@@ -414,9 +463,13 @@ class Loop:
             state = {"step": self.step, "cpu_seconds": self.cpu_seconds, **facts}
             (temporary / "state.json").write_text(json.dumps(state))
 
-    def _losses(self, tokens: Tensor, targets: Tensor, owner: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _losses(self, tokens: Tensor, targets: Tensor, owner: Tensor, *more: Tensor) -> tuple[Tensor, Tensor | None]:
         """Summed loss in nats of a micro-batch, and what the model adds to it to be trained well (MoE balance,
         losses of early exits)."""
+        if isinstance(self.batches, Pairs):
+            found: tuple[Tensor, Tensor | None] = self.model.losses(
+                tokens, targets, owner, *more, emphasis=self.batches.emphasis)  # fmt: skip
+            return found
         if isinstance(self.batches, data.Labelled):
             logits = self.model(input_ids=tokens, attention_mask=owner).logits
             return objectives.classify(logits, targets), None
@@ -459,7 +512,7 @@ class Loop:
             keep = min(self.item.ema, (1 + self.step) / (10 + self.step))  # short runs would average their start in
             for name, p in self.model.named_parameters() if self.average else ():
                 self.average[name].lerp_(p, 1 - keep)
-        classifies = isinstance(self.batches, data.Labelled)  # one target a text
+        classifies = isinstance(self.batches, data.Labelled | Pairs)  # one target a text
         return mean, int(arrays[2].sum()) * self.world.size if classifies else int(count.item())
 
     @torch.no_grad()
@@ -523,52 +576,11 @@ def describe(line: dict[str, Any], steps: int, left: float) -> str:
     )
 
 
-def optimizers(model: Any, item: TrainSpec) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan 2024) for the linear maps inside layers, stacked experts too, and AdamW for the rest (embeddings,
-    head, routers, gates of one number, taps of convolutions), or AdamW for all. What a block does after each step
-    (`after_step`) hangs on the last one."""
-    hidden: list[nn.Parameter] = []
-    stacked: list[nn.Parameter] = []
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    routers = [part.gate for part in model.modules() if hasattr(part, "experts") and hasattr(part, "gate")]
-    others = {id(part) for part in (head, *routers)}
-    maps = {id(part.weight) for part in model.modules() if isinstance(part, nn.Linear | Conv1D)
-            and id(part) not in others and min(part.weight.shape) > 1}  # fmt: skip
-    for name, p in model.named_parameters():
-        if id(p) in maps:
-            hidden.append(p)
-        elif p.ndim == 3 and ".experts." in name:
-            stacked.append(p)
-        else:
-            (matrices if p.ndim > 1 else vectors).append(p)
-    adam = [{"params": matrices, "weight_decay": item.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    found: list[torch.optim.Optimizer] = []
-    if item.optimizer == "muon" and hidden:
-        found.append(torch.optim.Muon(hidden, lr=item.lr, weight_decay=item.weight_decay,
-                                      adjust_lr_fn="match_rms_adamw"))  # fmt: skip
-    else:
-        adam.append({"params": hidden, "weight_decay": item.weight_decay})
-    if item.optimizer == "muon" and stacked:
-        found.append(StackedMuon(stacked, lr=item.lr, weight_decay=item.weight_decay))
-    else:
-        adam.append({"params": stacked, "weight_decay": item.weight_decay})
-    adam = [group for group in adam if group["params"]]
-    found.append(torch.optim.AdamW(adam, lr=item.lr, betas=(0.9, 0.95), eps=1e-10, fused=True))
-    for optimizer in found:
-        for group in optimizer.param_groups:
-            group["peak"] = item.lr
-    for block in [part for part in model.modules() if hasattr(part, "after_step")]:
-        found[-1].register_step_post_hook(lambda *_, block=block: block.after_step())
-    return found
-
-
 def flops_per_token(model: Any, length: int) -> int:
     """Training FLOPs of one token: of our own models three times the forward pass as the blocks count it; of others 6
     per weight that multiplies (the head does, the embedding table does not, nor do experts that are not chosen) and 12
     per layer with attention, width and mean context (Kaplan et al. 2020)."""
-    if isinstance(model, ShrewForCausalLM):
+    if isinstance(model, ShrewForCausalLM | ShrewForSequenceClassification):
         return 3 * model.flops(length // 2, training=True)
     config: Any = model.config
     weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)

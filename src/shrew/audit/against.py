@@ -162,6 +162,8 @@ def _graph(path: Path) -> Loaded:
     if not (path / "pack.json").exists():
         raise UnsupportedError(f"{path} is no pack of Shrew's: its graph has inputs that only its own runtime knows.")
     pack = runtime.load(path)
+    if pack.manifest.kind == "detector":
+        raise UnsupportedError(f"{path} is a detector, which `shrew scan` runs; audit the model folder it came from.")
     kind = GraphForCausalLM if pack.manifest.labels is None else GraphForSequenceClassification
     with quiet():
         try:

@@ -14,6 +14,7 @@ from shrew import folder, machine, record, spec, tasks
 from shrew.errors import DataError, UsageError
 from shrew.folder import Loaded
 from shrew.measure import cost, kv
+from shrew.measure.detection import detection_records
 from shrew.measure.forgotten import bias_records, forgotten_records, tail_records
 from shrew.measure.statistics import (
     Interval,
@@ -53,7 +54,7 @@ def quality_records(
     common: dict[str, Any] = {"run": run, "model": model, "task": f"{scores.task}/{scores.split}", "seed": seed}
     if scores.metric == "stereotype_share":
         return bias_records(scores, original, against, common)
-    units = "documents" if scores.metric == "bits_per_byte" else "examples"
+    units = {"bits_per_byte": "documents", "auc": "pairs"}.get(scores.metric, "examples")
     detail: dict[str, Any] = {"units": units}
     if scores.higher_is_better:
         detail["chance"] = scores.chance
@@ -68,6 +69,8 @@ def quality_records(
         as_accuracy = scores.accuracy()
         detail = {"units": units, "chance": as_accuracy.chance}
         found.append(_with(interval(as_accuracy, seed=seed), metric="accuracy", detail=detail, **common))
+    if scores.metric == "auc":
+        found += detection_records(scores, common)
     if original is not None:
         found.append(_retention(original, scores, against, alpha, units, common))
     if "kl_bits" in scores.columns:

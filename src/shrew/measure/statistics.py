@@ -13,7 +13,6 @@ import numpy as np
 
 from shrew.errors import DataError
 from shrew.tasks import Scores
-from shrew.tasks.scores import weights
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def paired_bootstrap(
         value, drawn = retention(original, new), _resample(original, new, samples, seed)
     else:
         value = difference(original, new)
-        parts = [new.values(w) - original.values(w) for w in weights(original.n, samples, seed)]
+        parts = [new.values(w) - original.values(w) for w in original.resamples(samples, seed)]
         drawn = np.concatenate(parts)
     tail = (1 - level) / 2
     low, high = _quantile(drawn, tail), -_quantile(-drawn, tail)
@@ -64,7 +63,7 @@ def paired_bootstrap(
 
 def interval(scores: Scores, samples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
     """Percentile bootstrap interval of one model's metric."""
-    drawn = np.concatenate([scores.values(w) for w in weights(scores.n, samples, seed)])
+    drawn = np.concatenate([scores.values(w) for w in scores.resamples(samples, seed)])
     tail = (1 - level) / 2
     return Interval(scores.value(), float(np.quantile(drawn, tail)), float(np.quantile(drawn, 1 - tail)), scores.n)
 
@@ -74,7 +73,7 @@ def ratio_interval(
 ) -> Interval:
     """Interval of the ratio of two columns' sums, for example KL per token."""
     above, below = scores.columns[top], scores.columns[bottom]
-    drawn = np.concatenate([(w @ above) / np.maximum(w @ below, 1e-300) for w in weights(scores.n, samples, seed)])
+    drawn = np.concatenate([(w @ above) / np.maximum(w @ below, 1e-300) for w in scores.resamples(samples, seed)])
     tail = (1 - level) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return Interval(scores.ratio(top, bottom), float(low), float(high), scores.n)
@@ -90,7 +89,7 @@ def ratio_difference(original: Scores, new: Scores, top: str, bottom: str, sampl
         below = rows @ scores.columns[bottom]
         return np.divide(rows @ scores.columns[top], below, out=np.full(len(rows), np.nan), where=below > 0)
 
-    drawn = np.concatenate([ratio(new, w) - ratio(original, w) for w in weights(original.n, samples, seed)])
+    drawn = np.concatenate([ratio(new, w) - ratio(original, w) for w in original.resamples(samples, seed)])
     tail = (1 - level) / 2
     low, high = np.nanquantile(drawn, [tail, 1 - tail])
     return Interval(new.ratio(top, bottom) - original.ratio(top, bottom), float(low), float(high), original.n)
@@ -247,7 +246,7 @@ def _retentions(original: Scores, new: Scores, rows: np.ndarray) -> np.ndarray:
 
 
 def _resample(original: Scores, new: Scores, samples: int, seed: int) -> np.ndarray:
-    return np.concatenate([_retentions(original, new, rows) for rows in weights(original.n, samples, seed)])
+    return np.concatenate([_retentions(original, new, rows) for rows in original.resamples(samples, seed)])
 
 
 def _quantile(drawn: np.ndarray, p: float) -> float:

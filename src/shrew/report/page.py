@@ -1,17 +1,14 @@
 """The page: one function a section, each returning '' when its records are missing."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
 from shrew.record import Record
 from shrew.report import forgotten, plot, tables, words
-from shrew.report.style import CSS
+from shrew.report.frame import document, scroll, section, small, table
 from shrew.report.view import CHOSEN, ORIGINAL, View, facts, proof_note, sentence, split_of
 from shrew.report.words import escape
-
-# Nothing may be fetched and nothing may run, whatever a record holds.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def page(view: View) -> str:
@@ -20,33 +17,7 @@ def page(view: View) -> str:
     title = told.partition(";")[0] if told else f"Measured: {', '.join(view.columns)}"
     parts = [_frontier, _models, _moves, _samples, forgotten.section, _tensors, _recipe, _tools, _method]
     body = "".join(part(view) for part in parts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"{_header(view, told)}{body}</main>\n{_footer(view)}</body>\n</html>\n"
-    )
-
-
-def _section(title: str, note: str, body: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n" + (f'<p class="note">{note}</p>\n' if note else "") + f"{body}</section>\n"
-
-
-def _scroll(label: str, table: str) -> str:
-    """A box of its own for what may be wider than a phone; it can be reached and scrolled by keyboard."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{label}">{table}</div>\n'
-
-
-def _table(head: Iterable[tuple[str, str]], rows: Iterable[str], kind: str = "") -> str:
-    """A table from (class, text) heads and finished rows."""
-    cells = "".join(f'<th scope="col" class="{look}">{text}</th>' for look, text in head)
-    return f'<table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>\n{"".join(rows)}</tbody></table>'
-
-
-def _small(text: str) -> str:
-    return f"<small>{escape(text)}</small>" if text else ""
+    return document(title, f"<main>\n{_header(view, told)}{body}</main>\n{_footer(view)}")
 
 
 def _header(view: View, told: str) -> str:
@@ -80,7 +51,7 @@ def _frontier(view: View) -> str:
         note += " The line joins the best that the search found at each size."
     pictures = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     figure = f'<figure>\n{pictures}<ul class="legend">{keys}</ul></figure>\n'
-    return _section("Size against quality", note, figure)
+    return section("Size against quality", note, figure)
 
 
 def _models(view: View) -> str:
@@ -95,20 +66,20 @@ def _models(view: View) -> str:
             if group.title:
                 rows.append(f'<tr class="group"><th colspan="{len(columns) + 1}">{escape(group.title)}</th></tr>\n')
             rows += [_model_row(row) for row in group.rows]
-        body = _scroll("Models side by side", _table(head, rows, "models"))
+        body = scroll("Models side by side", table(head, rows, "models"))
     trials = _trials(view)
     if not body and not trials:
         return ""
     intervals = any(cell and cell.small for group in groups for row in group.rows for cell in row.cells)
-    return _section("The numbers", "Below a number stands its 95 % interval." if intervals else "", body + trials)
+    return section("The numbers", "Below a number stands its 95 % interval." if intervals else "", body + trials)
 
 
 def _model_row(row: tables.Row) -> str:
     cells = "".join(
-        f'<td class="num">{escape(cell.text)}{_small(cell.small)}</td>' if cell else '<td class="num">–</td>'
+        f'<td class="num">{escape(cell.text)}{small(cell.small)}</td>' if cell else '<td class="num">–</td>'
         for cell in row.cells
     )
-    return f'<tr><th scope="row">{escape(row.metric.label)}{_small(row.metric.hint)}</th>{cells}</tr>\n'
+    return f'<tr><th scope="row">{escape(row.metric.label)}{small(row.metric.hint)}</th>{cells}</tr>\n'
 
 
 def _trials(view: View) -> str:
@@ -122,9 +93,9 @@ def _trials(view: View) -> str:
         seconds = words.number_in(trial.value) if trial else None
         cost = "–" if seconds is None else words.duration(seconds)
         if detail.get("reused") is True:
-            cost, reused = cost + _small("reused, not run again"), reused + 1
+            cost, reused = cost + small("reused, not run again"), reused + 1
         total = view.value(model, "bytes")
-        name = escape(view.name(model)) + (_small("chosen") if view.met and model == view.chosen_trial else "")
+        name = escape(view.name(model)) + (small("chosen") if view.met and model == view.chosen_trial else "")
         cells = [_kept_cell(view, model, split) for split in ("search", "final")]
         rows.append(
             f'<tr><th scope="row">{name}</th><td>{escape(moves) or "–"}</td>'
@@ -137,7 +108,7 @@ def _trials(view: View) -> str:
             ("num", "CPU time")]  # fmt: skip
     title = f"All {len(rows)} trials" if len(rows) > 1 else "The one trial"
     title += f", {reused} of them reused from an earlier run" if reused else ""
-    return f"<details>\n<summary>{title}</summary>\n{_scroll('Trials', _table(head, rows))}</details>\n"
+    return f"<details>\n<summary>{title}</summary>\n{scroll('Trials', table(head, rows))}</details>\n"
 
 
 def _kept_cell(view: View, model: str, split: str) -> str:
@@ -148,7 +119,7 @@ def _kept_cell(view: View, model: str, split: str) -> str:
     passed = {True: "passed", False: "did not pass"}.get(record.detail.get("passed") is True, "")
     if not isinstance(record.detail.get("passed"), bool):
         passed = ""
-    return f'<td class="num">{escape(cell.text)}{_small(cell.small)}{_small(passed)}</td>'
+    return f'<td class="num">{escape(cell.text)}{small(cell.small)}{small(passed)}</td>'
 
 
 def _moves(view: View) -> str:
@@ -178,7 +149,7 @@ def _moves(view: View) -> str:
         rows.append(_step(name, previous, total / biggest, change + words.size(total), kept))
         before, kept_before = total, share if share is not None else kept_before
     note = f"Weights on disk and quality after each move, in the order of the recipe{_on(steps[0][0])}."
-    return _section("What each move bought", note, f'<ol class="rows">\n{"".join(rows)}</ol>\n')
+    return section("What each move bought", note, f'<ol class="rows">\n{"".join(rows)}</ol>\n')
 
 
 def _on(record: Record) -> str:
@@ -196,7 +167,7 @@ def _step(name: str, before: float, after: float, total: str, kept: str) -> str:
         f'<rect class="all" x="0" y="0" width="{1000 * min(before, 1.0):.1f}" height="10"/>'
         f'<rect class="now" x="0" y="0" width="{1000 * max(after, 0.0):.1f}" height="10"/></svg>'
     )  # fmt: skip
-    return f'<li><div>{escape(name)}</div>{bar}<div class="num">{escape(total)}{_small(kept)}</div></li>\n'
+    return f'<li><div>{escape(name)}</div>{bar}<div class="num">{escape(total)}{small(kept)}</div></li>\n'
 
 
 def _samples(view: View) -> str:
@@ -226,7 +197,7 @@ def _samples(view: View) -> str:
         note += f" {same} of {len(pairs)} {'is' if same == 1 else 'are'} the same to the last character."
     first, rest = "".join(pairs[:4]), "".join(pairs[4:])
     more = f"<details>\n<summary>{len(pairs) - 4} more</summary>\n{rest}</details>\n" if rest else ""
-    return _section("The same prompts, before and after", note, first + more)
+    return section("The same prompts, before and after", note, first + more)
 
 
 def _tensors(view: View) -> str:
@@ -247,7 +218,7 @@ def _tensors(view: View) -> str:
             f'<td class="num">{words.percent(sum(sizes) / whole)}</td></tr>\n'
         )
     head = [("", "Part"), ("", "Type"), ("num", "Tensors"), ("num", "Bytes"), ("num", "Share")]
-    body = _scroll("Parts of the file", _table(head, rows)) + _untouched([item for _, _, item, _ in found])
+    body = scroll("Parts of the file", table(head, rows)) + _untouched([item for _, _, item, _ in found])
     every = [
         f'<tr><th scope="row" class="name">{escape(item.detail.get("tensor", ""))}</th><td>{escape(kind)}</td>'
         f"<td>{escape(' × '.join(words.value_of(side) for side in words.list_in(item.detail.get('shape'))))}</td>"
@@ -255,9 +226,9 @@ def _tensors(view: View) -> str:
         for _, kind, item, total in found
     ]
     head = [("", "Tensor"), ("", "Type"), ("", "Shape"), ("num", "Bytes")]
-    table = _scroll("Every tensor", _table(head, every, "tight"))
-    body += f"<details>\n<summary>Every tensor ({len(every):,})</summary>\n{table}</details>\n"
-    return _section("What is in the file", "Types as read back from the weights file, not as asked for.", body)
+    whole_table = scroll("Every tensor", table(head, every, "tight"))
+    body += f"<details>\n<summary>Every tensor ({len(every):,})</summary>\n{whole_table}</details>\n"
+    return section("What is in the file", "Types as read back from the weights file, not as asked for.", body)
 
 
 def _untouched(records: Sequence[Record]) -> str:
@@ -273,8 +244,9 @@ def _untouched(records: Sequence[Record]) -> str:
         for reason, names in reasons.items()
     ]
     many = sum(len(names) for names in reasons.values())
-    table = _table([("", "Reason"), ("num", "Tensors"), ("", "Names")], rows)
-    return f"<details>\n<summary>Left untouched ({many:,})</summary>\n{_scroll('Untouched tensors', table)}</details>\n"
+    reasons_table = table([("", "Reason"), ("num", "Tensors"), ("", "Names")], rows)
+    told = scroll("Untouched tensors", reasons_table)
+    return f"<details>\n<summary>Left untouched ({many:,})</summary>\n{told}</details>\n"
 
 
 def _recipe(view: View) -> str:
@@ -282,7 +254,7 @@ def _recipe(view: View) -> str:
     if not text:
         return ""
     note = "Run it again with <code>shrew apply</code>: the same machine and versions give the same weights."
-    return _section("The recipe", note, f"<pre><code>{escape(text)}</code></pre>\n")
+    return section("The recipe", note, f"<pre><code>{escape(text)}</code></pre>\n")
 
 
 def _tools(view: View) -> str:
@@ -297,7 +269,7 @@ def _tools(view: View) -> str:
                     + (f"<p>{escape(note)}</p>" if note else "")
                     + "</dd>\n"
                 )
-    return _section("How to use it", "", f'<dl class="tools">\n{"".join(rows)}</dl>\n') if rows else ""
+    return section("How to use it", "", f'<dl class="tools">\n{"".join(rows)}</dl>\n') if rows else ""
 
 
 def _method(view: View) -> str:
@@ -333,7 +305,7 @@ def _method(view: View) -> str:
     if not rows and not body:
         return ""
     pairs = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>\n" for name, text in rows)
-    return _section("How it was measured", "", body + f'<dl class="pairs">\n{pairs}</dl>\n')
+    return section("How it was measured", "", body + f'<dl class="pairs">\n{pairs}</dl>\n')
 
 
 def _goals(goals: dict[str, Any]) -> str:

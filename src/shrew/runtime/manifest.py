@@ -55,7 +55,7 @@ class State:
 class Manifest:
     format: int
     shrew: str
-    kind: Literal["causal", "classifier"]
+    kind: Literal["causal", "classifier", "detector"]
     name: str
     files: dict[str, File]
     vocabulary: Count
@@ -68,6 +68,8 @@ class Manifest:
     align: Annotated[int, Meta(ge=0, le=1 << 24)] = 0  # no call crosses a multiple of it; 0: free
     states: tuple[State, ...] = ()
     labels: tuple[str, ...] | None = None
+    families: tuple[str, ...] | None = None  # of what a detector finds
+    comments: bool = False  # whether a detector reads them
     accuracy_level: int | None = None
     exact: dict[str, Any] = field(default_factory=dict)
     shipped: dict[str, Any] = field(default_factory=dict)
@@ -116,8 +118,10 @@ def _check_sense(manifest: Manifest, path: Path) -> None:
         faults.append(f"format {manifest.format} does not exist")
     if (manifest.labels is not None) != (manifest.kind == "classifier") or manifest.labels == ():
         faults.append("labels belong to a classifier, and to each")
-    if manifest.kind == "classifier" and manifest.states:
-        faults.append("a classifier has no states")
+    if (manifest.families is not None) != (manifest.kind == "detector") or manifest.families == ():
+        faults.append("families belong to a detector, and to each")
+    if manifest.kind != "causal" and manifest.states:
+        faults.append(f"a {manifest.kind} has no states")
     if not manifest.name.isprintable():  # it is shown in terminals
         faults.append("its name has characters that cannot be shown")
     ids = [*manifest.eos, *(item for item in (manifest.bos, manifest.pad) if item is not None)]

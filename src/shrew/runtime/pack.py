@@ -40,7 +40,7 @@ class Model:
         Raises UnsupportedError for a model that completes, RequestError for an empty or over-long text.
         """
         if self.manifest.labels is None:
-            raise UnsupportedError(f"{self.path.name} completes texts; it has no labels to choose from.")
+            raise UnsupportedError(f"{self.path.name} is a {self.manifest.kind}; it has no labels to choose from.")
         for number, text in enumerate(texts):
             check_tokens(self.manifest, text, self.manifest.context, f"text {number}")
         logits = np.empty((len(texts), len(self.manifest.labels)), np.float32)
@@ -151,6 +151,10 @@ def _check_graph(model: Model) -> None:
     if manifest.labels is not None:
         takes |= {"lengths": (ints, (batch,))}
         gives = {"logits": (floats, (batch, len(manifest.labels)))}
+    elif manifest.families is not None:
+        takes |= {"lengths": (ints, (batch,))}
+        gives = {"logits": (floats, (batch,)), "families": (floats, (batch, len(manifest.families))),
+                 "lines": (floats, (batch, length))}  # fmt: skip
     else:
         takes |= {"start": (ints, (batch,)), "wanted": (ints, ("n",))}
         gives = {"logits": (floats, ("n", manifest.vocabulary)), "hidden": (floats, ("n", manifest.width))}

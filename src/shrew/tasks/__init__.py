@@ -14,17 +14,19 @@ from shrew.tasks.labels import Labelled, Labels
 from shrew.tasks.scores import Scores
 from shrew.tasks.split import SALT, SHARES, deal, unique
 from shrew.tasks.text import Text
+from shrew.tasks.vulnerability import Vulnerability, in_groups, twins
 
 __all__ = ["KEYS", "SALT", "SHARES", "TASKS", "Scores", "Task", "read", "read_text_task"]
 
-Task = Text | Labels | Choice | Completion | Fairness
+Task = Text | Labels | Choice | Completion | Fairness | Vulnerability
 TASKS: dict[str, type[Task]] = {"text": Text, "labels": Labels, "choice": Choice, "completion": Completion,
-                                "fairness": Fairness}  # fmt: skip
+                                "fairness": Fairness, "vulnerability": Vulnerability}  # fmt: skip
 KEYS = {  # what a JSONL line holds, and the task that it therefore is
     "labels": ("text", "label"),
     "choice": ("question", "options", "answer"),
     "completion": ("prompt", "completion"),
     "fairness": ("more", "less"),
+    "vulnerability": ("before", "after"),
     "text": ("text",),
 }
 FEW, PASSAGE = 20, 4000  # with fewer documents than this, long ones are cut into passages of about so many characters
@@ -58,6 +60,9 @@ def read(path: str | Path, name: str = "", shares: dict[str, float] | None = Non
     if kind == "fairness":
         return read_pairs(source, name)
     found, dropped = unique([PARSERS[kind](row, f"{path}, line {number}", number) for number, row in rows])
+    if kind == "vulnerability":
+        parts = deal(in_groups(found), "group", shares or SHARES, str(path))
+        return Vulnerability(name=name or source.stem, splits=parts, dropped=dropped)
     splits = deal(found, KEYS[kind][0], shares or SHARES, str(path))
     name = name or source.stem
     if kind == "labels":
@@ -166,4 +171,5 @@ PARSERS: dict[str, Callable[[dict[str, Any], str, int], Any]] = {
     "labels": _labelled,
     "choice": _question,
     "completion": _prompt,
+    "vulnerability": twins,
 }

@@ -113,7 +113,12 @@ def classifier_logits(loaded: Loaded, texts: Sequence[str]) -> np.ndarray:
     """[n] texts -> [n, K] logits; texts longer than the model's context lose their end."""
     tokenizer, model = loaded.tokenizer, loaded.model
     limit = min(likelihood.context_length(model, likelihood.TOKENS), tokenizer.model_max_length)
-    rows = tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)["input_ids"]
+    return row_logits(loaded, tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)["input_ids"])
+
+
+def row_logits(loaded: Loaded, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """[n] rows of token ids -> [n, K] logits."""
+    model = loaded.model
     pad = model.config.get_text_config().pad_token_id
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     result = np.zeros((len(rows), model.config.num_labels))
@@ -126,7 +131,7 @@ def classifier_logits(loaded: Loaded, texts: Sequence[str]) -> np.ndarray:
         ids = torch.full((len(places), width), 0 if pad is None else pad)
         mask = torch.zeros(len(places), width, dtype=torch.long)
         for line, place in enumerate(places):
-            ids[line, : len(rows[place])] = torch.tensor(rows[place])
+            ids[line, : len(rows[place])] = torch.as_tensor(rows[place])
             mask[line, : len(rows[place])] = 1
         with torch.inference_mode():
             device = next(model.parameters()).device

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from shrew.errors import DataError
+from shrew.tasks.detection import auc_influence, weighted_auc
 
 CELLS = 2**21  # weights drawn at once
 
@@ -26,7 +27,10 @@ class Scores:
     - bits_per_byte: "bits", "bytes" (and "tokens", deciles; with a reference "kl_bits", "agree": `shrew.tasks.text`);
     - macro_f1: "truth" and "guess", class numbers below len(classes), and "correct";
     - accuracy, exact_match: "correct", 0 or 1;
-    - stereotype_share: "more", 1 where the more stereotyping text of a pair is likelier, 0.5 for a tie.
+    - stereotype_share: "more", 1 where the more stereotyping text of a pair is likelier, 0.5 for a tie;
+    - auc: "before" and "after", the logits of a pair's vulnerable and fixed member.
+
+    Units with equal numbers in a column "cluster" are resampled together, as functions of one project are alike.
 
     `answers` are what the model answered each unit, in words, where there are answers. `chance` is the metric of a
     predictor that knows nothing of the text; bits per byte do not use it.
@@ -65,6 +69,13 @@ class Scores:
     def values(self, weights: np.ndarray) -> np.ndarray:
         """[S, n] weights of the units -> [S] values of the metric."""
         return METRICS[self.metric].values(self, weights)
+
+    def resamples(self, samples: int, seed: int) -> Iterator[np.ndarray]:
+        """How often each unit counts in each of `samples` bootstrap resamples, some rows [S, n] at a time."""
+        if "cluster" not in self.columns:
+            return weights(self.n, samples, seed)
+        _, home = np.unique(self.columns["cluster"], return_inverse=True)
+        return (drawn[:, home] for drawn in weights(int(home.max()) + 1, samples, seed, self.n))
 
     def influence(self) -> np.ndarray:
         """[n] first-order effect of each unit on the metric (mean 0): its standard error is std(influence)/sqrt(n)."""
@@ -156,13 +167,18 @@ METRICS = {
     "accuracy": _mean("correct"),
     "exact_match": _mean("correct"),
     "stereotype_share": _mean("more"),
+    "auc": Metric(
+        lambda scores, rows: weighted_auc(scores.columns["before"], scores.columns["after"], rows),
+        lambda scores: auc_influence(scores.columns["before"], scores.columns["after"]),
+    ),
 }
 
 
-def weights(n: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of n units counts in each of `samples` bootstrap resamples, some rows [S, n] at a time."""
+def weights(n: int, samples: int, seed: int, width: int = 0) -> Iterator[np.ndarray]:
+    """How often each of n units counts in each of `samples` bootstrap resamples, some rows [S, n] at a time; so few
+    that `width` numbers a row fit too."""
     rng = np.random.default_rng(seed)
-    step = max(1, CELLS // n)
+    step = max(1, CELLS // max(n, width))
     for low in range(0, samples, step):
         size = min(step, samples - low)
         drawn = rng.integers(0, n, (size, n)) + n * np.arange(size)[:, None]

@@ -99,7 +99,8 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
 def _text(loaded: Loaded, source: str | None, fitted: int = 0) -> tuple[Any, Any]:
     """Enough tokens for the checks of a causal model, and `fitted` others; for a classifier texts of tokens."""
     found: list[Any] = []
-    context = getattr(loaded.model.config, "max_position_embeddings", None) or PIECE
+    config = loaded.model.config
+    context = getattr(config, "window", None) or getattr(config, "max_position_embeddings", None) or PIECE
     for document in data.documents([source or TEXT]):
         if loaded.is_classifier:
             pieces = [document.text[first : first + PIECE] for first in range(0, len(document.text), PIECE)]
@@ -137,15 +138,15 @@ def _checked(
     say("checking the graph against torch ...")
     graph, context = built.graph, built.context
     fast: Any
-    if built.labels:
+    if built.whole:
         slow: Any = check.Labeller(check.opened(path))
-        exact = check.exact_labels(slow, loaded.model, text)
+        exact = (check.exact_detections if built.families else check.exact_labels)(slow, loaded.model, text)
     else:
         slow = check.Runner(check.opened(path), full.graph.states, min(context, check.WINDOW), CHUNK, graph.align)
         exact = check.exact(slow, loaded.model, text, context)
-    same = "" if built.labels else f", {exact['greedy_equal']} of {exact['greedy_compared']} greedy tokens are equal"
+    same = "" if built.whole else f", {exact['greedy_equal']} of {exact['greedy_compared']} greedy tokens are equal"
     say(f"  logits differ by at most {exact['logit_difference']:.1e}{same}")
-    nothing = {"kl_bits": 0.0, "top1": 1.0} | ({} if built.labels else {"first_differing_token": None})
+    nothing = {"kl_bits": 0.0, "top1": 1.0} | ({} if built.whole else {"first_differing_token": None})
     if graph.kv:
         fast = check.Runner(check.opened(model), graph.states, slow.capacity, CHUNK, graph.align)
         shipped = check.shipped(fast, slow, text, context)
@@ -155,18 +156,18 @@ def _checked(
         return exact, shipped | {"kv_bits": next(iter(graph.kv.values())).bits}, level
     if not graph.has_codes:
         return exact, nothing, 0
-    if built.labels:
+    if built.whole:
         fast = check.Labeller(check.opened(model))
         at_zero, at_four = check.label_seconds([slow, fast], text)
     else:
         fast = check.Runner(check.opened(model), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
         at_zero, at_four = check.seconds([slow, fast], text)
-    ratio, unit = at_zero / at_four, "text" if built.labels else "token"
+    ratio, unit = at_zero / at_four, "text" if built.whole else "token"
     measured = {f"seconds_per_{unit}": {"0": at_zero, str(FAST): at_four}, "processor": machine.processor()}
     if ratio <= AS_FAST:
         say(f"shipping accuracy level 0, the exact one: level {FAST} is only {ratio:.2f} times as fast here")
         return exact, nothing | measured, 0
-    shipped = check.shipped_labels(fast, slow, text) if built.labels else check.shipped(fast, slow, text, context)
+    shipped = check.shipped_labels(fast, slow, text) if built.whole else check.shipped(fast, slow, text, context)
     say(f"shipping accuracy level {FAST}, {ratio:.2f} times as fast as level 0 here: KL {shipped['kl_bits']:.2g} "
         f"bits a {unit}, first choice equal in {shipped['top1']:.2%}")  # fmt: skip
     return exact, shipped | measured, FAST

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from shrew import folder
+from shrew.blocks.detector import ShrewForSequenceClassification
 from shrew.blocks.stock import ADAPTERS
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
@@ -28,6 +29,17 @@ class Built:
     width: int
     context: int
     labels: list[str] | None = None
+    families: list[str] | None = None  # of a detector
+    comments: bool = False  # that it reads them
+
+    @property
+    def whole(self) -> bool:
+        """Whether it judges whole texts."""
+        return bool(self.labels or self.families)
+
+    @property
+    def kind(self) -> str:
+        return "detector" if self.families else "classifier" if self.labels else "causal"
 
     @property
     def weights(self) -> Weights:
@@ -38,13 +50,13 @@ class Built:
         eos = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
         eos = loaded.tokenizer.eos_token_id if eos is None else eos
         return {
-            "format": FORMAT, "shrew": folder.versions()["shrew"], "kind": "classifier" if self.labels else "causal",
+            "format": FORMAT, "shrew": folder.versions()["shrew"], "kind": self.kind,
             "name": Path(name).resolve().name, "vocabulary": self.vocabulary, "width": self.width,
             "context": self.context, "bos": loaded.tokenizer.bos_token_id,
             "eos": np.atleast_1d([] if eos is None else eos).tolist(), "pad": loaded.tokenizer.pad_token_id,
             "chunk": CHUNK, "align": self.graph.align, "states": [asdict(state) for state in self.graph.states],
             "labels": self.labels,
-        }  # fmt: skip
+        } | ({"families": self.families, "comments": self.comments} if self.families else {})  # fmt: skip
 
 
 def build(loaded: Loaded, bits: int = 0, tokens: Sequence[int] = ()) -> Built:
@@ -55,6 +67,11 @@ def build(loaded: Loaded, bits: int = 0, tokens: Sequence[int] = ()) -> Built:
         model, weights = ours(loaded)
         kv = calibrated(model, tokens, bits) if bits else None
         return Built(trunk.causal(model, weights, kv), model.spec.vocabulary or 0, model.spec.width, model.spec.context)
+    if isinstance(loaded.model, ShrewForSequenceClassification):
+        model, weights = ours(loaded)
+        graph = trunk.detector(model, weights, len(config.families), config.pooling)
+        return Built(graph, model.spec.vocabulary or 0, model.spec.width, config.window, None, config.families,
+                     config.comments)  # fmt: skip
     labels = [str(config.id2label[number]) for number in range(config.num_labels)]
     if config.model_type == "modernbert":
         weights = Weights({name: value.detach() for name, value in loaded.model.state_dict().items()}, loaded.packed)

@@ -174,21 +174,24 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Labeller:
-    """A packed classifier."""
+    """A packed classifier, or a detector, whose labels are two: 0 and the logit of being vulnerable."""
 
     runs: onnxruntime.InferenceSession
 
     def logits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 [texts, labels], of several texts at once."""
-        found = []
+        found = np.concatenate([part for part, in self.run(["logits"], texts)])
+        return found if found.ndim == 2 else np.stack([np.zeros_like(found), found], 1)
+
+    def run(self, names: list[str], texts: Sequence[Sequence[int]]) -> Iterator[list[np.ndarray]]:
+        """These outputs of the graph for several texts at once."""
         for first in range(0, len(texts), ROWS):
             rows = texts[first : first + ROWS]
             tokens = np.zeros((len(rows), max(map(len, rows))), np.int64)
             for row, text in zip(tokens, rows, strict=True):
                 row[: len(text)] = text
             lengths_ = np.array([len(text) for text in rows])
-            found.append(self.runs.run(["logits"], {"tokens": tokens, "lengths": lengths_})[0])
-        return np.concatenate(found)
+            yield self.runs.run(names, {"tokens": tokens, "lengths": lengths_})
 
 
 @torch.no_grad()
@@ -196,6 +199,21 @@ def exact_labels(labeller: Labeller, model: Any, texts: Sequence[Sequence[int]])
     """The graph, given several texts at once, against the torch model, given each alone. Raises ShrewError."""
     wanted = np.concatenate([model(input_ids=torch.tensor([list(text)])).logits.float().numpy() for text in texts])
     return _close(labeller.logits(texts), wanted, "of a text", True) | {"texts": len(texts)}
+
+
+@torch.no_grad()
+def exact_detections(labeller: Labeller, model: Any, texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """As `exact_labels`, of all that a detector says: of being vulnerable, of each family and of each token."""
+    wanted: list[np.ndarray] = []
+    found: list[np.ndarray] = []
+    for text in texts:
+        said = model(input_ids=torch.tensor([list(text)]))
+        wanted.append(torch.cat([said.logits[0, 1:], said.families[0], said.lines[0]]).float().numpy())
+    for logits, families, lines in labeller.run(["logits", "families", "lines"], texts):
+        for row in zip(logits, families, lines, strict=True):
+            size = len(texts[len(found)])
+            found.append(np.concatenate([row[0][None], row[1], row[2][:size]]))
+    return _close(np.concatenate(found), np.concatenate(wanted), "of a text", True) | {"texts": len(texts)}
 
 
 def label_seconds(labellers: Sequence[Labeller], texts: Sequence[Sequence[int]]) -> list[float]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from shrew.blocks.detector import ShrewForSequenceClassification
 from shrew.blocks.model import ShrewConfig, ShrewForCausalLM
 from shrew.blocks.stock import IDS, as_spec, in_our_names
 from shrew.errors import UnsupportedError
@@ -17,12 +18,14 @@ from shrew.spec import dump
 
 def ours(loaded: Loaded) -> tuple[ShrewForCausalLM, Weights]:
     """The model in our blocks, sharing its weights with `loaded` where it can, and the weights by name; of a classifier
-    its trunk, and the weights of its `score` too.
+    its trunk, and the weights of its heads too.
 
     Raises UnsupportedError where our blocks cannot say the model."""
     model = loaded.model
     if isinstance(model, ShrewForCausalLM):
         return model, Weights(_floats(model.state_dict()), dict(loaded.packed))
+    if isinstance(model, ShrewForSequenceClassification):
+        return _trunk(model), Weights(_floats(model.state_dict()), dict(loaded.packed))
     spec = as_spec(model.config)
     if loaded.is_classifier:
         if not {"model", "score"} <= {name for name, _ in model.named_children()}:
@@ -37,6 +40,16 @@ def ours(loaded: Loaded) -> tuple[ShrewForCausalLM, Weights]:
     same.load_state_dict({name: value for name, value in renamed.items() if name in parts}, strict=False, assign=True)
     same.tie_weights()
     return same.eval(), Weights(renamed, carry(loaded.packed, weights, move))
+
+
+def _trunk(model: ShrewForSequenceClassification) -> ShrewForCausalLM:
+    """The causal model of the same trunk, sharing its weights."""
+    with torch.device("meta"):
+        same = ShrewForCausalLM(ShrewConfig(dump(model.spec)))
+    same.load_state_dict({name: value for name, value in model.state_dict().items() if name.startswith("model.")},
+                         strict=False, assign=True)  # fmt: skip
+    same.tie_weights()
+    return same.eval()
 
 
 def _floats(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
 """The whole model as nodes: embedding, layers, head; and the table of what each kind of block becomes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from shrew.blocks.detector import FAR
 from shrew.blocks.model import ShrewForCausalLM
-from shrew.errors import UnsupportedError
 from shrew.packers.onnx import attention, conv, delta, depth, linear, memory, mlp, moe, ngrams
 from shrew.packers.onnx.call import Call, Whole
 from shrew.packers.onnx.graph import Graph
@@ -49,14 +49,48 @@ def classifier(model: ShrewForCausalLM, weights: Weights, labels: int) -> Graph:
     spec, g = model.spec, Graph(weights)
     call = Whole(g, spec.context, spec.eps)
     hidden = _hidden(g, model, call)
-    if g.align:
-        raise UnsupportedError("a classifier with memory mixers cannot be packed; take another mixer.")
-    rows = g.node("Range", g.constant(0, torch.int64), g.node("Squeeze", call.batch), g.constant(1, torch.int64))
-    ends = g.add(g.mul(str(rows), call.length), str(g.node("Sub", call.lengths, g.ints(1))))
-    logits = g.linear(str(g.node("Gather", hidden, ends, axis=0)), "score")
+    logits = g.linear(str(g.node("Gather", hidden, _ends(g, call), axis=0)), "score")
     g.output(logits, "logits", torch.float32, ("batch", labels))
     g.settle()
     return g
+
+
+def detector(model: ShrewForCausalLM, weights: Weights, families: int, pooling: Sequence[str]) -> Graph:
+    """The graph of a detector: `logits` [batch] of being vulnerable, `families`
+    [batch, families] and, for each token, what it adds to the score of its line, `lines` [batch, length]."""
+    spec, g = model.spec, Graph(weights)
+    call = Whole(g, spec.context, spec.eps)
+    flat = _hidden(g, model, call)
+    hidden = str(g.node("Reshape", flat, g.node("Concat", call.shape, g.ints(spec.width), axis=0)))
+    lines = str(g.node("Squeeze", g.linear(hidden, "line"), g.ints(2)))
+    pooled = [_pooled(g, way, flat, hidden, lines, call) for way in pooling]
+    joined = pooled[0] if len(pooled) == 1 else str(g.node("Concat", *pooled, axis=1))
+    g.output(str(g.node("Squeeze", g.linear(joined, "score"), g.ints(1))), "logits", torch.float32, ("batch",))
+    g.output(g.linear(joined, "family"), "families", torch.float32, ("batch", families))
+    g.output(lines, "lines", torch.float32, ("batch", "length"))
+    return g
+
+
+def _pooled(g: Graph, way: str, flat: str, hidden: str, lines: str, call: Whole) -> str:
+    """[batch, width]: see `ShrewForSequenceClassification.pool`."""
+    if way == "last":
+        return str(g.node("Gather", flat, _ends(g, call), axis=0))
+    text = g.once("text", lambda: str(g.node("Less", call.steps, g.node("Unsqueeze", call.lengths, g.ints(1)))))
+    if way == "lines":
+        shares = g.node("Softmax", g.node("Where", text, lines, g.constant(FAR)), axis=1)
+        return str(g.node("Squeeze", g.node("MatMul", g.node("Unsqueeze", shares, g.ints(1)), hidden), g.ints(1)))
+    nothing, op = (FAR, "ReduceMax") if way == "max" else (0.0, "ReduceSum")
+    read = g.node("Where", g.node("Unsqueeze", text, g.ints(2)), hidden, g.constant(nothing))
+    found = str(g.node(op, read, g.ints(1), keepdims=0))
+    if way == "max":
+        return found
+    return str(g.node("Div", found, g.cast(str(g.node("Unsqueeze", call.lengths, g.ints(1))), torch.float32)))
+
+
+def _ends(g: Graph, call: Whole) -> str:
+    """int64 [batch]: where the last token of each text stands among all of the call."""
+    rows = g.node("Range", g.constant(0, torch.int64), g.node("Squeeze", call.batch), g.constant(1, torch.int64))
+    return g.add(g.mul(str(rows), call.length), str(g.node("Sub", call.lengths, g.ints(1))))
 
 
 def _hidden(g: Graph, model: ShrewForCausalLM, call: Call) -> str:

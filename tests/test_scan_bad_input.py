@@ -1,0 +1,345 @@
+"""`shrew scan` on what nobody should have: scanned as far as possible, told in a line each, never a traceback."""
+
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shrew.__main__ import main
+from shrew.scan import ScanSpec, scan
+from shrew.scan.functions import PARSE_SECONDS, Source, functions, normalise
+from shrew.scan.sources import decode
+
+BAD = 'def find(db, name):\n    return db.execute("SELECT * FROM t WHERE n = \'%s\'" % name)\n'
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("bad.py").write_text(BAD)
+    yield tmp_path / "work"
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """The JSON of a scan that finds bad.py whatever stands beside it, and what it says on the side."""
+
+    def go(*words: str) -> dict[str, Any]:
+        capfd.readouterr()
+        code = main(["scan", ".", "--format", "json", "--detector", "none", *words])
+        out, err = capfd.readouterr()
+        report: dict[str, Any] = json.loads(out)
+        assert "Traceback" not in err
+        assert (code, "bad.py" in [alert["path"] for alert in report["alerts"]]) == (1, True)
+        return report | {"said": err, "why": {item["path"]: item["why"] for item in report["skipped"]}}
+
+    return go
+
+
+Run = Callable[..., dict[str, Any]]
+
+
+def binary() -> None:
+    Path("x.py").write_bytes(bytes(range(256)) * 20)
+
+
+def huge() -> None:
+    with Path("x.py").open("wb") as stream:
+        stream.truncate(1 << 40)  # a hole: no bytes on the disk
+
+
+def dangling() -> None:
+    Path("x.py").symlink_to("nowhere.py")
+
+
+def circle() -> None:
+    Path("x.py").symlink_to("y.py")
+    Path("y.py").symlink_to("x.py")
+
+
+def up() -> None:
+    Path("x.py").symlink_to("../x.py")
+    Path("../x.py").write_text(BAD)
+
+
+def out() -> None:
+    Path("x.py").symlink_to("/etc")
+
+
+def loop() -> None:
+    Path("d").mkdir()
+    Path("x.py").symlink_to(".")
+
+
+def pipe() -> None:
+    os.mkfifo("x.py")
+
+
+def endpoint() -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind("x.py")
+
+
+def closed() -> None:
+    Path("x.py").write_text(BAD)
+    Path("x.py").chmod(0)
+
+
+SKIPPED = {
+    binary: "a binary file",
+    huge: "larger than 2,000,000 bytes",
+    dangling: "leads nowhere",
+    circle: "in a circle",
+    up: "out of the tree",
+    out: "out of the tree",
+    loop: "a folder that it is in",
+    pipe: "no regular file",
+    endpoint: "no regular file",
+    closed: "cannot be read",
+}
+
+
+@pytest.mark.parametrize("make", SKIPPED, ids=lambda make: make.__name__)
+def test_what_cannot_be_scanned_is_told(make: Callable[[], None], run: Run) -> None:
+    if make is closed and os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    make()
+    assert SKIPPED[make] in run()["why"]["x.py"]
+
+
+def test_a_folder_that_cannot_be_entered(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("shut").mkdir()
+    enter = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", path)
+        return enter(path)
+
+    monkeypatch.setattr("shrew.scan.sources.os.scandir", scandir)
+    assert run()["why"] == {"shut": "cannot be entered (Permission denied)"}
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        (b"", ""),
+        (b"\n\n\n", ""),
+        (b"\xef\xbb\xbf" + BAD.encode(), ""),
+        (BAD.replace("\n", "\r\n").encode(), ""),
+        ("# é\n".encode("latin-1") + BAD.encode(), "not UTF-8, read as Latin-1"),
+        (BAD.encode("utf-16"), "read as UTF-16"),
+        (BAD.encode("utf-32"), "read as UTF-32"),
+        (b"# " + b"x" * 200 + b"\0\n" + BAD.encode(), "null bytes in it"),
+    ],
+)
+def test_odd_files_are_scanned_all_the_same(content: bytes, note: str, run: Run) -> None:
+    Path("odd.py").write_bytes(content)
+    report = run()
+    assert report["why"] == {}
+    assert [note in line for line in report["notes"] if "odd.py" in line] == [True] * bool(note)
+    if len(content) > 10:
+        assert "odd.py" in [alert["path"] for alert in report["alerts"]]
+
+
+DEEP = {
+    "brackets.py": "x = " + "(" * 50_000 + ")" * 50_000,
+    "open.c": "int f() { return " + "(" * 20_000,
+    "blocks.js": "function f() {" + "{" * 20_000,
+    "classes.py": "".join(" " * at + f"class A{at}:\n" for at in range(500)) + " " * 500 + "def f(): pass\n",
+    "line.js": "function f(a) { g(" + "a + " * 100_000 + "1); }",
+    "data.py": "X = [" + "1, " * 60_000 + "]\n",
+    "quotes.rb": "'" * 100_001,
+    "templates.cpp": "a<" * 15_000,
+    "else.java": "class A { void f() { " + "if (a) {} else " * 20_000 + "{} } }",
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_and_long_files(name: str, run: Run) -> None:
+    Path(name).write_text(DEEP[name])
+    began = time.monotonic()
+    report = run()
+    assert report["why"].get(name, "not parsed within").startswith("not parsed within")
+    assert time.monotonic() - began < 3 * PARSE_SECONDS
+
+
+def test_nesting_is_no_recursion() -> None:
+    for language, text in (("python", "(" * 30_000 + ")" * 30_000), ("javascript", "x = " + "[" * 30_000)):
+        normalise(text, language)
+        functions(Source("x", language, text.encode(), text))
+
+
+def test_a_file_that_takes_too_long(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("long.c").write_text("int f() { return " + "a + " * 100_000 + "1; }")
+    monkeypatch.setattr("shrew.scan.functions.PARSE_SECONDS", -1.0)
+    assert run()["why"] == {"long.c": "not parsed within -1 seconds"}
+    monkeypatch.undo()
+
+
+def test_names_with_anything_in_them(run: Run) -> None:
+    for name in (b"\xff\xfe.py", b"a\nb.py", b"\x1b[31m.py", "‮é.py".encode(), b"-rf.py"):
+        Path(os.fsdecode(name)).write_text(BAD)
+    assert len(run()["alerts"]) == 6
+    for kind in ("text", "sarif", "gitlab", "html"):
+        assert main(["scan", ".", "--format", kind, "--out", f"../{kind}", "--detector", "none"]) == 1
+
+
+def test_many_small_files(run: Run) -> None:
+    for at in range(30):
+        Path(f"d{at}").mkdir()
+        for each in range(30):
+            Path(f"d{at}/{each}.py").write_text("")
+    began = time.monotonic()
+    assert run()["files"] == 901
+    assert time.monotonic() - began < 10
+
+
+def test_a_very_deep_tree(run: Run) -> None:
+    here = Path.cwd()
+    for _ in range(60):  # beyond the longest path that a system call takes
+        Path("d" * 100).mkdir()
+        os.chdir("d" * 100)
+    os.chdir(here)
+    assert [why for why in run()["why"].values() if "cannot be entered" in why]
+
+
+def test_nothing_scanned_is_run(run: Run) -> None:
+    trap = "import pathlib\npathlib.Path('ran').touch()\n"
+    for name in ("conftest.py", "sitecustomize.py", "shrew.py", "setup.py", "tree_sitter.py", "__init__.py"):
+        Path(name).write_text(trap)
+    run("--include-tests")
+    assert not Path("ran").exists()
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def caches() -> list[Path]:
+    return sorted((Path(os.environ["SHREW_CACHE"]) / "scan").glob("*.sqlite"))
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"no database" * 1000)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def other_tables(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as base:
+        base.execute("CREATE TABLE facts (x)")
+        base.execute("CREATE TABLE files (x)")
+        base.execute("CREATE TABLE scores (x)")
+        base.execute("PRAGMA user_version = 1")
+    base.close()
+
+
+def wrong_values(path: Path) -> None:
+    with sqlite3.connect(path) as base:
+        base.execute("UPDATE facts SET value = ?", (b"\x93\x01\x02\x03",))
+    base.close()
+
+
+def newer(path: Path) -> None:
+    with sqlite3.connect(path) as base:
+        base.execute("PRAGMA user_version = 99")
+    base.close()
+
+
+@pytest.mark.parametrize("damage", [garbage, cut_short, other_tables, wrong_values, newer])
+def test_a_damaged_cache_is_thrown_away(damage: Callable[[Path], None], run: Run) -> None:
+    before = run()["alerts"]
+    (cache,) = caches()
+    damage(cache)
+    after = run()
+    assert after["alerts"] == before
+    assert after["said"].count("was damaged") == 1 and len(after["said"].splitlines()) == 1
+    assert run()["said"] == ""
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 60_000), noise=st.binary(min_size=1, max_size=400))
+def test_noise_in_the_cache_changes_nothing(at: int, noise: bytes) -> None:
+    spec = ScanSpec(detector="none")
+    before = scan(["."], spec).alerts
+    cache = caches()[-1]
+    with cache.open("r+b") as stream:
+        stream.seek(at % cache.stat().st_size)
+        stream.write(noise)
+    assert [item.fingerprint for item in scan(["."], spec).alerts] == [item.fingerprint for item in before]
+
+
+def test_no_place_for_a_cache(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("../file").write_text("")
+    monkeypatch.setenv("SHREW_CACHE", str(Path("../file/cache").absolute()))
+    assert "no cache" in run()["said"]
+
+
+def test_ctrl_c_keeps_what_was_learnt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shrew.scan import pipeline
+
+    for at in range(5):
+        Path(f"{at}.py").write_text(BAD + f"x = {at}\n")
+    analyse, seen = pipeline.analyse, []
+
+    def stop(*words: Any) -> Any:
+        seen.append(words)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return analyse(*words)
+
+    monkeypatch.setattr(pipeline, "analyse", stop)
+    assert main(["scan", ".", "--detector", "none"]) == 2
+    run()
+    assert len(seen) == 4 + 3, "three of six were kept"
+
+
+# --- what is given beside ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--rules", "nowhere.toml"],
+        ["--rules", "bad.py"],
+        ["--findings", "nowhere.json"],
+        ["--findings", "bad.py"],
+        ["--baseline", "nowhere.json"],
+        ["--baseline", "bad.py"],
+        ["--detector", "nowhere"],
+        ["--detector", "."],
+        ["--max-file-size", "big"],
+        ["--jobs", "0"],
+        ["--point", "loud"],
+    ],
+    ids=" ".join,
+)
+def test_bad_flags(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["scan", ".", *words]) == 2
+    told = capfd.readouterr().err
+    assert "Traceback" not in told and told.strip()
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_text_or_refused(data: bytes) -> None:
+    from shrew.errors import DataError
+
+    try:
+        text, _ = decode(data)
+    except DataError:
+        return
+    assert "\0" not in text
+    text.encode()

@@ -1,0 +1,323 @@
+"""Rules: what each reports and leaves alone, the queries against tree-sitter's own, hostile rules and hostile code."""
+
+import re
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tree_sitter import Query, QueryCursor
+
+from shrew.errors import SpecError
+from shrew.scan.cwe import TABLE, weakness
+from shrew.scan.functions import Source, parse
+from shrew.scan.rules import SEVERITIES, Finding, Rules, expressions, load_rules, query
+from shrew.scan.rules.query import Steps
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES: dict[str, dict[str, str]] = tomllib.loads((ROOT / "tests" / "rule_examples.toml").read_text("utf-8"))
+RULES = load_rules()
+SHIPPED = {stated.written.id: stated.written for stated in RULES.own}
+
+
+def source(text: str, language: str = "python") -> Source:
+    return Source("a/b", language, text.encode(), text)
+
+
+def found(text: str, language: str = "python", rules: Rules = RULES) -> list[Finding]:
+    code = source(text, language)
+    return rules.match(code, parse(code))
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def rule(**keys: Any) -> str:
+    """A rule file with one rule, sound but for `keys`; a key of None is left out."""
+    values = {"id": "mine", "languages": ["python"], "cwe": "CWE-1", "severity": "low", "message": "m", "origin": "o",
+              "calls": ["f"]} | keys  # fmt: skip
+    lines = [f"{key} = {value!r}" for key, value in values.items() if value is not None]
+    return "[[rule]]\n" + "\n".join(lines).replace("True", "true")
+
+
+# --- the rules that ship ---------------------------------------------------------------------------------------------
+
+
+def test_every_rule_has_an_example_an_origin_and_a_known_weakness() -> None:
+    assert set(EXAMPLES) == set(SHIPPED)
+    for written in SHIPPED.values():
+        assert re.search(r"CWE-\d+|CERT", written.origin), written.id
+        assert weakness(written.cwe).number, f"{written.id}: {written.cwe} is not among the {len(TABLE)} known"
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_a_rule_reports_its_bad_example_and_not_the_good_one(name: str) -> None:
+    for language in SHIPPED[name].languages:
+        for kind, text in EXAMPLES[name].items():
+            code = source(text, language)
+            assert not parse(code).root_node.has_error, (language, kind)
+            hits = [item for item in RULES.match(code, parse(code)) if item.rule == name]
+            assert bool(hits) is (kind == "bad"), (language, kind)
+
+
+def test_a_finding_says_where_and_what() -> None:
+    text = "import os\n\n\ndef f(name):\n    é = 'é'; os.system(\n        'rm ' + name)\n"
+    assert found(text) == [
+        Finding("python-os-system", "CWE-78", "high", SHIPPED["python-os-system"].message, "a/b", 5, 6, 14)
+    ]
+
+
+def test_the_worst_of_one_weakness_in_one_place_is_told() -> None:
+    hits = found('def f(request, c):\n    c.execute("SELECT " + request.GET["a"])\n')
+    assert [item.rule for item in hits] == ["python-sql-built-outside"]
+    assert SEVERITIES == ("low", "medium", "high")
+
+
+@pytest.mark.parametrize(
+    ("lines", "hit"),
+    [
+        ("q = f'select {n}'", True),
+        ("q = f'select {n}'\nq = 'select 1'", False),  # overwritten
+        ("q = 'select 1'\nif n:\n    q = f'select {n}'", True),  # on one way
+        ("q = 'select 1'\nq += ' where a = ' + n", True),
+        ("parts = ['select 1']\nparts.append('where a = ' + n)\nq = ' '.join(parts)", True),
+        ("m = n\nq = 'select %s' % m", True),
+        ("q = 'select %d' % n", False),
+        ("n = int(n)\nq = 'select %s' % n", False),
+        ("q = 'select {}'.format(n)", True),
+        ("q = 'select ' + TABLE", False),  # by its case a constant
+        ("q, r = 'select 1', f'select {n}'", False),
+        ("r, q = 'select 1', f'select {n}'", True),
+        ("with f'select {n}' as q:\n    pass", True),
+        ("q = (f'select {n}' if n else 'select 1')", True),
+        ("q = 'select ' + ', '.join(['?'] * 3)", False),
+    ],
+)
+def test_values_are_followed_by_name(lines: str, hit: bool) -> None:
+    body = "\n".join("    " + line for line in lines.splitlines())
+    assert bool(found(f"def f(c, n):\n{body}\n    c.execute(q)\n")) is hit
+
+
+def test_names_are_followed_through_imports() -> None:
+    calls = {
+        "import pickle as p": "p.loads(x)",
+        "from pickle import loads": "loads(x)",
+        "from pickle import loads as l": "l(x)",
+        "import os.path, pickle": "pickle.loads(x)",
+    }
+    for line, call in calls.items():
+        assert [item.cwe for item in found(f"{line}\ndef f(x):\n    return {call}\n")] == ["CWE-502"], line
+    assert found("from mine import loads\ndef f(x):\n    return loads(x)\n") == []
+
+
+def test_broken_code_is_matched_as_far_as_it_goes() -> None:
+    assert [item.rule for item in found("def f(x):\n    return x +* 3\n\ndef g(y):\n    eval(y)\n)(")] == ["python-eval"]
+
+
+def test_planted_bugs_are_as_their_card_says() -> None:
+    cases = [
+        case | {"cwe": page["cwe"]}
+        for path in sorted((ROOT / "benchmarks" / "planted").glob("*.toml"))
+        for page in [tomllib.loads(path.read_text("utf-8"))]
+        for case in page["case"]
+    ]
+    assert len({case["cwe"] for case in cases}) == 15
+    assert sum(case["language"] == "python" for case in cases) == 36
+    assert len({case["id"] for case in cases}) == len(cases) == 60
+    for case in cases:
+        lines = case["vulnerable"].splitlines()
+        assert 5 <= len(lines) <= 40 and case["vulnerable"] != case["fixed"], case["id"]
+        assert case["lines"] and all(lines[line - 1].strip() for line in case["lines"]), case["id"]
+        for kind in ("vulnerable", "fixed"):
+            code = source(case[kind], case["language"])
+            assert not parse(code).root_node.has_error, case["id"]
+
+
+# --- rules of one's own ----------------------------------------------------------------------------------------------
+
+
+def test_rules_of_ones_own_stand_beside_those_that_ship(tmp_path: Path) -> None:
+    text = '[lists]\nbad = ["danger", "*.risk"]\n' + rule(calls=["@bad"], where=None)
+    rules = load_rules([written(tmp_path, text)])
+    assert len(rules) == len(RULES) + 1
+    assert [(item.rule, item.start) for item in found("danger()\na.b().risk()\neval(x)\n", rules=rules)] == [
+        ("mine", 1), ("mine", 2), ("python-eval-unknown", 3)
+    ]  # fmt: skip
+
+
+HOSTILE = {
+    "rule = 3": "mine.toml: 'rule' is no list",
+    "wrong = 3": "mine.toml: unknown key 'wrong'",
+    "lists = 3": "'lists' holds names",
+    "[[rule": "no readable TOML",
+    "\x00": "no readable TOML",
+    rule(severity="bad"): "mine.toml: rule 'mine': severity",
+    rule(message=None): "rule 'mine': Object missing required field message",
+    rule(mesage="m"): "rule 'mine': unknown key 'mesage'; did you mean 'message'?",
+    rule(id="Not An Id"): "rule 'Not An Id': id",
+    rule(id=3): "rule 1: id: Expected str",
+    rule(id="python-eval"): "another rule has this name",
+    rule() + "\n" + rule(): "two rules are called 'mine'",
+    rule(languages=["cobol"]): "unknown language 'cobol'",
+    rule(languages=[]): "languages",
+    rule(cwe="89"): "cwe",
+    rule(calls=["a b(c)*"]): "is no name",
+    rule(calls=["@none"]): "there is no list 'none'",
+    rule(calls=None): "give calls, or query, or first and then",
+    rule(query="(call)"): "give calls, or query, or first and then",
+    rule(calls=None, first="(call) @name"): "give calls, or query, or first and then",
+    rule(calls=None, query="(call"): "query for python: the query ends too early",
+    rule(calls=None, query="(cal)"): "query for python: there is no node 'cal'",
+    rule(calls=None, query="(call fun: (_))"): "there is no field 'fun'",
+    rule(calls=None, query="(_ (_) @a (_) @b)"): "say of which kind the outermost one is",
+    rule(calls=None, query='"+"'): "say of which kind the outermost one is",
+    rule(calls=None, query="(call)*"): "the query has '*'",
+    rule(calls=None, query="(call) (call)"): "more than one pattern",
+    rule(calls=None, query="(" * 50 + "call"): "stands where a node should|no node|ends too early|nested|predicates",
+    rule(calls=None, query="(call " + "(_ " * 40 + ")" * 41): "nested more than",
+    rule(calls=None, query='((call) @a (#match? @a "(x+x+)+y"))'): "what is repeated holds repetitions",
+    rule(calls=None, query='((call) @a (#odd? @a "x"))'): "#odd\\? is not known",
+    rule(calls=None, query='((call) (#eq? @a "x"))'): "@a, which is not captured",
+    rule(calls=None, first="(call)", then="(call) @name"): "first for python: @name is not captured",
+    rule(where=[]) + '\nunless = ["(cal)"]': "unless for python: there is no node 'cal'",
+    rule() + '\nwhere = [{ argument = 0, says = "(a|aa)+" }]': "what is repeated holds",
+    rule() + '\nwhere = [{ argument = 0, says = "(" }]': "no regular expression",
+    rule() + '\nwhere = [{ argument = 0, says = "' + "a?" * 60 + '" }]': "may take very long",
+    rule() + '\nwhere = [{ argument = 0, matches = "(a)\\\\1" }]': "looks around or back",
+    rule() + '\nwhere = [{ argument = 0, matches = "' + "a" * 999 + "b" * 99 + '" }]': "length",
+    rule() + "\nwhere = [{ argument = 0 }]": "say what must hold",
+    rule() + "\nwhere = [{ missing = true }]": "say which argument",
+    rule() + "\nwhere = [{ argument = -1, missing = true }]": "argument",
+    rule() + '\nwhere = [{ argument = 0, labels = ["tainted"] }]': "labels",
+    rule() + "\nwhere = 3": "where",
+    rule(calls=None, query="(call) @c") + '\nwhere = [{ capture = "d", matches = "x" }]': "@d is not captured",
+    "a = " + "[" * 5000 + "]" * 5000: "nested too deep|no readable TOML",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_rule_file_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SpecError, match=HOSTILE[text]) as caught:
+        load_rules([written(tmp_path, text)])
+    assert "mine.toml" in str(caught.value)
+    assert "\n" not in str(caught.value) or "readable TOML" in str(caught.value)
+
+
+def test_files_that_are_too_large_or_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="larger than 1 MB"):
+        load_rules([written(tmp_path, "#" * (1 << 20) + "\n")])
+    with pytest.raises(SpecError, match="more than 1000"):
+        load_rules([written(tmp_path, "[[rule]]\n" * 1001)])
+    with pytest.raises(SpecError, match="no such file"):
+        load_rules([tmp_path / "none.toml"])
+
+
+def test_a_rule_that_tries_for_ever_is_stopped_and_told(tmp_path: Path) -> None:
+    steps = "(block " + " ".join(f"(_) @a{i}" for i in range(12)) + ")"
+    rules = load_rules([written(tmp_path, rule(calls=None, query=f"({steps} (#eq? @a0 @a1))"))])
+    code = source("def f(a):\n" + "".join(f"    g({i})\n" for i in range(3000)) + "    eval(a)\n")
+    skipped: list[tuple[str, str]] = []
+    begun = time.perf_counter()
+    hits = rules.match(code, parse(code), skipped)
+    assert time.perf_counter() - begun < 60
+    assert [item.rule for item in hits] == ["python-eval"]  # ours are not stopped by theirs
+    assert len(skipped) == 1 and skipped[0][0] == "a/b" and "rules of your files stopped" in skipped[0][1]
+    assert rules.match(code, parse(code)) == hits
+
+
+def test_code_made_to_be_slow_is_not(tmp_path: Path) -> None:
+    many = "def f(c, a0):\n" + "".join(f"    a{i + 1} = a{i} + a{i} + 'x'\n    c.execute(a{i + 1})\n" for i in range(2000))
+    deep = "def f(c, x):\n    c.execute(" + "(" * 3000 + "x" + ")" * 3000 + ")\n"
+    long = "def f(c, x):\n    c.execute('select' + " + " + ".join(["x"] * 3000) + ")\n"
+    same = "def f(c, x):\n" + "    x = x + 'select'\n    c.execute(x)\n" * 2000
+    nested = "".join(" " * i + f"def f{i}(x):\n" for i in range(400)) + " " * 400 + "eval(x)\n"
+    for text in (many, deep, long, same, nested):
+        begun = time.perf_counter()
+        found(text)
+        assert time.perf_counter() - begun < 20, text[:40]
+
+
+# --- queries and expressions -----------------------------------------------------------------------------------------
+
+QUERIES = [
+    "(call)  @a",
+    "(call function: (identifier) @f) @a",
+    "(call function: [(identifier) (attribute)] @f arguments: (argument_list . (_) @first))",
+    "(call arguments: (argument_list (_) @last .))",
+    "(argument_list (string) @s . (identifier) @n)",
+    '(binary_operator left: (_) @l operator: "+" right: (string) @r)',
+    '(binary_operator operator: ["+" "%"] @o)',
+    "(function_definition !return_type name: (identifier) @n)",
+    "(typed_parameter (identifier) @p)",
+    '((call function: (identifier) @f) (#any-of? @f "len" "sorted"))',
+    '((call function: (identifier) @f) (#not-eq? @f "len"))',
+    '((attribute object: (_) @o attribute: (_) @t) (#match? @t "^[a-f]"))',
+    "((assignment left: (identifier) @l right: (identifier) @r) (#eq? @l @r))",
+    "(assert_statement (comparison_operator (_) @left . (_) @right))",
+]
+
+
+@pytest.mark.parametrize("text", QUERIES)
+def test_queries_find_what_tree_sitter_finds(text: str) -> None:
+    code = source(Path(__file__).read_text("utf-8") + "\nx = x\ndef untyped():\n    pass\n")
+    tree = parse(code)
+    expected = {
+        tuple(sorted((name, node.start_byte, node.end_byte) for name, nodes in captures.items() for node in nodes))
+        for _, captures in QueryCursor(Query(tree.language, text)).matches(tree.root_node)
+    }
+    own, waiting = set(), [tree.root_node]
+    reader = query.parse(text, tree.language)
+    while waiting:
+        node = waiting.pop()
+        waiting += node.children
+        for captures in reader.matches(node, Steps(1 << 40)):
+            own.add(tuple(sorted((name, item.start_byte, item.end_byte) for name, item in captures.items())))
+    assert own == expected and expected
+
+
+@given(st.text(st.sampled_from('()[]"@#.!_:? ;\\\n') | st.sampled_from("acelnoqu-"), max_size=60))
+@settings(deadline=None, max_examples=200)
+def test_any_text_is_a_query_or_refused(text: str) -> None:
+    try:
+        query.parse(text, parse(source("")).language)
+    except ValueError as error:
+        assert str(error)
+
+
+@given(st.lists(st.sampled_from(["a", "[ab]", ".", "a*", "(?:a|b)", "b+?", "(ab)", "(a*)?", "a{2,5}", "^", "$", "|"]), max_size=8))
+@settings(deadline=None, max_examples=100)
+def test_an_expression_that_is_taken_ends(parts: list[str]) -> None:
+    try:
+        pattern = expressions.compile_safely("".join(parts) + "c")
+    except ValueError:
+        return
+    begun = time.perf_counter()
+    for text in ("a" * 5000, "ab" * 3000, "b" * 400):
+        assert expressions.found(pattern, text) == (pattern.search(text[: expressions.LONGEST]) is not None)
+    assert time.perf_counter() - begun < 20
+
+
+@pytest.mark.parametrize("text", ["(a+)+b", "(a|aa)+b", "(a*)*b", "(?:a?){9}b", r"(?=a)b", r"(a)\1", "(?m)^a", "a*a*a*a*b"])
+def test_an_expression_that_may_not_end_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="repeat|around|flag|long"):
+        expressions.compile_safely(text)
+
+
+PIECES = ["f(", ")", "x", " = ", "'a%s'", "+", "{", "}", ";", "\n", "    ", "def g(x):\n", "import os\n", "os.system(",
+          "free(p);", "if (p) ", "return ", "#{", "`", "params[:a]", "=> ", "new ", ".", "->", "é", "\0", "\""]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=40), st.sampled_from(["python", "c", "cpp", "javascript", "go", "ruby", "java"]))
+@settings(deadline=None, max_examples=150)
+def test_any_text_is_matched_and_always_the_same(pieces: list[str], language: str) -> None:
+    text = "".join(pieces)
+    hits = found(text, language)
+    assert hits == found(text, language)
+    for item in hits:
+        assert 1 <= item.start <= item.end <= text.count("\n") + 1 and item.column >= 1
