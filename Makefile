@@ -31,7 +31,7 @@ bench: .venv/ready .venv/llamacpp/ready
 	$(PYTHON) -m venv .venv
 	$(RUN)/pip install --quiet --upgrade pip
 	$(RUN)/pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(RUN)/pip install --quiet -c constraints.txt -e '.[torch,data,compressed,onnx,gguf,serve,grammar,dev]'
+	$(RUN)/pip install --quiet -c constraints.txt -e '.[torch,data,compressed,onnx,gguf,serve,grammar,scan,dev]'
 	@touch $@
 
 # Builds llama.cpp: some 12 minutes of one core.

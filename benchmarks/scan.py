@@ -12,8 +12,9 @@ PEERS is a folder of virtual environments: bandit, flawfinder, cppcheck. A tool 
 
 Every system has one threshold for all functions. What only says yes or no (a tool, always-alert) is what it is; the
 others are read at the false-positive rate of bandit (of the first tool that ran, or 5 %), on the fixed functions.
-Intervals resample projects. `--logits` has the scores of detectors trained on the other folds, {"id", "member", "logit"}
-with "before" or "after" as member; the combination is fitted inside the folds, on n-grams fitted inside them again.
+Intervals resample projects. `--logits` has the scores of detectors trained on the other folds, a line {"id", "member",
+"logit"} each with "before" or "after" as member; the combination is fitted inside the folds, on n-grams fitted inside
+them again.
 """
 
 import argparse
@@ -365,7 +366,8 @@ def common(data: Set, tools: dict[str, list[list[Finding]]], said: list[list[Fin
 def compare(args: argparse.Namespace, with_logits: bool) -> list[Record]:
     data, dropped = read(args.pairs, args.language, args.without)
     print(f"{data.name}: {data.n} pairs of {len(set(data.projects))} projects ({dropped} dropped); "
-          f"folds {np.bincount(data.folds, minlength=FOLDS).tolist()}; {int(data.shared.sum())} share a text with another fold",
+          f"folds {np.bincount(data.folds, minlength=FOLDS).tolist()}; "
+          f"{int(data.shared.sum())} share a text with another fold",
           file=sys.stderr)  # fmt: skip
     tools, said = tools_of(data, args.venvs), ruled(data.texts, data.languages)
     systems = common(data, tools, said)

@@ -19,6 +19,7 @@ VERBS = {
     "apply": ("shrew.moves", "run the moves of a recipe on a model folder"),
     "measure": ("shrew.measure", "compare models: quality, bytes, speed, memory, energy"),
     "audit": ("shrew.audit", "what a model file of any tool really holds, and what it lost"),
+    "scan": ("shrew.scan", "find functions that may be vulnerable, by rules and a small model"),
     "train": ("shrew.train", "train a small model from a recipe, with exact resume"),
     "complete": ("shrew.runtime.complete", "let a model go on with a text"),
     "chat": ("shrew.runtime.chat", "talk with a model in the terminal"),

@@ -1,7 +1,7 @@
 """`shrew scan PATH...`: functions that somebody should look at, by rules and a small model. Nothing scanned is run.
 
-Offline and without torch: tree-sitter parses, rules and a linear first stage judge every function, ONNX Runtime runs the
-detector on what is left. Each of them is loaded when it is first needed.
+Offline and without torch: tree-sitter parses, rules and a linear first stage judge every function, ONNX Runtime runs
+the detector on what is left. Each of them is loaded when it is first needed.
 """
 
 import argparse
@@ -41,7 +41,7 @@ REFRESH = 0.5
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("shrew scan", description="Find functions that may be vulnerable.")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="files and folders; with --diff this folder unless said")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="files and folders; with --diff: this folder")
     config.add_flags(parser)
     args = parser.parse_args(argv)
     paths = args.paths or (["."] if args.diff is not None else [])
@@ -82,7 +82,7 @@ def scan(
     limit = min(parse_bytes(spec.max_file_size), LARGEST)
     notes: list[str] = []
     if judge is None:
-        judge = Judge(_folder(spec.detector))
+        judge = Judge(_folder(spec.detector), spec.jobs)
         if not judge.has_model:
             notes.append("no detector: rules alone.")
     if rules is None:

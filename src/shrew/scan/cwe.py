@@ -69,9 +69,9 @@ _ROWS: list[tuple[int, str, str, float, str]] = [
      "Allow known types by content, choose the name yourself, and store where nothing is run."),
     (502, "Unsafe deserialization", "deserialization", 8.8,
      "Read a format that holds data alone (JSON), or sign what you wrote and check the signature first."),
-    (915, "Attributes set from outside", "deserialization", 7.3,
+    (915, "Attributes set from outside", "object-properties", 7.3,
      "Copy the fields that may be set, by name."),
-    (1321, "Prototype pollution", "deserialization", 7.3,
+    (1321, "Prototype pollution", "object-properties", 7.3,
      "Refuse the keys __proto__, constructor and prototype, or use a Map."),
     (611, "XML external entities", "xml-entities", 7.5,
      "Turn off document types and external entities in the parser."),
@@ -89,9 +89,11 @@ _ROWS: list[tuple[int, str, str, float, str]] = [
      "Redirect to paths of your own, or to hosts from a fixed list."),
     (352, "Cross-site request forgery", "cross-site-request", 6.8,
      "Ask for a token in every request that changes something, and set SameSite on cookies."),
-    (113, "Header injection", "header-injection", 6.1,
+    (93, "Line breaks injected", "crlf-injection", 6.1,
+     "Refuse carriage returns and newlines in text that a line-based format is made of."),
+    (113, "Header injection", "crlf-injection", 6.1,
      "Refuse carriage returns and newlines in everything that becomes a header."),
-    (117, "Log injection", "header-injection", 4.3,
+    (117, "Log injection", "crlf-injection", 4.3,
      "Replace line breaks in what is logged."),
     (287, "Improper authentication", "authentication", 8.6,
      "Check who asks before anything is done, in one place that every route passes."),
@@ -131,9 +133,9 @@ _ROWS: list[tuple[int, str, str, float, str]] = [
      "Make keys where they are used, and keep them in a key store."),
     (522, "Credentials poorly protected", "hard-coded-secret", 6.8,
      "Keep credentials out of addresses, logs and plain files."),
-    (295, "Certificate not checked", "certificate-check", 7.4,
+    (295, "Certificate not checked", "transport-security", 7.4,
      "Leave certificate and host name checks on; add your own authority where it is needed."),
-    (319, "Sent in the clear", "certificate-check", 6.5,
+    (319, "Sent in the clear", "transport-security", 6.5,
      "Use TLS."),
     (327, "Broken or risky cryptography", "weak-cryptography", 6.5,
      "Use AES-GCM or ChaCha20-Poly1305, and SHA-256 or newer."),
@@ -155,10 +157,10 @@ _ROWS: list[tuple[int, str, str, float, str]] = [
      "Leave secrets out of what is logged."),
     (20, "Input not checked", "input-validation", 6.3,
      "Check type, length, range and form where the value comes in."),
-    (1333, "Regular expression that takes exponential time", "resource-exhaustion", 5.6,
-     "Remove nested repetition, or limit the length before matching."),
     (400, "Resources without limit", "resource-exhaustion", 6.5,
      "Set limits: size, time, depth, number."),
+    (1333, "Regular expression that takes exponential time", "resource-exhaustion", 5.6,
+     "Remove nested repetition, or limit the length before matching."),
     (770, "Allocation without limit", "resource-exhaustion", 6.5,
      "Bound what one request may allocate."),
     (674, "Recursion without limit", "resource-exhaustion", 5.5,
@@ -207,24 +209,25 @@ _ROWS: list[tuple[int, str, str, float, str]] = [
      "Open first, then check what was opened."),
     (667, "Locking wrong", "race-condition", 5.8,
      "Take locks in one order, and release them on every way out."),
-    (617, "Assertion that can be reached", "unhandled-error", 5.0,
-     "Report the failure as an error that the caller handles."),
     (703, "Failure not handled", "unhandled-error", 4.5,
      "Check what a call returns, and act on failure."),
+    (617, "Assertion that can be reached", "unhandled-error", 5.0,
+     "Report the failure as an error that the caller handles."),
     (0, "Suspicious code", UNKNOWN, 5.0,
-     "Read the marked lines: where do the values come from, and what checks them?"),
+     "Ask where its values come from, and what checks them."),
 ]  # fmt: skip
 
 # Ids that other tools report and that ask for the same repair as one in the table.
-_SAME = {564: 89, 184: 20, 83: 79, 87: 79, 98: 73, 99: 73, 624: 94, 917: 94, 96: 94, 1188: 276, 250: 269, 285: 863,
-         613: 384, 312: 522, 256: 522, 257: 522, 313: 522, 297: 295, 310: 327, 759: 916, 760: 916, 335: 338,
-         337: 338, 340: 330, 329: 327, 497: 209, 201: 200, 203: 200, 215: 200, 489: 200, 404: 772, 775: 772, 405: 400,
-         407: 400, 409: 400, 834: 835, 126: 125, 127: 125, 124: 787, 788: 787, 786: 119, 823: 119, 129: 119,
-         131: 787, 193: 787, 170: 120, 242: 676, 825: 416, 672: 416, 763: 415, 590: 415, 690: 476, 252: 703, 253: 703,
-         390: 703, 391: 703, 754: 703, 755: 703, 457: 908, 665: 908, 824: 908, 192: 190, 194: 681, 195: 681, 196: 681,
-         197: 681, 682: 190, 680: 190, 366: 362, 364: 362, 833: 667, 378: 377, 93: 113, 444: 113, 1004: 522, 614: 319,
-         311: 319, 494: 345, 829: 345, 353: 345, 1236: 116, 425: 862, 566: 639, 538: 200, 548: 200, 552: 732,
-         }  # fmt: skip
+KIN = {
+    564: 89, 184: 20, 83: 79, 87: 79, 98: 73, 99: 73, 624: 94, 917: 94, 96: 94, 1188: 276, 250: 269, 285: 863,
+    613: 384, 312: 522, 256: 522, 257: 522, 313: 522, 297: 295, 310: 327, 759: 916, 760: 916, 335: 338, 337: 338,
+    340: 330, 329: 327, 497: 209, 201: 200, 203: 200, 215: 200, 489: 200, 404: 772, 775: 772, 405: 400, 407: 400,
+    409: 400, 834: 835, 126: 125, 127: 125, 124: 787, 788: 787, 786: 119, 823: 119, 129: 119, 131: 787, 193: 787,
+    170: 120, 242: 676, 825: 416, 672: 416, 763: 415, 590: 415, 690: 476, 252: 703, 253: 703, 390: 703, 391: 703,
+    754: 703, 755: 703, 457: 908, 665: 908, 824: 908, 192: 190, 194: 681, 195: 681, 196: 681, 197: 681, 682: 190,
+    680: 190, 366: 362, 364: 362, 833: 667, 378: 377, 444: 113, 1004: 522, 614: 319, 311: 319, 494: 345, 829: 345,
+    353: 345, 1236: 116, 425: 862, 566: 639, 538: 200, 548: 200, 552: 732,
+}  # fmt: skip
 
 TABLE = {row[0]: Weakness(*row) for row in _ROWS}
 FAMILIES: dict[str, tuple[Weakness, ...]] = {}
@@ -243,7 +246,7 @@ def normal(cwe: str | int) -> str:
 def weakness(cwe: str | int) -> Weakness:
     """The row of an id, in any spelling; that of its nearest kin, or of the unknown, where it has none of its own."""
     number = int(normal(cwe)[4:] or 0)
-    return TABLE.get(_SAME.get(number, number), TABLE[0])
+    return TABLE.get(KIN.get(number, number), TABLE[0])
 
 
 def family(cwe: str | int) -> str:

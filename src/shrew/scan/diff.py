@@ -7,6 +7,7 @@ pager, diff driver, file-system monitor or fetch. What a file holds now is read 
 import hashlib
 import os
 import subprocess
+from pathlib import Path
 from types import TracebackType
 
 from shrew.errors import UsageError
@@ -61,14 +62,15 @@ class Diff:
     def _git(self, *words: str, rev: str = "") -> bytes:
         try:
             done = subprocess.run(
-                self._command(*words), capture_output=True, stdin=subprocess.DEVNULL, env=os.environ | _ALONE, check=False
-            )
+                self._command(*words),
+                capture_output=True, stdin=subprocess.DEVNULL, env=os.environ | _ALONE, check=False,
+            )  # fmt: skip
         except FileNotFoundError:
             raise UsageError("--diff needs git, which is not installed or not on PATH.") from None
         except ValueError:
             raise UsageError(f"{rev!r} is no revision.") from None
         if done.returncode:
-            why = " ".join(done.stderr.decode("utf-8", "replace").split()).removeprefix("fatal: ").partition(" To add")[0]
+            why = " ".join(done.stderr.decode("utf-8", "replace").split()).removeprefix("fatal: ").partition(" To ")[0]
             if rev:
                 raise UsageError(f"--diff: git knows no revision '{rev}' here; give a branch, tag or commit.")
             raise UsageError(f"--diff: {why or 'git failed'}; run it inside a git repository.")
@@ -76,7 +78,7 @@ class Diff:
 
     def old(self, path: str, data: bytes) -> bytes | None:
         """The content of a file at the revision: `data` itself where nothing changed, None where there was none."""
-        real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))  # noqa: PTH118-PTH120
+        real = Path(path).parent.resolve() / Path(path).name
         name = os.path.relpath(real, self._top).replace(os.sep, "/").encode("utf-8", "surrogateescape")
         blob = self._old.get(name)
         if blob is None:

@@ -18,7 +18,7 @@ from shrew.errors import DataError, UsageError, nearest
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser, Tree
 
-__all__ = ["LANGUAGES", "MODULE", "Function", "Source", "cut", "functions", "module", "normalise", "parse"]
+__all__ = ["LANGUAGES", "MODULE", "Function", "Source", "cut", "functions", "module", "names", "normalise", "parse"]
 
 MODULE = "<module>"
 ANONYMOUS = "<anonymous>"
@@ -67,53 +67,54 @@ class _Grammar:
     runs: frozenset[str] = frozenset()
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
-_C_CLOSED = _names("comment preproc_include preproc_def preproc_call initializer_list string_literal")
+_C_CLOSED = names("comment preproc_include preproc_def preproc_call initializer_list string_literal")
 _GRAMMARS = {
     "python": _Grammar(
         "tree_sitter_python",
-        _names("function_definition"),
-        _names("class_definition"),
-        _names("decorated_definition"),
-        _names("comment expression_statement import_statement import_from_statement decorator argument_list"),
-        _names("expression_statement for_statement while_statement with_statement raise_statement delete_statement"),
+        names("function_definition"),
+        names("class_definition"),
+        names("decorated_definition"),
+        names("comment expression_statement import_statement import_from_statement decorator argument_list"),
+        names("expression_statement for_statement while_statement with_statement raise_statement delete_statement"),
     ),
-    "c": _Grammar("tree_sitter_c", _names("function_definition"), closed=_C_CLOSED),
+    "c": _Grammar("tree_sitter_c", names("function_definition"), closed=_C_CLOSED),
     "cpp": _Grammar(
         "tree_sitter_cpp",
-        _names("function_definition"),
-        _names("class_specifier struct_specifier namespace_definition"),
-        _names("template_declaration"),
+        names("function_definition"),
+        names("class_specifier struct_specifier namespace_definition"),
+        names("template_declaration"),
         _C_CLOSED,
     ),
     "javascript": _Grammar(
         "tree_sitter_javascript",
-        _names("function_declaration generator_function_declaration function_expression generator_function"
+        names("function_declaration generator_function_declaration function_expression generator_function"
                " arrow_function method_definition"),
-        _names("class_declaration class"),
-        closed=_names("comment string regex import_statement"),
-        runs=_names("call_expression new_expression"),
+        names("class_declaration class"),
+        closed=names("comment string regex import_statement"),
+        runs=names("call_expression new_expression"),
     ),
     "go": _Grammar(
         "tree_sitter_go",
-        _names("function_declaration method_declaration func_literal"),
-        closed=_names("comment import_declaration"),
+        names("function_declaration method_declaration func_literal"),
+        closed=names("comment import_declaration"),
     ),
     "ruby": _Grammar(
         "tree_sitter_ruby",
-        _names("method singleton_method"),
-        _names("class module"),
-        closed=_names("comment string argument_list"),
-        runs=_names("call"),
+        names("method singleton_method"),
+        names("class module"),
+        closed=names("comment string argument_list"),
+        runs=names("call"),
     ),
     "java": _Grammar(
         "tree_sitter_java",
-        _names("method_declaration constructor_declaration compact_constructor_declaration static_initializer"),
-        _names("class_declaration interface_declaration enum_declaration record_declaration"),
-        closed=_names("line_comment block_comment import_declaration annotation"),
+        names("method_declaration constructor_declaration compact_constructor_declaration static_initializer"),
+        names("class_declaration interface_declaration enum_declaration record_declaration"),
+        closed=names("line_comment block_comment import_declaration annotation"),
     ),
 }  # fmt: skip
 LANGUAGES = tuple(_GRAMMARS)
@@ -123,9 +124,9 @@ _DECLARE = re.compile(
     rb"(require|require_relative|load|attr_\w+|include|extend|private|public|protected|module_function)\b"
 )
 _MARGIN = re.compile(rb"^(?:@[^\n]*\n)*(?:def|async def|class)\b", re.M)  # a definition with its decorators
-_COMMENTS = _names("comment line_comment block_comment html_comment hash_bang_line")
+_COMMENTS = names("comment line_comment block_comment html_comment hash_bang_line")
 # Text whose blanks count, with children (escapes) that do not cover all of it.
-_WHOLE = _names("string_content interpreted_string_literal_content raw_string_content heredoc_content string_fragment")
+_WHOLE = names("string_content interpreted_string_literal_content raw_string_content heredoc_content string_fragment")
 
 
 @cache

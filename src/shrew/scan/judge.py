@@ -73,7 +73,7 @@ class Judge:
         from shrew.scan.detector import Detector
 
         assert self._folder is not None
-        return Detector.load(self._folder)
+        return Detector.load(self._folder, self._jobs)
 
     def point(self, name: str) -> Point:
         return self._settings.points[name]
@@ -105,7 +105,7 @@ class Judge:
             return max((RULES_ALONE.get(finding.severity, 0.0) for finding in findings), default=0.0)
         from shrew.scan.combine import combined
 
-        (chance,) = combined(self._settings.combine, [score.logit if score else 0.0], [gram or 0.0], [list(findings)])
+        (chance,) = combined(self._settings.combine, [score.logit if score else None], [gram or 0.0], [list(findings)])
         return round(float(chance), DIGITS)
 
     def severity(self, probability: float, findings: "Sequence[Finding]") -> str:

@@ -15,6 +15,7 @@ from shrew.scan.cwe import FAMILIES, SEVERITIES
 from shrew.scan.sarif import REASONS
 
 MOST_SHOWN = 200  # alerts with their code
+MOST_FOLDED = 3_000_000  # letters after which long functions are no longer given whole
 MOST_ROWS = 2000  # of any table
 MOST_LINES = 400  # of one function
 MOST_LETTERS = 400  # of one line
@@ -69,7 +70,7 @@ def page(report: Report) -> str:
     alerts = ordered(report.alerts)
     body = _header(report, told.partition(" in ")[0].partition(" (")[0]) + _weaknesses(alerts) + _files(alerts)
     body += _alerts(alerts) + _rest(alerts[MOST_SHOWN:]) + _held(report) + _skipped(report) + _method(report)
-    footer = f"<footer>Made by shrew scan. {escape(told)} {escape(show.operating_point(report))}</footer>\n"
+    footer = f"<footer>Made by shrew scan. {escape(told)}</footer>\n"
     return document(told, f"<main>\n{body}</main>\n{footer}", STYLE)
 
 
@@ -135,7 +136,7 @@ def _files(alerts: Sequence[Alert]) -> str:
         name = f'<a href="#f{number}">{_text(path)}</a>' if path in shown else _text(path)
         rows.append(f'<tr><th scope="row" class="name">{name}</th>{_counts(here)}</tr>\n')
     more = f" The table has the first {MOST_ROWS:,}." if len(groups) > MOST_ROWS else ""
-    note = f"{show.count(len(groups), 'file')}, the worst first.{more}"
+    note = f"{show.count(len(groups), 'file')}{', the worst first' * (len(groups) > 1)}.{more}"
     body = scroll("Files", table([("", "File"), *SEVERITY_HEADS], rows, "counted"))
     if len(groups) > 12:
         body = f"<details>\n<summary>{show.count(len(groups), 'file')}</summary>\n{body}</details>\n"
@@ -149,7 +150,9 @@ def _alerts(alerts: Sequence[Alert]) -> str:
     places = {path: number for number, path in enumerate(by_file(alerts))}
     body = ""
     for path, here in by_file(alerts[:MOST_SHOWN]).items():
-        body += f'<h2 class="file" id="f{places[path]}">{_text(path)}</h2>\n' + "".join(map(_alert, here))
+        body += f'<h2 class="file" id="f{places[path]}">{_text(path)}</h2>\n'
+        for alert in here:
+            body += _alert(alert, whole=len(body) < MOST_FOLDED)
     scale = '<span class="scale" aria-hidden="true"><i class="s1"></i><i class="s2"></i><i class="s3"></i></span>'
     shaded = any(max(alert.shades(), default=0) > 0 for alert in alerts[:MOST_SHOWN])
     ruled = any(alert.findings for alert in alerts[:MOST_SHOWN])
@@ -159,17 +162,18 @@ def _alerts(alerts: Sequence[Alert]) -> str:
     return section("The alerts", " ".join(note for note in notes if note), body)
 
 
-def _alert(alert: Alert) -> str:
+def _alert(alert: Alert, whole: bool) -> str:
     function = alert.function
     cwe = weaknesses.normal(alert.cwe)
     kind = alert.weakness.name
     link = f'<a href="https://cwe.mitre.org/data/definitions/{cwe[4:]}.html">{cwe}</a>' if cwe else "no CWE"
     span = f"lines {function.start:,} to {function.end:,}" if function.end > function.start else "one line"
-    message = "" if alert.told == kind else f"<p>{_text(alert.told, 1000)}</p>\n"
+    said = {kind, *(item.message for item in alert.findings)}
+    message = "" if alert.told in said else f"<p>{_text(alert.told, 1000)}</p>\n"
     return (
         f'<article>\n<h3>{_severity(alert.severity)} {escape(kind)} in <span class="name">{_text(function.name, 160)}'
         f'</span></h3>\n<p class="where">{_text(alert.path)}:{alert.first_line()} · {span} · {link} · probability '
-        f"{alert.probability:.2f}</p>\n{message}{_said(alert)}{_code(alert)}"
+        f"{alert.probability:.2f}</p>\n{message}{_said(alert)}{_code(alert, whole)}"
         f'<p class="help">{escape(alert.weakness.help)}</p>\n</article>\n'
     )
 
@@ -185,18 +189,18 @@ def _said(alert: Alert) -> str:
     return f'<ul class="said">\n{"".join(items)}</ul>\n' if items else ""
 
 
-def _code(alert: Alert) -> str:
+def _code(alert: Alert, whole: bool) -> str:
     """The function, whole where it is short; else the lines around those that matter, and the whole folded."""
     texts = alert.function.text.rstrip("\n").split("\n")
     shades, start = alert.shades(), alert.function.start
     ruled = {item.start - start + step for item in alert.findings
              for step in range(min(max(item.end - item.start, 0), 20) + 1)}  # fmt: skip
-    lines = [_line(start + at, text, shades[at], at in ruled) for at, text in enumerate(texts[:MOST_LINES])]
-    whole = "".join(lines)
-    if len(texts) > MOST_LINES:
-        whole += _gap(f"{len(texts) - MOST_LINES:,} more lines")
+
+    def line(at: int) -> str:
+        return _line(start + at, texts[at], shades[at], at in ruled)
+
     if len(texts) <= SHORT:
-        return _box(whole)
+        return _box("".join(map(line, range(len(texts)))))
     matter = {number - start for number, *_ in show.shown_lines(alert, 4)} or {0}
     near = sorted({at for place in matter for at in range(place - AROUND, place + AROUND + 1) if 0 <= at < len(texts)})
     if 0 not in near:
@@ -205,11 +209,16 @@ def _code(alert: Alert) -> str:
     for at in near[:60]:
         if at > last + 1:
             part += _gap(f"{show.count(at - last - 1, 'line')}")
-        part += lines[at] if at < len(lines) else _line(start + at, texts[at], shades[at], at in ruled)
+        part += line(at)
         last = at
     if last < len(texts) - 1:
         part += _gap(show.count(len(texts) - 1 - last, "line"))
-    folded = f"<summary>The whole function, {len(texts):,} lines</summary>\n{_box(whole)}"
+    if not whole:
+        return _box(part)
+    lines = "".join(map(line, range(min(len(texts), MOST_LINES))))
+    if len(texts) > MOST_LINES:
+        lines += _gap(f"{len(texts) - MOST_LINES:,} more lines")
+    folded = f"<summary>The whole function, {len(texts):,} lines</summary>\n{_box(lines)}"
     return f"{_box(part)}<details>\n{folded}</details>\n"
 
 
@@ -272,7 +281,9 @@ def _skipped(report: Report) -> str:
 def _method(report: Report) -> str:
     """What the numbers mean, and what they do not."""
     points = [
-        "The probability is calibrated on functions of known projects. It is a reason to look, not a proof.",
+        "The probability is a reason to look, not a proof. " + (
+            "It was calibrated on functions of which it is known whether they were repaired." if report.detector else
+            "It comes from rules alone here, as no detector was run, and says no more than their severity."),
         "No alert does not mean no weakness.",
     ]
     if report.alerts_per_1000 is not None:

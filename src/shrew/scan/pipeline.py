@@ -1,4 +1,4 @@
-"""A scan, file by file: read, parse, match rules, ask the first stage; then the detector about what is left, in batches.
+"""A scan, file by file: read, parse, match rules, ask the first stage; then the detector about the rest, in batches.
 
 What was seen before comes from the cache at each of these steps. Memory holds a batch and the alerts, never the tree.
 """
@@ -36,7 +36,9 @@ ODD_SHOWN = 20
 class Matcher(Protocol):
     """What rules are to a scan."""
 
-    def match(self, source: Source, tree: Any) -> "list[Finding]": ...
+    def match(
+        self, source: Source, tree: Any, skipped: list[tuple[str, str]] | None = None
+    ) -> "list[Finding]": ...
 
 
 @dataclass
@@ -122,7 +124,8 @@ class Scan:
             (left.chosen, "what --exclude names"),
         ):
             if number:
-                found.append(f"left out: {number:,} {'files or folders' if number > 1 else 'file or folder'} of {what}.")
+                each = "files or folders" if number > 1 else "file or folder"
+                found.append(f"left out: {number:,} {each} of {what}.")
         missed = Counter({path: len(items) for path, items in self.external.items() if path not in self._ranked})
         if missed:
             found.append(f"{missed.total():,} findings of other tools are in files that were not scanned, the first "
@@ -227,10 +230,7 @@ class Scan:
         if probability < self.judge.point(self.spec.point).threshold:
             return None
         cwe = _weakness(counted, score)
-        if findings:
-            why = "" if active else whys[0]
-        else:
-            why = file.held.why(cwe, fact.start, fact.end, fact.start)
+        own = "" if findings else file.held.why(cwe, fact.start, fact.end, fact.start)
         said = next((item.message for item in counted if item.cwe == cwe), "")
         return Alert(
             file.function(fact),
@@ -240,7 +240,7 @@ class Scan:
             tuple(counted),
             score.lines if score else (),
             said,
-            suppressed=why,
+            suppressed=own if active or not whys else whys[0],
         )
 
 
@@ -256,7 +256,9 @@ def analyse(
     source = Source(path, language, text.encode(), text)
     tree = parse(source)
     found = functions(source, tree)
-    findings = rules.match(source, tree)
+    stopped: list[tuple[str, str]] = []
+    findings = rules.match(source, tree, stopped)
+    odd = ", ".join(filter(None, [odd, *(why for _, why in stopped)]))
     places = [(each.start, each.end) for each in found if each.name != MODULE]
     outside = any(_place(places, item.start) is None for item in [*findings, *more])
     if outside and len(places) == len(found) and (rest := module(source, found)) is not None:

@@ -51,8 +51,9 @@ def sarif(report: Report, suppressed: bool = False) -> str:
     version = importlib.metadata.version("shrew")
     driver = {"name": "shrew", "fullName": f"shrew scan {version}", "version": version, "semanticVersion": version,
               "rules": [_rule(family) for family in FAMILIES],
-              "notifications": [{"id": id, "shortDescription": {"text": text}} for id, text in NOTIFICATIONS.items()],
-              }  # fmt: skip
+              "notifications": [{"id": id, "name": _pascal(id), "shortDescription": {"text": text},
+                                 "fullDescription": {"text": text}, "help": {"text": text}}
+                                for id, text in NOTIFICATIONS.items()]}  # fmt: skip
     point = {"operatingPoint": clean(report.point), "alertsPer1000Functions": report.alerts_per_1000}
     counts = {"files": report.files, "functions": report.functions, "detector": clean(report.detector)}
     run = {
@@ -105,7 +106,10 @@ def _result(alert: Alert, number: int, lines: list[str]) -> dict[str, Any]:
         place = _place(alert.path, at, at)
     region = place["region"]
     code = "\n".join(lines[region["startLine"] - 1 : region["endLine"]]).removesuffix("\r")
-    if code and "startColumn" not in region and len(code) <= MOST_SNIPPET:
+    if region.get("startColumn", 1) > len(code.partition("\n")[0]):
+        region.pop("startColumn", None)
+    code = code[region.get("startColumn", 1) - 1 :]
+    if code and len(code) <= MOST_SNIPPET:
         region["snippet"] = {"text": clean(code, MOST_SNIPPET)}
     if function.start <= region["startLine"] and region["endLine"] <= function.end:
         place["contextRegion"] = {"startLine": max(function.start, 1), "endLine": max(function.end, 1)}
@@ -177,7 +181,7 @@ def _rule(family: str) -> dict[str, Any]:
               if family == UNKNOWN else f"The code resembles, or matches a rule for: {head.name.lower()}.")  # fmt: skip
     found = {
         "id": f"shrew/{family}",
-        "name": "".join(word.capitalize() for word in family.split("-")),
+        "name": _pascal(family),
         "shortDescription": {"text": head.name + "."},
         "fullDescription": {"text": f"{unsure} {head.help}"},
         "help": {"text": "\n".join([unsure, *(_plain_help(item) for item in members)]),
@@ -193,6 +197,10 @@ def _rule(family: str) -> dict[str, Any]:
     if head.number:
         found["helpUri"] = f"https://cwe.mitre.org/data/definitions/{head.number}.html"
     return found
+
+
+def _pascal(name: str) -> str:
+    return "".join(word.capitalize() for word in name.rpartition("/")[2].split("-"))
 
 
 def _plain_help(item: Weakness) -> str:

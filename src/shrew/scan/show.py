@@ -140,7 +140,7 @@ def _explained(alert: Alert) -> Iterator[Part]:
 
 def text(report: Report, explain: bool = False) -> str:
     """Plain text. `explain`: below each alert the lines that moved its score or that a rule speaks of."""
-    return "".join(part.rstrip(" ") if part.endswith(" \n") else part for part, _ in _parts(report, explain))
+    return "".join(part for part, _ in _parts(report, explain))
 
 
 def styled(report: Report, explain: bool = False) -> "Text":
@@ -157,7 +157,7 @@ def show(report: Report, explain: bool = False) -> None:
         return
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=True).print(styled(report, explain))
+    Console(highlight=False, soft_wrap=True).print(styled(report, explain), end="")
 
 
 def plain(report: Report) -> dict[str, Any]:

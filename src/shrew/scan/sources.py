@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shrew.errors import DataError, UsageError
-from shrew.scan.functions import Source
+from shrew.scan.functions import names
 
 __all__ = ["Entry", "LeftOut", "Walk", "decode", "language_of", "read", "root_of", "shown"]
 
@@ -28,19 +28,17 @@ _SHEBANGS = {"python": "python", "pypy": "python", "node": "javascript", "nodejs
              "ruby": "ruby", "jruby": "ruby"}  # fmt: skip
 _CPP_HEADER = re.compile(rb"^[ \t]*(?:class|namespace|template|using)\b|\bpublic:|\bstd::", re.M)
 
-TEST_FOLDERS = frozenset(
-    "test tests testing __tests__ __mocks__ spec specs testdata test_data fixtures testsuite".split()
-)
+TEST_FOLDERS = names("test tests testing __tests__ __mocks__ spec specs testdata test_data fixtures testsuite")
 TEST_FILES = re.compile(
     r"(test_.*|.*_tests?|conftest|tests?)\.py|.*_test\.(go|c|cc|cpp|cxx|rb)|test_.*\.(c|cc|cpp|rb)|.*_spec\.rb"
     r"|.*\.(test|spec)\.[cm]?jsx?|.*(Tests?|TestCase)\.java"
 )
-VENDORED_FOLDERS = frozenset(
+VENDORED_FOLDERS = names(
     "vendor vendored _vendor vendors third_party third-party thirdparty 3rdparty extern node_modules bower_components"
-    " site-packages dist-packages venv .venv virtualenv .tox .nox .eggs".split()
+    " site-packages dist-packages venv .venv virtualenv .tox .nox .eggs"
 )
 VENDORED_FILES = re.compile(r".*[.-]min\.[cm]?js|.*_pb2(_grpc)?\.py|.*\.pb\.(go|cc|h)")
-NEVER = frozenset(".git .hg .svn .bzr __pycache__ .mypy_cache .ruff_cache .pytest_cache .hypothesis".split())
+NEVER = names(".git .hg .svn .bzr __pycache__ .mypy_cache .ruff_cache .pytest_cache .hypothesis")
 
 # Bytes that text does not have; tab, line ends, form feed and escape are left in.
 _CONTROL = bytes([*range(9), 11, *range(14, 27), *range(28, 32)])
@@ -85,8 +83,9 @@ class Walk:
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def __post_init__(self) -> None:
-        globs = [fnmatch.translate(glob.strip().removeprefix("./").rstrip("/")) for glob in self.exclude if glob.strip()]
-        self._excluded = re.compile("|".join(globs)) if globs else None
+        globs = filter(None, (glob.strip().removeprefix("./").rstrip("/") for glob in self.exclude))
+        excluded = "|".join(map(fnmatch.translate, globs))
+        self._excluded = re.compile(excluded) if excluded else None
 
     def __iter__(self) -> Iterator[Entry]:
         seen: set[str] = set()  # only where one path may lie in another
@@ -186,7 +185,7 @@ def language_of(name: str) -> str:
 
 
 def root_of(paths: list[str]) -> str:
-    """What the names in every output are relative to: this folder, where everything lies in it, else what they share."""
+    """What the names in every output are relative to: this folder where all lies in it, else what they share."""
     here = os.getcwd()  # noqa: PTH109
     full = [os.path.abspath(path) for path in paths]  # noqa: PTH100
     if all(_within(path, here) for path in full):
