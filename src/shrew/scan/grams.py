@@ -223,8 +223,8 @@ class Grams:
     def save(self, path: Path) -> None:
         """A NumPy archive of about 2**bits bytes; equal weights give equal bytes."""
         stream = io.BytesIO()
-        arrays = {"format": np.int64(FORMAT), "bias": np.float64(self.bias), "scales": self.scales, "steps": self.steps}
-        np.savez_compressed(stream, **arrays)
+        np.savez_compressed(stream, format=np.int64(FORMAT), bias=np.float64(self.bias), scales=self.scales,
+                            steps=self.steps)  # fmt: skip
         files.write_bytes(path, stream.getvalue())
 
     @classmethod
