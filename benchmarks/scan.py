@@ -12,8 +12,9 @@ PEERS is a folder of virtual environments: bandit, flawfinder, cppcheck. A tool 
 
 Every system has one threshold for all functions. What only says yes or no (a tool, always-alert) is what it is; the
 others are read at the false-positive rate of bandit (of the first tool that ran, or 5 %), on the fixed functions.
-Intervals resample projects. `--logits` has the scores of detectors trained on the other folds, {"id", "member", "logit"}
-with "before" or "after" as member; the combination is fitted inside the folds, on n-grams fitted inside them again.
+Intervals resample projects. `--logits` has the scores of detectors trained on the other folds, a line {"id", "member",
+"logit"} each with "before" or "after" as member; the combination is fitted inside the folds, on n-grams fitted inside
+them again.
 """
 
 import argparse
@@ -365,7 +366,8 @@ def common(data: Set, tools: dict[str, list[list[Finding]]], said: list[list[Fin
 def compare(args: argparse.Namespace, with_logits: bool) -> list[Record]:
     data, dropped = read(args.pairs, args.language, args.without)
     print(f"{data.name}: {data.n} pairs of {len(set(data.projects))} projects ({dropped} dropped); "
-          f"folds {np.bincount(data.folds, minlength=FOLDS).tolist()}; {int(data.shared.sum())} share a text with another fold",
+          f"folds {np.bincount(data.folds, minlength=FOLDS).tolist()}; "
+          f"{int(data.shared.sum())} share a text with another fold",
           file=sys.stderr)  # fmt: skip
     tools, said = tools_of(data, args.venvs), ruled(data.texts, data.languages)
     systems = common(data, tools, said)
@@ -453,17 +455,24 @@ def planted(args: argparse.Namespace) -> list[Record]:
 
 
 def timed(command: Sequence[str | Path], **more: str) -> dict[str, float]:
-    """Wall and CPU seconds and peak resident bytes of a command and its children; exit 1 (something found) is fine."""
-    begun = time.perf_counter()
-    with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                          env=os.environ | more) as process:  # fmt: skip
-        told = process.stderr.read().decode("utf-8", "replace") if process.stderr else ""
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in (0, 1):
-        raise SystemExit(f"{command[0]} ended with {process.returncode}: {told[-500:]}")
-    return {"wall": time.perf_counter() - begun, "cpu": used.ru_utime + used.ru_stime,
-            "peak": used.ru_maxrss * 1024.0}  # fmt: skip
+    """Wall and CPU seconds and peak resident bytes (VmHWM) of a command; exit 1 (something found) is fine."""
+    begun, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as told, subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=told, env=os.environ | more
+    ) as process:
+        done = 0
+        while not done:
+            status = Path(f"/proc/{process.pid}/status").read_text("ascii", "replace")
+            held = re.search(r"VmHWM:\s*(\d+)", status)
+            peak = max(peak, int(held[1]) * 1024 if held else 0)
+            time.sleep(0.005)
+            done, ended, used = os.wait4(process.pid, os.WNOHANG)
+        process.returncode = os.waitstatus_to_exitcode(ended)
+        wall = time.perf_counter() - begun
+        if process.returncode not in (0, 1):
+            told.seek(0)
+            raise SystemExit(f"{command[0]} ended with {process.returncode}: {told.read()[-500:].decode()}")
+    return {"wall": wall, "cpu": used.ru_utime + used.ru_stime, "peak": float(peak)}
 
 
 def speed(args: argparse.Namespace) -> list[Record]:

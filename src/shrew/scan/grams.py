@@ -1,10 +1,10 @@
 """Hashed n-grams of code tokens with logistic weights: a cheap linear detector, and the first stage of a scan.
 
 A text is lexed by one regular expression that is near enough for every language. Comments go. A string literal becomes
-its traits: whether it is formatted, holds a format field, words of SQL, a slash or a tag. A text has as features the
-runs of one to three tokens, every call's name with each token inside its parentheses, and every call's name with all
-the traits of its arguments; CRC-32 and a multiplication hash each to one of 2**BITS buckets (Weinberger et al. 2009,
-arXiv:0902.2206). A bucket counts once a text, and rows have length 1.
+its traits: whether it is formatted, holds a format field, words of SQL, a slash or a tag; its words follow after the
+code. A text has as features the runs of one to three tokens or words, every call's name with each token inside its
+parentheses, and every call's name with all the traits of its arguments; CRC-32 and a multiplication hash each to one of
+2**BITS buckets (Weinberger et al. 2009, arXiv:0902.2206). A bucket counts once a text, and rows have length 1.
 
 The weights minimise the L2-regularised logistic loss, found by a truncated Newton method: exact, no learning rate.
 They are kept as 8-bit integers with one scale for each run of BLOCK buckets. Scoring needs numpy alone and adds in one
@@ -51,20 +51,29 @@ TRAITS = (
     ("/", re.compile("/")),
     ("<", re.compile("<")),
 )
+LITERAL = 400  # characters of a string literal whose words count
+WORDS = re.compile(r"%(?:\(\w{0,40}\))?[sdrifx]|\{[^{}]{0,40}\}|\w+|[^\s\w]")
 OPERATORS = frozenset(("%", "+", "format", "=", ",", "f", "["))  # what counts in the traits of arguments
 STEP, SPREAD = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)  # odd: multiplying loses nothing
 
 
 def tokens(text: str, language: str) -> list[str]:
     """Code tokens in order; a number is "0", a string literal is `"` and its traits."""
-    found = []
+    return lexed(text, language)[0]
+
+
+def lexed(text: str, language: str) -> tuple[list[str], list[str]]:
+    """The code tokens, and the words and marks inside the string literals, each after a `'`."""
+    found, inside = [], []
     for literal, code in LEXERS[COMMENTS.get(language, "slash")].findall(text[:LONGEST]):
         if literal:
             formatted = "f" if literal[0] in "fF" else ""
             found.append('"' + formatted + "".join(name for name, trait in TRAITS if trait.search(literal)))
+            if len(literal) < LITERAL:  # a longer one is a docstring or data
+                inside += [f"'{word}" for word in WORDS.findall(literal)]
         elif code:
             found.append("0" if code[0].isdigit() else code)
-    return found
+    return found, inside
 
 
 def calls(row: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -139,9 +148,10 @@ def _batch(texts: Sequence[str], languages: Sequence[str], bits: int) -> np.ndar
     inner: list[int] = []
     sizes, pairs = [], []
     for text, language in zip(texts, languages, strict=True):
-        row = tokens(text, language)
+        row, inside = lexed(text, language)
         flat.extend(map(code, row))
-        sizes.append(len(row))
+        flat.extend(map(code, inside))
+        sizes.append(len(row) + len(inside))
         for name, token in calls(row):
             names.append(code(name))
             inner.append(code(token))
@@ -213,8 +223,8 @@ class Grams:
     def save(self, path: Path) -> None:
         """A NumPy archive of about 2**bits bytes; equal weights give equal bytes."""
         stream = io.BytesIO()
-        arrays = {"format": np.int64(FORMAT), "bias": np.float64(self.bias), "scales": self.scales, "steps": self.steps}
-        np.savez_compressed(stream, **arrays)
+        np.savez_compressed(stream, format=np.int64(FORMAT), bias=np.float64(self.bias), scales=self.scales,
+                            steps=self.steps)  # fmt: skip
         files.write_bytes(path, stream.getvalue())
 
     @classmethod
