@@ -37,7 +37,7 @@ class TrainSpec:
     data: list[str] = doc("text, JSONL or parquet: files, folders, globs, python:train, or a datasets name")
     out: str = doc("model folder to write")
     init: str = doc("model folder to go on from (any causal LM or classifier); default: build [model]", "")
-    tokenizer: str = doc("bpe:SIZE to train one on the data, or a folder with a tokenizer", "bpe:4096")
+    tokenizer: str = doc("bpe:SIZE to train one on the data, bytes, or a folder with a tokenizer", "bpe:4096")
     length: Annotated[int, Meta(ge=8)] = doc("tokens in a row", 512)
     batch_tokens: Annotated[int, Meta(ge=8)] = doc("tokens in a step", 8192)
     micro_rows: Annotated[int, Meta(ge=0)] = doc("rows computed at once, gradients add up; 0: chosen here", 0)
@@ -195,10 +195,12 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
                 marks = data.MARKS[0] if item.fim else ()
                 train_tokenizer(documents, int(size), item.seed, marks=marks).save_pretrained(temporary)
         tokenizer = _tokenizer(place)
+    elif item.tokenizer == "bytes":
+        tokenizer = data.byte_tokenizer(data.MARKS[0] if item.fim else ())
     elif Path(item.tokenizer).is_dir():
         tokenizer = _tokenizer(Path(item.tokenizer))
     else:
-        raise SpecError(f"tokenizer '{item.tokenizer}': give bpe:SIZE or a folder that holds a tokenizer.")
+        raise SpecError(f"tokenizer '{item.tokenizer}': give bpe:SIZE, bytes or a folder that holds a tokenizer.")
     shape = recipe.model if recipe.model.vocabulary else replace(recipe.model, vocabulary=len(tokenizer))
     if (shape.vocabulary or 0) < len(tokenizer):
         raise SpecError(f"model.vocabulary {shape.vocabulary} is smaller than the tokenizer's {len(tokenizer)}.")

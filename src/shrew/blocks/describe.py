@@ -28,6 +28,7 @@ from shrew.errors import FolderError, ShrewError, SpecError, UnsupportedError, U
 
 SEQUENCE = (1024, 8192, 131072)
 BITS, GROUP = 4, 128
+BYTES = 257  # what the tokenizer of bytes has: them, and the token that begins and ends a document
 WIDTH = 200  # so that a layer is one line where the output is piped; a terminal that is narrower wraps by itself
 SMALLEST_ROW = 16  # the quantize move leaves narrower matrices alone
 
@@ -126,7 +127,9 @@ def read(path: Path) -> ModelSpec:
         return found
     train = values.get("train")
     kind, _, size = str(train.get("tokenizer", "") if isinstance(train, dict) else "").partition(":")
-    if kind != "bpe" or not size.isdigit() or int(size) < 2:
+    if kind == "bytes":
+        size = str(BYTES)
+    elif kind != "bpe" or not size.isdigit() or int(size) < 2:
         raise SpecError(f"{path}: nothing says how many tokens there are; add vocabulary = 4096 (or what it is) to "
                         '[model], or tokenizer = "bpe:4096" to [train].')  # fmt: skip
     return dataclasses.replace(found, vocabulary=int(size))
