@@ -13,6 +13,7 @@ from shrew.blocks.memory import Memory, MemorySpec
 from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
 from shrew.blocks.moe import MoeSpec, moe_or_mlp
 from shrew.blocks.patches.boundaries import RULES, SpaceSpec
+from shrew.blocks.patches.hashes import HashSpec
 from shrew.blocks.patches.learned import LearnedSpec
 from shrew.blocks.window import Window, WindowSpec
 from shrew.errors import SpecError, nearest
@@ -75,6 +76,7 @@ class PatchesSpec:
     residual: Annotated[float, Meta(gt=0)] = doc("factor of what that attention adds to (the published models: 2)", 1.0)
     first: Annotated[int, Meta(ge=0)] = doc("token id of byte 0; those of the others follow", 0)
     mean: Annotated[float, Meta(ge=1)] | None = doc("bytes a patch, to count FLOPs with; default: the rule's", None)
+    hashes: HashSpec | None = doc("n-gram tables as the published models have them", None)
     entropy: "ModelSpec | None" = doc("model whose entropies cut the patches", None)
 
     def problem(self, model: "ModelSpec") -> str:
@@ -83,6 +85,8 @@ class PatchesSpec:
             return f"rule: {wrong}"
         if self.width % self.heads:
             return f"width {self.width} is no multiple of {self.heads} heads"
+        if model.ngrams and self.hashes:
+            return "ngrams and hashes are tables of the same; take one"
         if model.exits:
             return "a model of patches has no early exits"
         if any(getattr(mixer, "value_embeddings", False) for mixer in model.mixers.values()):

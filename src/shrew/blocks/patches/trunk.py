@@ -21,6 +21,7 @@ from shrew.blocks.embeddings import Ngrams
 from shrew.blocks.layers import Place, RMSNorm, State, runs
 from shrew.blocks.patches.boundaries import NEWLINE
 from shrew.blocks.patches.cross import Cross, Pool
+from shrew.blocks.patches.hashes import Hashes
 from shrew.blocks.patches.learned import Learned, LearnedSpec, smoothed, sure
 from shrew.blocks.patches.packing import before, ends, lay, members
 from shrew.blocks.patches.state import PatchState, joined, parted
@@ -74,7 +75,8 @@ class PatchTrunk(nn.Module):
         self.exits: list[int] = []
         wide = front.queries * front.width
         self.embed_tokens = nn.Embedding(spec.vocabulary or 0, front.width)
-        self.ngrams = Ngrams(spec.ngrams, front.width) if spec.ngrams else None
+        self.ngrams: Ngrams | None = Ngrams(spec.ngrams, front.width) if spec.ngrams else None
+        self.hashes: Hashes | None = Hashes(front.hashes, front.width) if front.hashes else None
         self.encoder = Stack(spec.local(front.encoder))
         self.pool = Pool(front.width, front.heads, front.queries, spec.eps, front.residual)
         self.into = nn.Linear(wide, spec.width, bias=False) if wide != spec.width else None
@@ -138,9 +140,9 @@ class PatchTrunk(nn.Module):
 
     def embed(self, place: Place, cache: Cache | None = None) -> Tensor:
         x = self.embed_tokens(place.tokens)
-        if self.ngrams is not None:
+        if self._grams is not None:
             state = None if cache is None else cache.layers[self._local]
-            x = x + self.ngrams(place, state)
+            x = x + self._grams(place, state)
             count(state, place)
         if self.spec.embedding_scale != 1:
             x = x * torch.tensor(self.spec.embedding_scale).to(x.dtype)
@@ -174,7 +176,7 @@ class PatchTrunk(nn.Module):
         state: Any = None if cache is None else cache.layers[-1]
         if getattr(self.front.rule, "reset", False):
             place = self._lines(bytes, place, state)
-        some = None if cache is None else Cache(layers=cache.layers[self._local + (self.ngrams is not None) : -1])
+        some = None if cache is None else Cache(layers=cache.layers[self._local + (self._grams is not None) : -1])
         found: Tensor = oracle(place, some)
         first = torch.zeros_like(found[:, :1])
         if state is not None:
@@ -278,7 +280,12 @@ class PatchTrunk(nn.Module):
     # --- states and costs --------------------------------------------------------------------------------------------
 
     @property
+    def _grams(self) -> Ngrams | Hashes | None:
+        return self.ngrams or self.hashes
+
+    @property
     def _local(self) -> int:
+        """Local layers, whose states come first."""
         return len(self.encoder.layers) + len(self.decoder.layers)
 
     def _new_row(self) -> list[Any]:
@@ -289,7 +296,7 @@ class PatchTrunk(nn.Module):
         """States of the encoder's, then the decoder's layers, of the n-grams, of the entropies' model, of patches."""
         local: list[Any] = [*self.encoder.layers, *self.decoder.layers]
         states = [layer.mixer.init_state() for layer in local]
-        states += [] if self.ngrams is None else [self.ngrams.init_state()]
+        states += [] if self._grams is None else [self._grams.init_state()]
         states += [] if self.entropy is None else self.entropy.model.new_cache().layers
         return Cache(layers=[*states, PatchState(self._new_row)])
 
@@ -321,6 +328,6 @@ class PatchTrunk(nn.Module):
         patches = round(context / self.front.bytes)
         found = sum(layer.mixer.state_bytes(patches, element) for layer in layers)
         found += self.encoder.state_bytes(context, element) + self.decoder.state_bytes(context, element)
-        found += 0 if self.ngrams is None else self.ngrams.state_bytes()
+        found += 0 if self._grams is None else self._grams.state_bytes()
         found += 0 if self.entropy is None else self.entropy.model.state_bytes(context, element)
         return found + round((self.front.bytes + self.front.queries) * self.width * element)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import dense, gemma3, granite, lfm2, mamba2, olmoe, qwen3_next
+from shrew.blocks.stock import blt, dense, gemma3, granite, lfm2, mamba2, olmoe, qwen3_next
 from shrew.blocks.stock.adapter import Adapter, Weights
 from shrew.errors import SpecError, UnsupportedError
 from shrew.spec import dump, parse
@@ -30,6 +30,7 @@ ADAPTERS: dict[str, Adapter] = {
     "lfm2": lfm2.LFM2,
     "mamba2": mamba2.MAMBA2,
     "granitemoehybrid": granite.GRANITE,
+    "blt": blt.BLT,
 }
 
 
@@ -99,7 +100,7 @@ def in_our_names(config: Any, spec: ModelSpec, weights: Weights) -> Weights:
 
 
 def _names(adapter: Adapter, spec: ModelSpec) -> list[dict[str, str]]:
-    return [adapter.names(spec, layer) for layer in range(spec.layers)]
+    return [adapter.names(spec, layer) for layer in range(spec.deepest)]
 
 
 def _renamed(weights: Weights, names: list[dict[str, str]]) -> Weights:
