@@ -55,7 +55,7 @@ class Cross(nn.Module):
         nn.init.normal_(self.o_proj.weight, std=deep)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        return x.unflatten(-1, (self.heads, self.width // self.heads))
 
     def read(self, vectors: Tensor, bytes: Tensor, patch: Tensor) -> Tensor:
         """vectors [N, k, d] of patches, bytes [n, d], `patch` [n] of each byte -> [N, k, d]."""
@@ -72,7 +72,7 @@ class Cross(nn.Module):
 
         def found(part: Tensor) -> Tensor:  # [N, k, d] -> [B, T, k, H, D]
             rows = part.flatten(1).index_select(0, patch.flatten())
-            return rows.view(*patch.shape, part.shape[1], self.heads, -1)
+            return rows.view(*patch.shape, part.shape[1], self.heads, self.width // self.heads)
 
         v = found(self.v_proj(vectors))
         if self.q_norm is None or self.q_proj is None or self.k_proj is None:

@@ -53,7 +53,11 @@ class Oracle(nn.Module):
         self.spec = spec
         self.model = Trunk(spec)
         self.lm_head = None if spec.tied else nn.Linear(spec.width, spec.vocabulary or 0, bias=False)
-        self.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Oracle":
+        """It is never trained here, whatever the model around it is."""
+        return super().train(False).requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, place: Place, cache: Cache | None = None) -> Tensor:
