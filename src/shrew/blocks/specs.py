@@ -75,7 +75,8 @@ class PatchesSpec:
     every: bool = doc("the decoder reads the patches before each of its layers, not the first alone", True)
     residual: Annotated[float, Meta(gt=0)] = doc("factor of what that attention adds to (the published models: 2)", 1.0)
     first: Annotated[int, Meta(ge=0)] = doc("token id of byte 0; those of the others follow", 0)
-    mean: Annotated[float, Meta(ge=1)] | None = doc("bytes a patch, to count FLOPs with; default: the rule's", None)
+    mean: Annotated[float, Meta(ge=1)] | None = doc(
+        "bytes a patch, to count FLOPs with; train fits the threshold of entropies to it; default: the rule's", None)
     hashes: HashSpec | None = doc("n-gram tables as the published models have them", None)
     entropy: "ModelSpec | None" = doc("model whose entropies cut the patches", None)
 
@@ -91,9 +92,10 @@ class PatchesSpec:
             return "a model of patches has no early exits"
         if any(getattr(mixer, "value_embeddings", False) for mixer in model.mixers.values()):
             return "value_embeddings are of tokens; the layers that run on patches see none"
-        if (self.rule.kind == "entropy") != (self.entropy is not None):
-            return "rule entropy and the model entropy go together; give both or none"
-        if self.entropy and (self.entropy.front or self.entropy.vocabulary not in (None, model.vocabulary)):
+        if self.entropy and self.rule.kind != "entropy":
+            return f"rule {self.rule.kind} asks no model entropy; leave it out"
+        known = {getattr(part, "vocabulary", None) for part in (model, self.entropy)} - {None}
+        if self.entropy and (self.entropy.front or len(known) > 1):
             return "entropy is a model of the same tokens, without a front of its own"
         return ""
 

@@ -27,6 +27,7 @@ from shrew.blocks.patches.packing import before, ends, lay, members
 from shrew.blocks.patches.state import PatchState, joined, parted
 from shrew.blocks.specs import ModelSpec, PatchesSpec
 from shrew.blocks.trunk import Layer, Trunk, count
+from shrew.errors import SpecError
 
 
 class Stack(nn.Module):
@@ -94,6 +95,9 @@ class PatchTrunk(nn.Module):
         self.norm = RMSNorm(front.width, spec.eps)
         rule = front.rule
         self.learned = Learned(rule, front.width) if isinstance(rule, LearnedSpec) else None
+        if rule.kind == "entropy" and front.entropy is None:
+            raise SpecError("front: rule entropy needs the model of the entropies; `shrew train` puts the one in that "
+                            'entropy = "FOLDER" in [train] names.')  # fmt: skip
         asked = replace(front.entropy, vocabulary=spec.vocabulary) if front.entropy else None
         self.entropy = Oracle(asked) if asked else None
         for block in self.blocks():
@@ -178,8 +182,7 @@ class PatchTrunk(nn.Module):
     def _entropies(self, oracle: Oracle, bytes: Tensor, place: Place, cache: Cache | None) -> Tensor:
         """[B, T + 1]: entropies of the new bytes and of the one to come; 0 where there is nothing before one."""
         state: Any = None if cache is None else cache.layers[-1]
-        if getattr(self.front.rule, "reset", False):
-            place = self._lines(bytes, place, state)
+        place = self._alone(bytes, place, state)
         some = None if cache is None else Cache(layers=cache.layers[self._local + (self._grams is not None) : -1])
         found: Tensor = oracle(place, some)
         first = torch.zeros_like(found[:, :1])
@@ -188,14 +191,14 @@ class PatchTrunk(nn.Module):
             state.held["expected"] = found[:, -1:]
         return torch.cat([first.to(found.dtype), found], 1)
 
-    def _lines(self, bytes: Tensor, place: Place, state: Any) -> Place:
-        """The place with every line a document of its own."""
-        held = {} if state is None else state.held
-        last = held.get("byte", torch.full_like(bytes[:, :1], -1))
-        breaks = torch.cat([last, bytes[:, :-1]], 1) == NEWLINE
-        breaks = torch.cat([held.get("breaks", breaks[:, :0]), breaks], 1)
+    def _alone(self, bytes: Tensor, place: Place, state: Any) -> Place:
+        """The place as the model of the entropies sees it: a special token begins a document, and so does a newline
+        where the rule has lines apart."""
+        breaks = (bytes < 0) | (bytes > 255)
+        if self.front.rule.reset:
+            breaks = breaks | (bytes == NEWLINE)
         if state is not None:
-            state.held["byte"], state.held["breaks"] = bytes[:, -1:], breaks
+            breaks = state.held["breaks"] = torch.cat([state.held.get("breaks", breaks[:, :0]), breaks], 1)
         if place.owner is not None:
             breaks = breaks | nn.functional.pad(place.owner.diff(dim=1) != 0, (1, 0))
         return Place(place.tokens, place.positions, runs(breaks[:, 1:]), place.seen)
