@@ -12,6 +12,7 @@ from shrew.blocks import describe
 from shrew.blocks.patches.boundaries import boundaries
 from shrew.blocks.patches.entropy import entropies
 from shrew.data import Document
+from shrew.packers.onnx.source import ours
 from shrew.tasks.text import Text
 from shrew.train import main
 
@@ -141,3 +142,28 @@ def test_a_front_of_tokens_is_refused(place: Path, monkeypatch: pytest.MonkeyPat
     path.write_text(path.read_text().replace('"bytes"', '"bpe:300"'))
     with pytest.raises(errors.SpecError, match="reads bytes: write tokenizer"):
         main([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("move", "flags", "words"),
+    [
+        ("quantize", ["--bits", 4, "--group", 16], ""),
+        ("prune", [], ""),
+        ("drop-layers", ["--count", 1], "one stack"),
+        ("upcycle", [], "several widths"),
+        ("trim-vocab", [], "by their numbers"),
+    ],
+)
+def test_moves_do_it_or_say_why_not(place: Path, apply: Any, tmp_path: Path, move: str, flags: list[Any],
+                                    words: str) -> None:  # fmt: skip
+    flags = [*flags, "--text", place / "text.txt"] if move != "upcycle" else flags
+    code, said = apply(place / "patches", move, *flags, "--out", tmp_path / "out")
+    assert (code, words in said) == (2 if words else 0, True), said
+    if not words:
+        model = folder.load(tmp_path / "out").model
+        assert model(torch.tensor([[256, *b"a cat"]])).logits.isfinite().all()
+
+
+def test_it_is_not_packed(place: Path) -> None:
+    with pytest.raises(errors.UnsupportedError, match="cannot be packed"):
+        ours(folder.load(place / "space"))

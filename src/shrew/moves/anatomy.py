@@ -113,6 +113,9 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
     Raises UnsupportedError when there is none, or more than one (an encoder and a decoder).
     """
+    if isinstance(model.config, ShrewConfig) and model.config.parsed().patches:
+        raise UnsupportedError("shrew: a model of patches has local layers and others; only models with one stack of "
+                               "layers can be cut.")  # fmt: skip
     count = getattr(model.config, "num_hidden_layers", None)
     found: list[tuple[str, nn.ModuleList]] = []
     for path, module in model.named_modules():
@@ -264,20 +267,11 @@ def with_widths(config: Any, **settings: int) -> Any:
     """A copy of a config with these widths; of our own type they are those of its ffn."""
     if not isinstance(config, ShrewConfig):
         return with_settings(config, **settings)
-    item = _of_tokens(config)
+    item = config.parsed()
     ffn = item.ffn
     if ffn.kind == "moe":  # a width that follows from those of the experts stays what it is
         ffn = replace(ffn, dense_hidden=ffn.dense(item.width).hidden)
     return _with_spec(config, replace(item, ffn=replace(ffn, **settings)))
-
-
-def _of_tokens(config: ShrewConfig) -> ModelSpec:
-    """The spec of our own type. Raises UnsupportedError for one of patches, which has layers of three kinds."""
-    item: ModelSpec = config.parsed()
-    if item.patches:
-        raise UnsupportedError("shrew: nothing is cut out of a model of patches, whose layers are local ones and others; "
-                               "train a smaller one.")  # fmt: skip
-    return item
 
 
 def _with_spec(config: ShrewConfig, item: ModelSpec) -> Any:
@@ -318,7 +312,7 @@ def without_layers(model: Any, dropped: set[int]) -> Any:
 
 def _without_own_layers(config: ShrewConfig, dropped: set[int]) -> Any:
     """Our own type: the pattern names the mixers of the layers left, one by one."""
-    item = _of_tokens(config)
+    item = config.parsed()
     if item.exits:
         raise UnsupportedError("shrew: early exits stand after a number of layers, so those after a cut would read "
                                "other layers than they were trained on; leave the layers whole.")  # fmt: skip
