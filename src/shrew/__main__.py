@@ -26,6 +26,7 @@ VERBS = {
     "serve": ("shrew.runtime.server", "serve models over HTTP, to OpenAI's clients and a page"),
     "pack": ("shrew.packers", "write a model in the form that another program runs"),
     "describe": ("shrew.blocks.describe", "print what a model is made of and what it costs"),
+    "patch": ("shrew.blocks.patches.show", "show how a text is cut into patches, and how hard its bytes are to tell"),
     "report": ("shrew.report", "make the page of a run from its records"),
 }
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from shrew import data, files, folder, machine, objectives, spec
 from shrew.blocks.detector import ShrewForSequenceClassification, detector
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
+from shrew.blocks.patches.lend import asked, lend
 from shrew.blocks.stock import adopt, stock
 from shrew.data.pairs import DetectSpec, Pairs, Reader
 from shrew.errors import DataError, FolderError, ShrewError, SpecError, UnsupportedError, UsageError, nearest
@@ -39,7 +40,8 @@ class TrainSpec:
                           default_factory=list)  # fmt: skip
     out: str = doc("model folder to write")
     init: str = doc("model folder to go on from (any causal LM or classifier); default: build [model]", "")
-    tokenizer: str = doc("bpe:SIZE to train one on the data, or a folder with a tokenizer", "bpe:4096")
+    tokenizer: str = doc("bpe:SIZE to train one on the data, bytes, or a folder with a tokenizer", "bpe:4096")
+    entropy: str = doc("folder of a model of bytes whose entropies cut the patches of [model.front]", "", reads="model")
     length: Annotated[int, Meta(ge=8)] = doc("tokens in a row", 512)
     batch_tokens: Annotated[int, Meta(ge=8)] = doc("tokens in a step", 8192)
     micro_rows: Annotated[int, Meta(ge=0)] = doc("rows computed at once, gradients add up; 0: chosen here", 0)
@@ -175,6 +177,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
     """What makes a run this run. Its length is not part of it: a decay can branch off a trunk that is long enough."""
     free = {"threads", "checkpoint_every", "evaluate_every", "out", "compile", "steps", "decay"}
     values = spec.dump(recipe)
+    free |= set() if recipe.train.entropy else {"entropy"}
     values["train"] = {key: value for key, value in values["train"].items() if key not in free}
     return values
 
@@ -215,15 +218,22 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
                 marks = data.MARKS[0] if item.fim else ()
                 train_tokenizer(documents, int(size), item.seed, marks=marks).save_pretrained(temporary)
         tokenizer = _tokenizer(place)
+    elif item.tokenizer == "bytes":
+        tokenizer = data.byte_tokenizer(data.MARKS[0] if item.fim else ())
     elif Path(item.tokenizer).is_dir():
         tokenizer = _tokenizer(Path(item.tokenizer))
     else:
-        raise SpecError(f"tokenizer '{item.tokenizer}': give bpe:SIZE or a folder that holds a tokenizer.")
+        raise SpecError(f"tokenizer '{item.tokenizer}': give bpe:SIZE, bytes or a folder that holds a tokenizer.")
     shape = recipe.model if recipe.model.vocabulary else replace(recipe.model, vocabulary=len(tokenizer))
     if (shape.vocabulary or 0) < len(tokenizer):
         raise SpecError(f"model.vocabulary {shape.vocabulary} is smaller than the tokenizer's {len(tokenizer)}.")
+    if shape.front and item.tokenizer.startswith("bpe:"):
+        raise SpecError(f'front \'{shape.front.kind}\' reads bytes: write tokenizer = "bytes" in [train].')
+    shape, oracle = asked(shape, item.entropy, [document.text for document in documents])
     model = build(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                   pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    if oracle is not None:
+        lend(model, oracle)
     return folder.Loaded(model, tokenizer), documents
 
 

@@ -24,10 +24,12 @@ from transformers import AutoConfig, initialization
 from shrew import spec
 from shrew.blocks.model import FFNS, MIXERS, ModelSpec, ShrewConfig, ShrewForCausalLM, build
 from shrew.blocks.stock import as_spec
+from shrew.blocks.trunk import Layer
 from shrew.errors import FolderError, ShrewError, SpecError, UnsupportedError, UsageError
 
 SEQUENCE = (1024, 8192, 131072)
 BITS, GROUP = 4, 128
+BYTES = 257  # what the tokenizer of bytes has: them, and the token that begins and ends a document
 WIDTH = 200  # so that a layer is one line where the output is piped; a terminal that is narrower wraps by itself
 SMALLEST_ROW = 16  # the quantize move leaves narrower matrices alone
 
@@ -122,14 +124,25 @@ def read(path: Path) -> ModelSpec:
         raise SpecError(f"{path}: there is no table [model] in it, only {', '.join(values) or 'nothing'}; add it, or "
                         "give a model folder.")  # fmt: skip
     found = spec.parse(ModelSpec, values["model"], f"{path}: model")
+    train = values.get("train")
+    found = _with_entropies(found, train)
     if found.vocabulary:
         return found
-    train = values.get("train")
     kind, _, size = str(train.get("tokenizer", "") if isinstance(train, dict) else "").partition(":")
-    if kind != "bpe" or not size.isdigit() or int(size) < 2:
+    if kind == "bytes":
+        size = str(BYTES)
+    elif kind != "bpe" or not size.isdigit() or int(size) < 2:
         raise SpecError(f"{path}: nothing says how many tokens there are; add vocabulary = 4096 (or what it is) to "
                         '[model], or tokenizer = "bpe:4096" to [train].')  # fmt: skip
     return dataclasses.replace(found, vocabulary=int(size))
+
+
+def _with_entropies(item: ModelSpec, train: Any) -> ModelSpec:
+    """The spec of a recipe with that of the model of bytes in it that [train] names."""
+    front, source = item.patches, train.get("entropy") if isinstance(train, dict) else None
+    if front is None or front.rule.kind != "entropy" or front.entropy or not source:
+        return item
+    return dataclasses.replace(item, front=dataclasses.replace(front, entropy=_of_folder(Path(source))))
 
 
 def _of_folder(path: Path) -> ModelSpec:
@@ -177,7 +190,7 @@ class Parameters:
 def parameters(model: ShrewForCausalLM) -> Parameters:
     head = model.lm_head.weight
     tables = {item.weight for item in model.modules() if isinstance(item, nn.Embedding)} - {head}
-    layers: list[Any] = list(model.model.layers)
+    layers: list[Any] = [item for item in model.modules() if isinstance(item, Layer)]
     total = sum(item.numel() for item in model.parameters())
     active = total - sum(item.numel() for item in tables) - sum(layer.ffn.idle() for layer in layers)
     return Parameters(total, active, active - head.numel())
@@ -227,6 +240,7 @@ def describe(item: ModelSpec, sequence: Any = SEQUENCE) -> dict[str, Any]:
             for number, (layer, (mixer, ffn)) in enumerate(zip(layers, blocks, strict=True))
         ],
         "parameters": dataclasses.asdict(count),
+        **({"front": _front(model)} if item.patches else {}),
         "sequence": [
             {
                 "tokens": tokens,
@@ -238,6 +252,20 @@ def describe(item: ModelSpec, sequence: Any = SEQUENCE) -> dict[str, Any]:
         "bytes": {"bf16": 2 * count.total, "int4": quantized_bytes(model)},
         "nearest": nearest_model(blocks, item.width, count.total),
     }
+
+
+def _front(model: Any) -> dict[str, Any]:
+    """What a model of patches has besides its layers; numbers are of parameters where nothing else is said."""
+
+    def held(*parts: Any) -> int:
+        return sum(weight.numel() for part in parts if part is not None for weight in part.parameters())
+
+    trunk, front = model.model, model.spec.patches
+    tables = held(trunk.ngrams, trunk.hashes)
+    return {
+        "rule": front.rule.kind, "bytes_per_patch": front.bytes, "entropy": held(trunk.entropy), "tables": tables,
+        "local": held(trunk.encoder, trunk.decoder, trunk.pool, trunk.cross), "tables_bf16_bytes": 2 * tables,
+    }  # fmt: skip
 
 
 # --- what it is like -------------------------------------------------------------------------------------------------
@@ -301,6 +329,12 @@ def show(name: str, item: ModelSpec, found: dict[str, Any], console: Console) ->
     console.print(table)
     if any(line["tokens"] > item.context for line in found["sequence"]):
         say("* longer than its context")
+    if item.patches:
+        front = found["front"]
+        say(f"\npatches by {front['rule']}, taken to be of {front['bytes_per_patch']:g} bytes; a token is a byte; "
+            f"{front['local']:,} parameters of local layers of width {item.patches.width:,}, {front['entropy']:,} of "
+            f"the model of entropies, {front['tables']:,} parameters of n-gram tables "
+            f"({_scaled(front['tables_bf16_bytes'], 'B')} in bf16)")  # fmt: skip
     count, weights, differs = found["parameters"], found["bytes"], found["nearest"]["differs"]
     say(f"\n{count['total']:,} parameters, {count['active']:,} active, {count['body']:,} of these without the head")
     say(f"{_scaled(weights['bf16'], 'B')} in bf16, {_scaled(weights['int4'], 'B')} at {BITS} bits with a scale for "

@@ -71,7 +71,7 @@ class Ngrams(nn.Module):
         whole = torch.cat([past, place.tokens + 1], 1)
         if state is not None:
             state.held["tokens"] = whole[:, whole.shape[1] - (longest - 1) :]
-        same = place.once(("grams", longest), lambda: _same_document(place, longest))
+        same = place.once(("grams", longest), lambda: same_document(place, longest))
         total, factor, found = whole[:, longest - 1 :], 1, {}
         for back in range(1, longest):
             factor = factor * FACTOR % MODULUS
@@ -91,7 +91,7 @@ class Ngrams(nn.Module):
         return (self.spec.rows - 1) * len(self.spec.sizes) * self.table.embedding_dim
 
 
-def _same_document(place: Place, taps: int) -> list[Tensor] | None:
+def same_document(place: Place, taps: int) -> list[Tensor] | None:
     """For each step back, [B, T, 1]: is that position of the same document?"""
     if place.owner is None:
         return None

@@ -32,13 +32,18 @@ class Place:
     row is one document: a document is a run of equal numbers, and a number that comes back is another one. Nothing may
     pass from one document to another; padding is a document of its own, so packed rows and left-padded rows need no
     further rule. What blocks read as `owner` counts the runs of a row from 0.
+
+    `real` [N]: the new positions b T + t that count; where given, what works on each position alone (a feed-forward
+    layer) leaves the others out.
     """
 
-    def __init__(self, tokens: Tensor, positions: Tensor, owner: Tensor | None = None, seen: int = 0) -> None:
+    def __init__(
+        self, tokens: Tensor, positions: Tensor, owner: Tensor | None = None, seen: int = 0, real: Tensor | None = None
+    ) -> None:
         if owner is not None and bool((owner == owner[:, :1]).all()):
             owner = None
         owner = None if owner is None else runs(owner[:, 1:] != owner[:, :-1])
-        self.tokens, self.positions, self.owner, self.seen = tokens, positions, owner, seen
+        self.tokens, self.positions, self.owner, self.seen, self.real = tokens, positions, owner, seen, real
         self._kept: dict[Any, Any] = {}
 
     @property
@@ -56,6 +61,17 @@ class Place:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """x [B, T, d] -> [1, N, d]: the positions that count; x itself where all do."""
+        return x if self.real is None else x.flatten(0, 1)[self.real][None]
+
+    def scattered(self, y: Tensor) -> Tensor:
+        """The inverse of `gathered`: zeros where nothing counts."""
+        if self.real is None:
+            return y
+        rows, length = self.tokens.shape
+        return y.new_zeros(rows * length, y.shape[-1]).index_copy(0, self.real, y[0]).view(rows, length, -1)
 
     def rotary(self, width: int, theta: float, yarn: float = 1.0, trained: int = 0) -> tuple[Tensor, Tensor]:
         key = ("rotary", width, theta, yarn, trained)

@@ -5,9 +5,8 @@ gets saved: everything else can read it without Shrew.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,100 +16,17 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from shrew import objectives
-from shrew.blocks.attention import Attention, AttentionSpec
-from shrew.blocks.conv import Conv, ConvSpec
-from shrew.blocks.delta import Delta, DeltaSpec
-from shrew.blocks.depth import EarlyExit, ExitSpec, MixtureOfDepthsSpec, Router, drop_rates, skip_rows
-from shrew.blocks.embeddings import Ngrams, NgramSpec
-from shrew.blocks.layers import Factored, Place, RMSNorm, Shape, State, runs
-from shrew.blocks.linear import Linear, LinearSpec
-from shrew.blocks.memory import Memory, MemorySpec
-from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
-from shrew.blocks.moe import MoeSpec, moe_or_mlp
-from shrew.blocks.window import Window, WindowSpec
-from shrew.errors import SpecError, UsageError, nearest
-from shrew.spec import Kinds, Meta, doc, dump, parse
+from shrew.blocks.attention import Attention
+from shrew.blocks.depth import EarlyExit
+from shrew.blocks.layers import Factored, Place, RMSNorm, runs
+from shrew.blocks.mlp import Mlp
+from shrew.blocks.patches.trunk import PatchTrunk
+from shrew.blocks.specs import FFNS, MIXERS, ModelSpec
+from shrew.blocks.trunk import Layer, Trunk
+from shrew.errors import SpecError, UsageError
+from shrew.spec import dump, parse
 
-# kind: (spec, block). A block's spec says what is wrong with it at a model's width (`problem`).
-MIXERS: dict[str, tuple[Any, Any]] = {
-    "attention": (AttentionSpec, Attention),
-    "conv": (ConvSpec, Conv),
-    "delta": (DeltaSpec, Delta),
-    "memory": (MemorySpec, Memory),
-    "linear": (LinearSpec, Linear),
-    "window": (WindowSpec, Window),
-}
-FFNS: dict[str, tuple[Any, Any]] = {
-    "mlp": (MlpSpec, Mlp),
-    "moe": (MoeSpec, moe_or_mlp),
-    "none": (NothingSpec, Nothing),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """One causal language model. `pattern` letters name mixers and repeat over the layers."""
-
-    pattern: str = doc("letters of the mixers, repeated", "A")
-    layers: Annotated[int, Meta(ge=1)] = doc("number of layers", 6)
-    width: Annotated[int, Meta(ge=8)] = doc("width of the residual stream", 256)
-    vocabulary: Annotated[int, Meta(ge=2)] | None = doc("number of token ids; default: the tokenizer's", None)
-    context: Annotated[int, Meta(ge=2)] = doc("longest context", 1024)
-    tied: bool = doc("one matrix for embedding and head", True)
-    eps: Annotated[float, Meta(gt=0)] = doc("epsilon of the norms", 1e-6)
-    norms: Literal["pre", "sandwich"] = doc("norm before each block, or before and after it (Gemma)", "pre")
-    embedding_scale: Annotated[float, Meta(gt=0)] = doc("factor of the embeddings", 1.0)
-    residual_scale: Annotated[float, Meta(gt=0)] = doc("factor of what a block adds to the residual stream", 1.0)
-    logit_scale: Annotated[float, Meta(gt=0)] = doc("factor of the logits", 1.0)
-    softcap: Annotated[float, Meta(ge=0)] = doc("logits become softcap tanh(logits / softcap); 0: off", 0.0)
-    zero_init: bool = doc("start every block's last matrix at zero, so that a new model is its embedding", False)
-    mixers: dict[str, Annotated[Any, Kinds({kind: spec for kind, (spec, _) in MIXERS.items()})]] = field(
-        default_factory=lambda: {"A": AttentionSpec()}
-    )
-    ffn: Annotated[Any, Kinds({kind: spec for kind, (spec, _) in FFNS.items()})] = field(default_factory=MlpSpec)
-    loops: Annotated[int, Meta(ge=1)] = doc("times that the layers are run, one after the other, same weights", 1)
-    repeats: tuple[Annotated[int, Meta(ge=1)], ...] = doc("times that each layer is run in a row; default: once", ())
-    ranks: dict[str, Annotated[int, Meta(ge=1)]] = doc(
-        "projections of attention, windows and MLPs that are two factors: 'layers.0.ffn.up_proj' and its rank",
-        default_factory=dict)  # fmt: skip
-    ngrams: NgramSpec | None = doc("hash n-gram embeddings", None)
-    exits: ExitSpec | None = doc("early exits", None)
-    mixture_of_depths: MixtureOfDepthsSpec | None = doc("tokens that choose their feed-forward layers", None)
-
-    def __post_init__(self) -> None:
-        if not self.pattern:
-            raise SpecError(f"pattern: no letter in it; name a mixer for each layer, known: {', '.join(self.mixers)}.")
-        for letter in self.pattern:
-            if letter not in self.mixers:
-                raise SpecError(f"pattern '{self.pattern}': no mixer '{letter}'; {nearest(letter, self.mixers)}")
-        if self.repeats and len(self.repeats) != self.layers:
-            raise SpecError(f"repeats: {len(self.repeats)} numbers for {self.layers} layers; give one for each.")
-        mixers = {f"mixers.{letter}": mixer for letter, mixer in self.mixers.items()}
-        for name, block in {**mixers, "ffn": self.ffn}.items():
-            if problem := block.problem(self.width):
-                raise SpecError(f"{name}: {problem}.")
-        extras = {
-            "ngrams": self.ngrams and self.ngrams.problem(),
-            "exits": self.exits and self.exits.problem(self.depth),
-            "mixture_of_depths": self.mixture_of_depths and self.mixture_of_depths.problem(self.layers),
-        }
-        for name, problem in extras.items():
-            if problem:
-                raise SpecError(f"{name}: {problem}.")
-
-    @property
-    def depth(self) -> int:
-        """Layers that a token goes through."""
-        return len(self.order)
-
-    @property
-    def order(self) -> list[int]:
-        """The layer of each pass, from first to last."""
-        once = [layer for layer in range(self.layers) for _ in range(self.repeats[layer] if self.repeats else 1)]
-        return once * self.loops
-
-    def mixer(self, layer: int) -> Any:
-        return self.mixers[self.pattern[layer % len(self.pattern)]]
+__all__ = ["FFNS", "MIXERS", "ModelSpec", "ShrewConfig", "ShrewForCausalLM", "build"]
 
 
 class ShrewConfig(PreTrainedConfig):
@@ -135,125 +51,6 @@ class ShrewConfig(PreTrainedConfig):
         return parse(ModelSpec, {"vocabulary": self.vocab_size, **self.spec}, "config.json: spec")
 
 
-class Layer(nn.Module):
-    def __init__(self, spec: ModelSpec, number: int) -> None:
-        super().__init__()
-        shape = Shape(spec.width, spec.eps, spec.vocabulary or 0, number)
-        mixer = spec.mixer(number)
-        self.scale = spec.residual_scale
-        self.mixer_norm = RMSNorm(spec.width, spec.eps)
-        self.mixer = MIXERS[mixer.kind][1](mixer, shape)
-        some = spec.ffn.kind != "none"
-        self.ffn_norm = RMSNorm(spec.width, spec.eps) if some else None
-        self.ffn = FFNS[spec.ffn.kind][1](spec.ffn, shape)
-        self.mixer_after = RMSNorm(spec.width, spec.eps) if spec.norms == "sandwich" else None
-        self.ffn_after = RMSNorm(spec.width, spec.eps) if some and spec.norms == "sandwich" else None
-        routes = spec.mixture_of_depths
-        self.router = Router(routes, spec.width) if some and routes and routes.routes(number) else None
-        for block in self.blocks():
-            for part in block.modules():
-                part._is_hf_initialized = True  # by `start`, not part by part
-
-    def blocks(self) -> list[Any]:
-        return [block for block in (self.mixer, self.ffn, self.router) if block is not None]
-
-    def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, d] -> [B, T, d], and the penalty of the ffn and its router, if there is one."""
-        y = self.mixer(self.mixer_norm(x), place, state)
-        x = x + self.scale * (y if self.mixer_after is None else self.mixer_after(y))
-        if self.ffn_norm is None:
-            return x, None
-        z = self.ffn_norm(x)
-        y, penalty = self.feed(z) if self.router is None else self.router(z, self.feed)
-        return x + self.scale * y, penalty
-
-    def feed(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        y, penalty = self.ffn(z)
-        return y if self.ffn_after is None else self.ffn_after(y), penalty
-
-    def flops(self, context: int) -> int:
-        fed: int = self.ffn.flops()
-        return self.mixer.flops(context) + (fed if self.router is None else self.router.flops(fed))
-
-
-class Trunk(nn.Module):
-    """Embedding, layers and the last norm: everything below the head."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.embed_tokens = nn.Embedding(spec.vocabulary or 0, spec.width)
-        self.ngrams = Ngrams(spec.ngrams, spec.width) if spec.ngrams else None
-        self.layers = nn.ModuleList(Layer(spec, number) for number in range(spec.layers))
-        self.order = spec.order
-        self.norm = RMSNorm(spec.width, spec.eps)
-        self.exits = spec.exits.after(spec.depth) if spec.exits else []
-        self.exit_norms = nn.ModuleList(RMSNorm(spec.width, spec.eps) for _ in self.exits)
-        self.drop_rates = drop_rates(spec.exits.layer_skip if spec.exits else 0.0, spec.depth)
-
-    def forward(
-        self, place: Place, cache: Cache | None = None, kept: list[Tensor] | None = None,
-        leave: EarlyExit | None = None, every: list[Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Hidden states [B, T, d] of the tokens, and the sum of the layers' penalties (None if there is none).
-
-        `kept` gets the hidden states at each exit, `every` those before each layer and, normed, after the last.
-        `leave` is asked at each exit; once it says yes it holds the answer, and the layers above only run their mixers
-        on the hidden states there, for the sake of the mixers' states.
-        """
-        x = self.embed(place, cache)
-        penalties = []
-        for number, which in enumerate(self.order):
-            layer: Any = self.layers[which]
-            state = None if cache is None else cache.layers[number]
-            if every is not None:
-                every.append(x)
-            if leave is not None and leave.layers:
-                layer.mixer(layer.mixer_norm(x), place, state)
-            else:
-                y, penalty = layer(x, place, state)
-                x = skip_rows(y, x, self.drop_rates[number]) if self.training and self.drop_rates[number] else y
-                if penalty is not None:
-                    penalties.append(penalty)
-                if number + 1 in self.exits and (kept is not None or leave is not None):
-                    early = self.exit_norms[self.exits.index(number + 1)](x)
-                    if kept is not None:
-                        kept.append(early)
-                    if leave is not None:
-                        leave(number + 1, early)
-            _count(state, place)
-        x = self.norm(x)
-        if every is not None:
-            every.append(x)
-        return x, torch.stack(penalties).sum() if penalties else None
-
-    def embed(self, place: Place, cache: Cache | None = None) -> Tensor:
-        x = self.embed_tokens(place.tokens)
-        if self.ngrams is not None:
-            state = None if cache is None else cache.layers[-1]
-            x = x + self.ngrams(place, state)
-            _count(state, place)
-        if self.spec.embedding_scale != 1:
-            x = x * torch.tensor(self.spec.embedding_scale).to(x.dtype)  # rounded to the weights' dtype, as Gemma does
-        return x
-
-    def new_cache(self) -> Cache:
-        """A state for each pass of a layer, and that of the n-grams at the end."""
-        layers: list[Any] = [self.layers[which] for which in self.order]
-        last = [] if self.ngrams is None else [self.ngrams.init_state()]
-        return Cache(layers=[layer.mixer.init_state() for layer in layers] + last)
-
-    @cached_property
-    def state_kinds(self) -> list[type]:
-        """The classes of the layers of a cache."""
-        return [type(layer) for layer in self.new_cache().layers]
-
-
-def _count(state: Any, place: Place) -> None:
-    if isinstance(state, State):
-        state.seen += place.positions.shape[1]
-
-
 class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ShrewConfig
     base_model_prefix = "model"
@@ -264,8 +61,8 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ShrewConfig) -> None:
         super().__init__(config)
         self.spec = config.parsed()
-        self.model = Trunk(self.spec)
-        self.lm_head = nn.Linear(self.spec.width, self.spec.vocabulary or 0, bias=False)
+        self.model = PatchTrunk(self.spec) if self.spec.patches else Trunk(self.spec)
+        self.lm_head = nn.Linear(self.model.width, self.spec.vocabulary or 0, bias=False)
         self.exit_counts: Counter[int] = Counter()  # layers run: tokens decoded so, since `generate` was last called
         self.post_init()
         for name, rank in self.spec.ranks.items():
@@ -293,7 +90,7 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, Layer):
+        elif isinstance(module, Layer | PatchTrunk):
             deep = 0.0 if self.spec.zero_init else 0.02 / (2 * self.spec.depth) ** 0.5
             for block in module.blocks():
                 if not all(hasattr(p, "_is_hf_initialized") for p in block.parameters()):
@@ -346,16 +143,12 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
     def flops(self, context: int, training: bool = False) -> int:
         """Multiply-adds times two of one token's forward pass that sees `context` positions on average; in training
         with the heads of the exits."""
-        layers: list[Any] = [self.model.layers[which] for which in self.model.order]
-        each = sum(layer.flops(context) for layer in layers)
         heads = 1 + len(self.model.exits) * training
-        return each + heads * 2 * self.spec.width * (self.spec.vocabulary or 0)
+        return self.model.flops(context) + heads * 2 * self.model.width * (self.spec.vocabulary or 0)
 
     def state_bytes(self, context: int, element: int = 2) -> int:
         """What a cache of one row holds after `context` positions."""
-        layers: list[Any] = [self.model.layers[which] for which in self.model.order]
-        each = sum(layer.mixer.state_bytes(context, element) for layer in layers)
-        return each + (0 if self.model.ngrams is None else self.model.ngrams.state_bytes())
+        return self.model.state_bytes(context, element)
 
     def forward(
         self,

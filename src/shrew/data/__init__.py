@@ -17,10 +17,11 @@ import numpy as np
 
 from shrew import files
 from shrew.data import python
+from shrew.data.bytes import byte_tokenizer
 from shrew.data.middle import MARKS, Middle, fill_in_the_middle, rearranged
 from shrew.errors import DataError
 
-__all__ = ["MARKS", "Batches", "Document", "Labelled", "Middle", "Stream", "documents", "encode",
+__all__ = ["MARKS", "Batches", "Document", "Labelled", "Middle", "Stream", "byte_tokenizer", "documents", "encode",
            "fill_in_the_middle", "read_jsonl", "split_documents", "tokenize"]  # fmt: skip
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text"}

@@ -97,6 +97,8 @@ def _check(loaded: Loaded) -> None:
     if isinstance(model.config, ShrewConfig) and model.config.parsed().ngrams:
         raise UnsupportedError("trim-vocab: n-gram embeddings hash the numbers of tokens, which would change; leave "
                                "the vocabulary whole.")  # fmt: skip
+    if isinstance(model.config, ShrewConfig) and model.config.parsed().patches:
+        raise UnsupportedError("trim-vocab: a model of patches reads bytes by their numbers; leave them as they are.")
     others = [key for key in model.config.to_dict() if key.startswith("vocab_size") and key != "vocab_size"]
     if others or getattr(model.config, "vocab_size", None) != model.get_input_embeddings().weight.shape[0]:
         where = ", ".join(others) or "its config"

@@ -65,6 +65,8 @@ class Upcycle:
         mlp = spec.ffn
         if mlp.kind != "mlp" or not mlp.gated:
             raise UnsupportedError(f"upcycle: the feed-forward layers of this {kind} are not gated MLPs; leave it out.")
+        if spec.patches:
+            raise UnsupportedError("upcycle: a model of patches has layers of several widths; leave it out.")
         hidden = mlp.hidden or 3 * spec.width
         if self.how == "split" and hidden % self.experts:
             raise SpecError(f"upcycle: {hidden} channels cannot be dealt out to {self.experts} experts; choose a "

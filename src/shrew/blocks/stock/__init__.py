@@ -5,12 +5,14 @@ spec that says a config, and the names of the parts. Norms that add one to their
 like are undone in `out` and `back`.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
-from shrew.blocks.stock import dense, gemma3, granite, lfm2, mamba2, olmoe, qwen3_next
+from shrew.blocks.specs import BytesSpec
+from shrew.blocks.stock import blt, dense, gemma3, granite, lfm2, mamba2, olmoe, qwen3_next
 from shrew.blocks.stock.adapter import Adapter, Weights
 from shrew.errors import SpecError, UnsupportedError
 from shrew.spec import dump, parse
@@ -30,13 +32,14 @@ ADAPTERS: dict[str, Adapter] = {
     "lfm2": lfm2.LFM2,
     "mamba2": mamba2.MAMBA2,
     "granitemoehybrid": granite.GRANITE,
+    "blt": blt.BLT,
 }
 
 
 def stock(model: ShrewForCausalLM) -> PreTrainedModel:
     """The same model as a stock transformers type, sharing no memory with `model`; the model itself where no type can
     say its spec."""
-    spec = model.spec
+    spec = _of_tokens(model.spec)
     for adapter in ADAPTERS.values():
         config = adapter.config(spec)
         if config is not None:
@@ -53,7 +56,13 @@ def stock(model: ShrewForCausalLM) -> PreTrainedModel:
 
 def adapter_of(spec: ModelSpec) -> Adapter | None:
     """The row of the type that `stock` makes of a spec."""
+    spec = _of_tokens(spec)
     return next((adapter for adapter in ADAPTERS.values() if adapter.config(spec) is not None), None)
+
+
+def _of_tokens(spec: ModelSpec) -> ModelSpec:
+    """The spec without the front `bytes`, which says nothing of the model."""
+    return replace(spec, front=None) if isinstance(spec.front, BytesSpec) else spec
 
 
 def restated(adapter: Adapter, spec: ModelSpec, weights: Weights) -> Weights:
@@ -99,7 +108,7 @@ def in_our_names(config: Any, spec: ModelSpec, weights: Weights) -> Weights:
 
 
 def _names(adapter: Adapter, spec: ModelSpec) -> list[dict[str, str]]:
-    return [adapter.names(spec, layer) for layer in range(spec.layers)]
+    return [adapter.names(spec, layer) for layer in range(spec.deepest)]
 
 
 def _renamed(weights: Weights, names: list[dict[str, str]]) -> Weights:

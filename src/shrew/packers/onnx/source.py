@@ -22,11 +22,13 @@ def ours(loaded: Loaded) -> tuple[ShrewForCausalLM, Weights]:
 
     Raises UnsupportedError where our blocks cannot say the model."""
     model = loaded.model
-    if isinstance(model, ShrewForCausalLM):
-        return model, Weights(_floats(model.state_dict()), dict(loaded.packed))
     if isinstance(model, ShrewForSequenceClassification):
         return _trunk(model), Weights(_floats(model.state_dict()), dict(loaded.packed))
-    spec = as_spec(model.config)
+    spec = model.spec if isinstance(model, ShrewForCausalLM) else as_spec(model.config)
+    if spec.patches:
+        raise UnsupportedError(f"{model.config.model_type}: a model of patches cannot be packed; pack one of tokens.")
+    if isinstance(model, ShrewForCausalLM):
+        return model, Weights(_floats(model.state_dict()), dict(loaded.packed))
     if loaded.is_classifier:
         if not {"model", "score"} <= {name for name, _ in model.named_children()}:
             raise UnsupportedError(f"{type(model).__name__}: such a classifier cannot be packed.")
