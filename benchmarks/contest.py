@@ -42,11 +42,12 @@ from transformers import AutoTokenizer
 
 from shrew import data, files, folder, record, spec, tasks
 from shrew.blocks.model import ModelSpec, build
+from shrew.data.tokenizer import train_tokenizer
 from shrew.measure import Interval, cost, interval, paired_bootstrap
 from shrew.measure.statistics import student_quantile
 from shrew.record import Record
 from shrew.tasks import Scores
-from shrew.train import flops_per_token, train_tokenizer
+from shrew.train import flops_per_token
 
 ARMS = (["dense", "recipes/contest/dense-1m.toml"], ["moe", "recipes/contest/moe-1m.toml"],
         ["hybrid", "recipes/contest/hybrid-1m.toml"],

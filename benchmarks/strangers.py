@@ -27,7 +27,7 @@ import transformers
 from tokenizers import processors
 
 from shrew import data, files, folder, machine, record, tasks
-from shrew.train import train_tokenizer
+from shrew.data.tokenizer import train_tokenizer
 
 CONTEXT, WIDTH, LAYERS, VOCABULARY = 512, 128, 4, 2048
 CPU_SECONDS, AIM = 600, 690  # every model is trained for at least the first; steps are chosen for the second

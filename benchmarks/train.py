@@ -33,8 +33,9 @@ import transformers  # noqa: E402
 from shrew import data, errors, machine, record, spec  # noqa: E402
 from shrew.blocks.model import build  # noqa: E402
 from shrew.blocks.stock import stock  # noqa: E402
+from shrew.data.tokenizer import train_tokenizer  # noqa: E402
 from shrew.measure.statistics import student_quantile  # noqa: E402
-from shrew.train import Loop, Recipe, TrainSpec, World, flops_per_token, train_tokenizer  # noqa: E402
+from shrew.train import Loop, Recipe, TrainSpec, World, flops_per_token  # noqa: E402
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "starter.toml"
 FLOOR, SHARE = 0.97, 0.4  # of the Trainer's speed at 8k tokens a step, and of the machine's bf16 matmul rate

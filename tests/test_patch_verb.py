@@ -189,3 +189,14 @@ def test_a_terminal_may_know_few_letters(monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(["patch", "größer", "--rule", "static"]) == 0
     assert b"gr" in stream.getvalue()
     assert stream.getvalue().isascii()
+
+
+def test_the_model_that_ships_knows_python(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sum(item.stat().st_size for item in show.SHIPPED.glob("*.safetensors")) <= 300_000
+    code, out, _ = run(capsys, "import os\nfor name in os.listdir(path):\n    return", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["model"] == "entropy"
+    text, nats = "import os\nfor name in os.listdir(path):\n    return", found["entropies"]
+    at = text.index("return")
+    assert max(nats[at + 3 : at + 6]) < 0.2 < nats[at]  # after 'ret' there is little to guess

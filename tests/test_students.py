@@ -28,7 +28,7 @@ from shrew.moves.distil.sample import continued
 
 
 def byte_tokenizer(size: int, text: str, seed: int = 0) -> Any:
-    from shrew.train import train_tokenizer
+    from shrew.data.tokenizer import train_tokenizer
 
     return train_tokenizer([data.Document("a", text)], size, seed)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shrew import data, files
 from shrew.data import code
-from shrew.train import train_tokenizer
+from shrew.data.tokenizer import train_tokenizer
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.patches.lend import asked, lend
 from shrew.blocks.stock import adopt, stock
 from shrew.data.pairs import DetectSpec, Pairs, Reader
+from shrew.data.tokenizer import read_tokenizer, train_tokenizer
 from shrew.errors import DataError, FolderError, ShrewError, SpecError, UnsupportedError, UsageError, nearest
 from shrew.muon import optimizers
 from shrew.spec import Meta, doc
@@ -217,11 +218,11 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
             with files.new_folder(place, "tokenizer.json") as temporary:
                 marks = data.MARKS[0] if item.fim else ()
                 train_tokenizer(documents, int(size), item.seed, marks=marks).save_pretrained(temporary)
-        tokenizer = _tokenizer(place)
+        tokenizer = read_tokenizer(place)
     elif item.tokenizer == "bytes":
         tokenizer = data.byte_tokenizer(data.MARKS[0] if item.fim else ())
     elif Path(item.tokenizer).is_dir():
-        tokenizer = _tokenizer(Path(item.tokenizer))
+        tokenizer = read_tokenizer(Path(item.tokenizer))
     else:
         raise SpecError(f"tokenizer '{item.tokenizer}': give bpe:SIZE, bytes or a folder that holds a tokenizer.")
     shape = recipe.model if recipe.model.vocabulary else replace(recipe.model, vocabulary=len(tokenizer))
@@ -277,42 +278,6 @@ def _check_length(length: int, context: int | None) -> None:
     if context is not None and length > context:
         raise SpecError(f"train.length {length} is more than the model's context of {context}; lower the one or raise "
                         "the other (model.context).")  # fmt: skip
-
-
-def _tokenizer(place: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except Exception as error:  # the tokenizers library raises nothing more special
-        reason = " ".join(str(error).split())[:150]
-        raise SpecError(f"tokenizer '{place}': this folder holds none that can be read ({reason}).") from None
-
-
-def train_tokenizer(documents: list[data.Document], size: int, seed: int, sample: int = 40_000_000,
-                    marks: tuple[str, ...] = ()) -> Any:  # fmt: skip
-    """A byte-level BPE tokenizer of exactly `size` entries (256 bytes, one token that begins and ends documents, the
-    `marks`, and merges), trained on up to `sample` characters drawn by document."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    order = np.random.default_rng(seed).permutation(len(documents))
-    chosen, total = [], 0
-    for index in order:
-        if total < sample:
-            chosen.append(documents[index].text)
-            total += len(documents[index].text)
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|endoftext|>", *marks], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    core.train_from_iterator(chosen, trainer)
-    end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, pad_token=end,
-                                   extra_special_tokens=list(marks))  # fmt: skip
 
 
 def read_labelled(item: TrainSpec, loaded: folder.Loaded) -> data.Labelled:
