@@ -66,7 +66,7 @@ def test_both_forms_of_a_tool_say_the_same(name: str) -> None:
         ({}, {}, "", "medium"),
         ({"level": "error"}, {}, "", "high"),
         ({}, {"defaultConfiguration": {"level": "note"}}, "", "low"),
-        ({"level": "note"}, {"properties": {"security-severity": "9", "tags": ["external/cwe/cwe-089"]}}, "CWE-89", "high"),
+        ({}, {"properties": {"security-severity": "9", "tags": ["external/cwe/cwe-089"]}}, "CWE-89", "high"),
         ({"properties": {"security-severity": 3.0, "cwe": "CWE-22: Path"}}, {}, "CWE-22", "low"),
         ({"taxa": [{"id": "78", "toolComponent": {"name": "CWE"}}]}, {}, "CWE-78", "medium"),
         ({"message": {"text": "bad (CWE-79)"}}, {}, "CWE-79", "medium"),

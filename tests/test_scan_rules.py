@@ -116,6 +116,12 @@ def test_names_are_followed_through_imports() -> None:
     assert found("from mine import loads\ndef f(x):\n    return loads(x)\n") == []
 
 
+def test_a_large_file_gives_what_a_small_one_does() -> None:
+    text = "import os\ndef f(x):\n    os.system('rm ' + x)\n"
+    large = found(text + "# " + "x" * 200_000 + "\n")
+    assert large == found(text) and large
+
+
 FORMS = ["''.join()", "fetch()", "(yield)", "[]", "f''", "not x", "lambda: x", "x if x else y", "*x"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shrew.errors import SpecError
+from shrew.scan.functions import AT_ONCE, Source, parse
 from shrew.scan.rules import expressions
 from shrew.scan.rules.flow import File, Flow, Value, assigning
 from shrew.scan.rules.query import Captures, Query, Spent, Steps
@@ -20,8 +21,6 @@ from shrew.scan.rules.syntax import LANGUAGES, Names, callee, imports, is_called
 
 if TYPE_CHECKING:
     from tree_sitter import Language, Node, Tree
-
-    from shrew.scan.functions import Source
 
 __all__ = ["SEVERITIES", "Finding", "Rules", "load_rules"]
 
@@ -110,14 +109,12 @@ class Rules:
 
     def table(self, language: str) -> _Table:
         if language not in self.tables:
-            from shrew.scan.functions import Source, parse
-
             grammar = parse(Source("", language, b"", "")).language
             self.tables[language] = _Table(language, grammar, self.own, self.others)
         return self.tables[language]
 
     def match(
-        self, source: "Source", tree: "Tree", skipped: list[tuple[str, str]] | None = None
+        self, source: Source, tree: "Tree", skipped: list[tuple[str, str]] | None = None
     ) -> list[Finding]:
         """What the rules say about a file, by line; of one weakness in one place the worst only.
 
@@ -125,6 +122,11 @@ class Rules:
         """
         table = self.table(source.language)
         steps, foreign = Steps(STEPS), Steps(STEPS if self.others else 0)
+        if len(source.data) > AT_ONCE:
+            from tree_sitter import Parser
+
+            # It was read in pieces, and then a node's text takes long; all of the old tree is used again.
+            tree = Parser(tree.language).parse(source.data, tree)
         work = _Work(table, source, tree)
         found: dict[tuple[str, int, int], Finding] = {}
         for rule, node, captures, stranger in work.candidates(steps, foreign):
@@ -147,7 +149,7 @@ class Rules:
 class _Work:
     """The matching of one file."""
 
-    def __init__(self, table: _Table, source: "Source", tree: "Tree") -> None:
+    def __init__(self, table: _Table, source: Source, tree: "Tree") -> None:
         self.table, self.source, self.tree = table, source, tree
         self.syntax = table.syntax
         self.imported: dict[str, str] = {}

@@ -10,9 +10,11 @@ that fits x.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from shrew.scan.rules import expressions
+from shrew.scan.rules.syntax import text_of
 
 if TYPE_CHECKING:
     from tree_sitter import Language, Node
@@ -85,7 +87,16 @@ class Query:
     part: Part
     predicates: tuple[Predicate, ...]
 
-    @property
+    @cached_property
+    def checks(self) -> dict[str, list[Predicate]]:
+        """What each capture alone must hold."""
+        found: dict[str, list[Predicate]] = {}
+        for predicate in self.predicates:
+            if not predicate.other:
+                found.setdefault(predicate.capture, []).append(predicate)
+        return found
+
+    @cached_property
     def roots(self) -> frozenset[str]:
         """The kinds of node at which it can begin."""
         return frozenset(part.kind for part in (self.part.choices or (self.part,)))
@@ -101,17 +112,9 @@ class Query:
 
     def matches(self, node: "Node", steps: Steps) -> Iterator[Captures]:
         """Every way in which the pattern fits at this node. Raises Spent."""
-        checks: dict[str, list[Predicate]] = {}
-        for predicate in self.predicates:
-            if not predicate.other:
-                checks.setdefault(predicate.capture, []).append(predicate)
-        for found in _fit(self.part, node, {}, _Run(steps, checks)):
+        for found in _fit(self.part, node, {}, _Run(steps, self.checks)):
             if all(predicate.holds(found) for predicate in self.predicates):
                 yield found
-
-
-def text_of(node: "Node") -> str:
-    return (node.text or b"").decode("utf-8", "replace")
 
 
 def parse(text: str, language: "Language") -> Query:
