@@ -96,7 +96,11 @@ def _held_back(result: dict[str, Any]) -> bool:
 
 
 def _result(
-    result: dict[str, Any], tool: str, rules: dict[Any, dict[str, Any]], listed: list[dict[str, Any]], bases: dict[str, str]
+    result: dict[str, Any],
+    tool: str,
+    rules: dict[Any, dict[str, Any]],
+    listed: list[dict[str, Any]],
+    bases: dict[str, str],
 ) -> Iterator[Finding]:
     pointer = _table(result, "rule")
     name = _plain(result.get("ruleId") or pointer.get("id"), 200)

@@ -6,11 +6,12 @@ file that uses up its steps is named in `skipped`. Nothing that is scanned is ru
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shrew.errors import SpecError
+from shrew.scan.functions import AT_ONCE, Source, parse
 from shrew.scan.rules import expressions
 from shrew.scan.rules.flow import File, Flow, Value, assigning
 from shrew.scan.rules.query import Captures, Query, Spent, Steps
@@ -21,8 +22,6 @@ from shrew.scan.rules.syntax import LANGUAGES, Names, callee, imports, is_called
 if TYPE_CHECKING:
     from tree_sitter import Language, Node, Tree
 
-    from shrew.scan.functions import Source
-
 __all__ = ["SEVERITIES", "Finding", "Rules", "load_rules"]
 
 SEVERITIES = ("low", "medium", "high")
@@ -31,6 +30,8 @@ _IMPORTS = {
     "python": ("import_statement", "import_from_statement"),
     "javascript": ("import_statement", "variable_declarator"),
 }
+# The file of a language, read when its first source comes; C++ takes the rules of C.
+_SHIPPED = {language: "c" if language == "cpp" else language for language in LANGUAGES}
 _NEW = ("new_expression", "object_creation_expression")
 
 
@@ -51,23 +52,27 @@ class Finding:
 
 def load_rules(paths: Iterable[Path | str] = ()) -> "Rules":
     """The rules that ship, and those of the files `paths`. Raises SpecError for a file that is not as it should be."""
-    own = [stated for path in sorted(Path(__file__).parent.glob("*.toml")) for stated in read(path)]
     others = [stated for path in paths for stated in read(Path(path))]
-    rules = Rules(own, others)
-    ids = [stated.written.id for stated in (*own, *others)]
-    if len(set(ids)) < len(ids):
+    rules = Rules(others)
+    if others:  # what is wrong with a rule, or with two, is said now
+        ids = [stated.written.id for stated in (*rules.own, *others)]
         for stated in others:
             if ids.count(stated.written.id) > 1:
                 raise SpecError(f"{stated.where}: another rule has this name; give it one of its own.")
-    for language in {language for stated in others for language in stated.written.languages}:
-        rules.table(language)  # what is wrong with a query is said now
+    for language in sorted({language for stated in others for language in stated.written.languages}):
+        rules.table(language)
     return rules
+
+
+@cache
+def _shipped(name: str) -> tuple[Stated, ...]:
+    return tuple(read(Path(__file__).with_name(f"{name}.toml")))
 
 
 class _Table:
     """The rules of one language, found by what a node calls or is."""
 
-    def __init__(self, language: str, grammar: "Language", own: list[Stated], others: list[Stated]) -> None:
+    def __init__(self, language: str, grammar: "Language", own: Iterable[Stated], others: list[Stated]) -> None:
         from tree_sitter import Query as Native
 
         self.syntax = LANGUAGES[language]
@@ -101,23 +106,26 @@ def _nodes(query: object, node: "Node") -> "list[Node]":
 class Rules:
     """Rules, ready for each language when its first file comes."""
 
-    def __init__(self, own: list[Stated], others: list[Stated]) -> None:
-        self.own, self.others = own, others
+    def __init__(self, others: list[Stated]) -> None:
+        self.others = others
         self.tables: dict[str, _Table] = {}
+
+    @property
+    def own(self) -> list[Stated]:
+        """Those that ship, of every language."""
+        return [stated for name in sorted(set(_SHIPPED.values())) for stated in _shipped(name)]
 
     def __len__(self) -> int:
         return len(self.own) + len(self.others)
 
     def table(self, language: str) -> _Table:
         if language not in self.tables:
-            from shrew.scan.functions import Source, parse
-
             grammar = parse(Source("", language, b"", "")).language
-            self.tables[language] = _Table(language, grammar, self.own, self.others)
+            self.tables[language] = _Table(language, grammar, _shipped(_SHIPPED[language]), self.others)
         return self.tables[language]
 
     def match(
-        self, source: "Source", tree: "Tree", skipped: list[tuple[str, str]] | None = None
+        self, source: Source, tree: "Tree", skipped: list[tuple[str, str]] | None = None
     ) -> list[Finding]:
         """What the rules say about a file, by line; of one weakness in one place the worst only.
 
@@ -125,6 +133,11 @@ class Rules:
         """
         table = self.table(source.language)
         steps, foreign = Steps(STEPS), Steps(STEPS if self.others else 0)
+        if len(source.data) > AT_ONCE:
+            from tree_sitter import Parser
+
+            # It was read in pieces, and then a node's text takes long; all of the old tree is used again.
+            tree = Parser(tree.language).parse(source.data, tree)
         work = _Work(table, source, tree)
         found: dict[tuple[str, int, int], Finding] = {}
         for rule, node, captures, stranger in work.candidates(steps, foreign):
@@ -147,7 +160,7 @@ class Rules:
 class _Work:
     """The matching of one file."""
 
-    def __init__(self, table: _Table, source: "Source", tree: "Tree") -> None:
+    def __init__(self, table: _Table, source: Source, tree: "Tree") -> None:
         self.table, self.source, self.tree = table, source, tree
         self.syntax = table.syntax
         self.imported: dict[str, str] = {}

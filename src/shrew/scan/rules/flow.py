@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shrew.scan.rules.query import Steps
-from shrew.scan.rules.syntax import LANGUAGES, Names, Syntax, callee, is_name, name_of, tail, text_of, words
+from shrew.scan.rules.syntax import (
+    LANGUAGES,
+    Names,
+    Syntax,
+    callee,
+    first_child,
+    is_name,
+    name_of,
+    tail,
+    text_of,
+    words,
+)
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Tree
@@ -102,7 +113,7 @@ class Scope:
         if kind in self.syntax.joins:  # Ruby's text << more
             left, right = assign.child_by_field_name("left"), assign.child_by_field_name("right")
         elif kind == "as_pattern":
-            left, right = assign.child_by_field_name("alias"), assign.named_child(0)
+            left, right = assign.child_by_field_name("alias"), first_child(assign)
         else:
             first, second = self.syntax.assigns[kind]
             left, right = assign.child_by_field_name(first), assign.child_by_field_name(second)
@@ -128,7 +139,7 @@ class Scope:
         if tail(name) in _GROWS and "." in name:
             grown = name.rpartition(".")[0]
             self.bindings.setdefault(grown, []).append(Binding(call.start_byte, arguments, True, block))
-        elif name in _WRITES and (target := arguments.named_child(0)) is not None:
+        elif name in _WRITES and (target := first_child(arguments)) is not None:
             adds = "cat" in name
             written = _place(target, self.syntax)
             self.bindings.setdefault(written, []).append(Binding(call.start_byte, arguments, adds, block))
@@ -171,7 +182,7 @@ def _targets(node: "Node") -> list[str]:
     if is_name(node):
         return [text_of(node)]
     if node.type in ("reference_declarator", "typed_parameter", "list_splat_pattern", "dictionary_splat_pattern"):
-        inner = node.named_child(0)
+        inner = first_child(node)
         return [] if inner is None else _targets(inner)
     found, waiting = list[str](), list(node.named_children[:STEPS])
     while waiting and len(found) < STEPS:
@@ -383,7 +394,7 @@ class Flow:
         for child in ([] if receiver is None else [receiver]) + ([] if arguments is None else _operands(arguments)):
             self._look(child, inner, depth + 1, scope)
         if _FORMATS.hold(name) or (tail(name) == "join" and inner.text and "." in name and "path" not in name):
-            first = None if arguments is None else arguments.named_child(0)
+            first = None if arguments is None else first_child(arguments)
             written = text_of(first) if first is not None and first.type in self.syntax.strings else ""
             if "%" in written and _only_numbers(written):
                 inner.labels.clear()

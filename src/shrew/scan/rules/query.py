@@ -10,9 +10,11 @@ that fits x.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from shrew.scan.rules import expressions
+from shrew.scan.rules.syntax import text_of
 
 if TYPE_CHECKING:
     from tree_sitter import Language, Node
@@ -85,7 +87,16 @@ class Query:
     part: Part
     predicates: tuple[Predicate, ...]
 
-    @property
+    @cached_property
+    def checks(self) -> dict[str, list[Predicate]]:
+        """What each capture alone must hold."""
+        found: dict[str, list[Predicate]] = {}
+        for predicate in self.predicates:
+            if not predicate.other:
+                found.setdefault(predicate.capture, []).append(predicate)
+        return found
+
+    @cached_property
     def roots(self) -> frozenset[str]:
         """The kinds of node at which it can begin."""
         return frozenset(part.kind for part in (self.part.choices or (self.part,)))
@@ -101,13 +112,9 @@ class Query:
 
     def matches(self, node: "Node", steps: Steps) -> Iterator[Captures]:
         """Every way in which the pattern fits at this node. Raises Spent."""
-        for found in _fit(self.part, node, {}, steps):
+        for found in _fit(self.part, node, {}, _Run(steps, self.checks)):
             if all(predicate.holds(found) for predicate in self.predicates):
                 yield found
-
-
-def text_of(node: "Node") -> str:
-    return (node.text or b"").decode("utf-8", "replace")
 
 
 def parse(text: str, language: "Language") -> Query:
@@ -249,16 +256,26 @@ class _Reader:
         return Predicate(plain, negated, capture, frozenset(texts))
 
 
-def _fit(part: Part, node: "Node", captures: Captures, steps: Steps) -> Iterator[Captures]:
-    steps.take()
+@dataclass
+class _Run:
+    """One trial of a query: its steps, and what each capture alone must hold, asked as soon as it is bound."""
+
+    steps: Steps
+    checks: dict[str, list[Predicate]]
+
+
+def _fit(part: Part, node: "Node", captures: Captures, run: _Run) -> Iterator[Captures]:
+    run.steps.take()
     if part.captures:
         captures = captures | dict.fromkeys(part.captures, node)
+        if not all(check.holds(captures) for name in part.captures for check in run.checks.get(name, ())):
+            return
     if part.choices:
         for choice in part.choices:
-            yield from _fit(choice, node, captures, steps)
+            yield from _fit(choice, node, captures, run)
         return
     if part.kind == DEEP:
-        yield from _below(part.children[0][1], node, captures, steps)
+        yield from _below(part.children[0][1], node, captures, run)
         return
     if node.is_named is not part.named or (part.kind and node.type != part.kind):
         return
@@ -267,20 +284,20 @@ def _fit(part: Part, node: "Node", captures: Captures, steps: Steps) -> Iterator
     if not part.children:
         yield captures
         return
-    yield from _children(part, node, [], 0, 0, captures, steps)
+    yield from _children(part, node, [], 0, 0, captures, run)
 
 
-def _below(part: Part, node: "Node", captures: Captures, steps: Steps) -> Iterator[Captures]:
+def _below(part: Part, node: "Node", captures: Captures, run: _Run) -> Iterator[Captures]:
     waiting = [node]
     while waiting:
-        steps.take()
+        run.steps.take()
         inner = waiting.pop()
-        yield from _fit(part, inner, captures, steps)
+        yield from _fit(part, inner, captures, run)
         waiting += reversed(inner.children)
 
 
 def _children(
-    part: Part, node: "Node", plain: "list[Node]", index: int, start: int, captures: Captures, steps: Steps
+    part: Part, node: "Node", plain: "list[Node]", index: int, start: int, captures: Captures, run: _Run
 ) -> Iterator[Captures]:
     """Fit the children of a pattern from `index` on; those without a field to children from `start` on."""
     if index == len(part.children):
@@ -289,8 +306,8 @@ def _children(
     field, child, near = part.children[index]
     if field:
         for inner in node.children_by_field_name(field):
-            for found in _fit(child, inner, captures, steps):
-                yield from _children(part, node, plain, index + 1, start, found, steps)
+            for found in _fit(child, inner, captures, run):
+                yield from _children(part, node, plain, index + 1, start, found, run)
         return
     if not plain:
         plain = node.children if _unnamed(part) else node.named_children
@@ -299,8 +316,8 @@ def _children(
     for at in range(start, min(start + 1, len(plain)) if near else len(plain)):
         if ends and at != len(plain) - 1:
             continue
-        for found in _fit(child, plain[at], captures, steps):
-            yield from _children(part, node, plain, index + 1, at + 1, found, steps)
+        for found in _fit(child, plain[at], captures, run):
+            yield from _children(part, node, plain, index + 1, at + 1, found, run)
 
 
 def _unnamed(part: Part) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from shrew.scan.rules.flow import File
 from shrew.scan.rules.query import Captures, Query, Steps
 from shrew.scan.rules.rule import Rule
-from shrew.scan.rules.syntax import callee, name_of, words
+from shrew.scan.rules.syntax import callee, first_child, name_of, words
 
 if TYPE_CHECKING:
     from tree_sitter import Node
@@ -90,7 +90,7 @@ def _leaves(block: "Node", start: int, file: File) -> bool:
             continue
         if child.type in file.syntax.jumps:
             return True
-        inner = child.named_child(0) if child.type == "expression_statement" else None
+        inner = first_child(child) if child.type == "expression_statement" else None
         if inner is not None and inner.type in file.syntax.calls and callee(inner, file.syntax) in _LEAVE:
             return True
     return False

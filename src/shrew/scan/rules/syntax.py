@@ -138,6 +138,11 @@ def text_of(node: "Node | None") -> str:
     return "" if node is None else (node.text or b"").decode("utf-8", "replace")
 
 
+def first_child(node: "Node") -> "Node | None":
+    """Its first child with a name; tree-sitter's own way of asking raises where there is none."""
+    return node.named_children[0] if node.named_child_count else None
+
+
 def is_name(node: "Node") -> bool:
     return node.type in _NAMES
 
@@ -165,7 +170,7 @@ def name_of(node: "Node | None", syntax: Syntax) -> str:
             suffix = "[]" + suffix
             node = node.child_by_field_name(syntax.elements[kind])
         elif kind in ("parenthesized_expression", "await", "await_expression", "non_null_expression"):
-            node = node.named_child(0)
+            node = first_child(node)
         else:
             parts.append("?" + suffix)
             break
@@ -262,7 +267,7 @@ def _script_imports(node: "Node") -> dict[str, str]:
         arguments = value.child_by_field_name("arguments")
         if text_of(value.child_by_field_name("function")) != "require" or arguments is None:
             return {}
-        module, targets = text_of(arguments.named_child(0)), [target]
+        module, targets = text_of(first_child(arguments)), [target]
     module = module.strip("\"'`").removeprefix("node:")
     known = {}
     waiting = list(targets)
