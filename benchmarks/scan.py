@@ -426,7 +426,7 @@ def alerts(args: argparse.Namespace) -> list[Record]:
 def judged(judge: Judge, texts: Sequence[str], languages: Sequence[str]) -> np.ndarray:
     """float64 [n] probabilities, each text as if it were a file; all go to the detector that the first stage passes."""
     grams, said = judge.grams(texts, languages), ruled(texts, languages)
-    asked = [place for place, gram in enumerate(grams) if judge.passes(gram) or (judge.has_model and said[place])]
+    asked = [place for place, gram in enumerate(grams) if judge.has_detector and (judge.passes(gram) or said[place])]
     scores = dict(zip(asked, judge.scores(pick(texts, np.array(asked, int)), pick(languages, np.array(asked, int))),
                       strict=True)) if asked else {}  # fmt: skip
     return np.array([judge.probability(scores.get(place), grams[place], said[place]) for place in range(len(texts))])

@@ -300,7 +300,8 @@ class Model(Judge):
 
     def __post_init__(self) -> None:
         super().__init__(None)
-        self.has_model, self.ident, self.name = True, "double", "double"
+        self.has_model = self.has_detector = True
+        self.ident = self.name = "double"
 
     def point(self, name: str) -> Point:
         return Point({"quiet": 0.9, "balanced": 0.5, "thorough": 0.1}[name], 7.0)

@@ -1,7 +1,7 @@
 """How likely a function is vulnerable: rules, a cheap first stage for every function, the detector for the rest.
 
-A folder holds it all: the packed detector, `grams.npz` and `scan.json`, whose operating points are thresholds with the
-alerts per 1,000 functions that they cost. Each part is loaded when it is first asked.
+A folder holds it all: `scan.json`, whose operating points are thresholds with the alerts per 1,000 functions that they
+cost, and beside it `grams.npz`, a packed detector, or both. Each part is loaded when it is first asked.
 """
 
 import hashlib
@@ -51,6 +51,7 @@ class Judge:
     def __init__(self, folder: Path | None, jobs: int | None = None) -> None:
         self._folder, self._jobs = folder, jobs
         self.has_model = folder is not None
+        self.has_detector = folder is not None and (folder / "pack.json").is_file()
         self.ident, self.name = "rules alone", ""
         self._settings = _Settings({}, {name: Point(0.0) for name in POINTS})
         if folder is not None:
@@ -106,7 +107,7 @@ class Judge:
         from shrew.scan.combine import combined
 
         (chance,) = combined(self._settings.combine, [score.logit if score else None], [gram or 0.0], [list(findings)])
-        return round(float(chance), DIGITS)
+        return round(float(chance), DIGITS + 2)  # thresholds can be small
 
     def severity(self, probability: float, findings: "Sequence[Finding]") -> str:
         """The worst that a rule says; where only the model speaks, by the strictest point that it passes."""

@@ -203,7 +203,7 @@ class Scan:
         """Judge what is queued, and empty the queue."""
         scores: dict[bytes, Score] = {}
         missing: dict[bytes, tuple[_File, Fact]] = {}
-        if self.judge.has_model:
+        if self.judge.has_detector:
             for file, fact, _ in self._pending:
                 if fact.digest in scores or fact.digest in missing:
                     continue
