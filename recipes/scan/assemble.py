@@ -6,8 +6,8 @@ the operating points.
 
 What is combined are scores of texts that were not trained on: five folds by project. `--ordinary` functions count as
 often as fixed ones. Thresholds come from `--calm`, ordinary functions of packages that nothing was trained on. With a
-packed detector, `--logits` has a line {"id", "member", "logit"} for each member ("before", "after", or "ordinary" by the
-id of that file), from detectors of the other folds. Code under the GPL is left out.
+packed detector, `--logits` has a line {"id", "member", "logit"} for each text ("before", "after" or "ordinary"), from
+detectors of the other folds. Code under the GPL is left out.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     ordinary, calm = ([row for _, row in read_jsonl(path)] for path in (args.ordinary, args.calm))
     texts = [row[member] for member in ("before", "after") for row in pairs] + [row["text"] for row in ordinary]
     rows = [*pairs, *pairs, *ordinary]
-    languages = [row["language"] for row in rows]
+    languages = ["c" if row["language"] == "h" else row["language"] for row in rows]
     folds = np.array([fold_of(row["project"], FOLDS) for row in rows])
     truth = np.repeat([1, 0], [len(pairs), len(rows) - len(pairs)])
     weight = np.repeat([1.0, len(pairs) / max(len(ordinary), 1)], [2 * len(pairs), len(ordinary)])
@@ -70,7 +70,7 @@ def main() -> None:
                 files.write_bytes(where / item.name, item.read_bytes())
         fitted(np.arange(len(rows))).save(where / "grams.npz")
         settings: dict[str, Any] = {"version": 1, "combine": table,
-                                    "points": dict.fromkeys(combine.POINTS, {"threshold": 0})}  # fmt: skip
+                                    "points": {name: {"threshold": 0.0} for name in combine.POINTS}}  # fmt: skip
         (where / "scan.json").write_text(json.dumps(settings), "utf-8")
         settings["points"] = combine.points(judged(Judge(where), calm))
         (where / "scan.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")

@@ -60,7 +60,8 @@ class ScanSpec:
     include_vendored: bool = doc("scan vendored and generated code too", False)
     max_file_size: str = doc("leave out files larger than this", "2MB")
     cache: bool = doc("look again only at what changed", True)
-    jobs: Annotated[int, Meta(ge=1, le=256)] | None = doc("functions that the detector judges at a time; one a core unless said", None)
+    jobs: Annotated[int, Meta(ge=1, le=256)] | None = doc(
+        "functions that the detector judges at a time; one a core unless said", None)  # fmt: skip
     ignore: list[Ignore] = doc("what is held back (in a settings file only)", default_factory=list)
 
 
