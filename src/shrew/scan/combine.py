@@ -17,6 +17,7 @@ from shrew.errors import DataError
 if TYPE_CHECKING:
     from shrew.scan.rules import Finding
 
+LOGITS = ("grams", "detector")
 LIMIT = 30.0  # logits beyond say no more
 SEVERITIES = ("low", "medium", "high")
 POINTS = {"quiet": 5.0, "balanced": 20.0, "thorough": 80.0}  # alerts per 1,000 ordinary functions
@@ -63,7 +64,7 @@ def fit(
 ) -> dict[str, Any]:
     """The coefficients, from scores of texts that neither the detector nor the n-grams were trained on.
 
-    They minimise |w|**2 / 2 + cost * (sum of logistic losses, each times its `importance`), the numbers being divided
+    They minimise |w|**2 / 2 + cost * (sum of logistic losses, each times its `importance`), both logits being divided
     by their spread first. A probability is right where texts come as they did here: give ordinary functions the
     importance that makes them as frequent as they are.
     """
@@ -76,8 +77,8 @@ def fit(
         rows = [features(logit, gram, found) for logit, gram, found in zip(asked, grams, findings, strict=True)]
         names = sorted({key for row in rows for key in row})
         table = np.array([[row.get(key, 0.0) for key in names] for row in rows])
-        spread = table.std(0)
-        spread[spread == 0] = 1.0
+        # Logits alone: a rule that hardly ever speaks would else be all but free of the penalty.
+        spread = np.array([table[:, at].std() or 1.0 if key in LOGITS else 1.0 for at, key in enumerate(names)])
         weights, bias = _newton(table / spread, truth, each)
         made[name] = {"bias": round(bias, 6), "weights": {
             key: round(float(weight), 6) for key, weight in zip(names, weights / spread, strict=True)}}  # fmt: skip
