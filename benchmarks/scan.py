@@ -109,7 +109,8 @@ def read(path: Path, languages: Sequence[str], without: Sequence[Path] = ()) -> 
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [row | {"language": "c"} if row.get("language") == "h" else row for row in rows]
 
 
 # --- what says something about a function ----------------------------------------------------------------------------
