@@ -238,7 +238,7 @@ class Scan:
             cwe,
             self.judge.severity(probability, counted),
             tuple(counted),
-            score.lines if score else (),
+            score.lines if score else self.judge.lines(file.text(fact), file.facts.language),
             said,
             suppressed=own if active or not whys else whys[0],
         )
