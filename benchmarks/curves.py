@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from panels import Panel, Point, draw
 
-from shrew.measure.statistics import weights
 from shrew.record import Record
+from shrew.tasks.scores import weights
 
 LEAST = 1e-12  # bits of KL a token that the logarithm of none stands for
 

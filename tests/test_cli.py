@@ -284,7 +284,7 @@ def test_every_public_name_resolves() -> None:
 STAND_INS = """
 import importlib.util, sys, types
 calls = []
-for name in ("shrew.folder", "shrew.folder.packed", "shrew.blocks", "shrew.blocks.model"):
+for name in ("shrew.folder", "shrew.folder.packed", "shrew.blocks", "shrew.blocks.detector"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules["shrew.folder.packed"].register = lambda: calls.append("packed")
 """

@@ -23,7 +23,8 @@ from shrew.folder import Loaded
 from shrew.objectives import IGNORE, Emphasis
 from shrew.packers.onnx import check
 from shrew.packers.onnx.build import build as graph_of
-from shrew.packers.onnx.graph import DATA, MODEL
+from shrew.runtime.manifest import DATA
+from shrew.runtime.manifest import GRAPH as MODEL
 from shrew.scan.detector import NOTHING, Detector
 from shrew.spec import dump
 from shrew.train import Loop, Recipe, train

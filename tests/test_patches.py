@@ -183,12 +183,12 @@ def test_any_bytes_leak_nothing_and_need_no_company(name: str, texts: list[bytes
     for row, text in enumerate(texts):
         alone = model(ids[row : row + 1, : len(text) + 1]).logits[0]
         found = together[row, : len(text) + 1]
-        torch.testing.assert_close(found, alone, rtol=0, atol=1e-6)  # rotary angles are float32
+        torch.testing.assert_close(found, alone, rtol=0, atol=5e-6)  # rotary angles are float32
     cut = min(cut, ids.shape[1] - 1)
     changed = ids.clone()
     changed[:, cut + 1 :] = torch.tensor(list(other))[: ids.shape[1] - cut - 1]
     after = model(changed).logits[:, : cut + 1]
-    torch.testing.assert_close(after, model(ids).logits[:, : cut + 1], rtol=0, atol=1e-6)  # rotary angles are float32
+    torch.testing.assert_close(after, model(ids).logits[:, : cut + 1], rtol=0, atol=5e-6)  # rotary angles are float32
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -477,7 +477,7 @@ def test_a_loss_that_is_no_number_ends_the_run(home: Path) -> None:
         ({"stpes": 3}, "unknown key 'stpes'; did you mean 'steps'"),
         ({"steps": 0}, "steps"),
         ({"data": ["none.txt"]}, "none.txt: no such file"),
-        ({"data": []}, "no text in it"),
+        ({"data": []}, "name at least one text"),
         ({"length": 65}, "train.length 65 is more than the model's context of 64"),
         ({"tokenizer": "bpe"}, "give bpe:SIZE, bytes or a folder"),
         ({"tokenizer": "."}, "this folder holds none that can be read"),
