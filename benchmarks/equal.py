@@ -32,9 +32,10 @@ def prepare(args: argparse.Namespace) -> dict[str, tuple[list[Any], Path]]:
     args.work.mkdir(parents=True, exist_ok=True)
     shrew, pack, wide = (sys.executable, "-m", "shrew", "pack"), args.work / "chosen.pack", args.work / "F16.gguf"
     chosen = args.work / "chosen.gguf"
+    more = ["--coded"] if args.coded else []
     for source, kind, out in ((args.chosen, "onnx", pack), (args.chosen, "gguf", chosen), ("starter", "gguf", wide)):
         if not out.exists():
-            run(*shrew, source, "--to", kind, "--out", out)
+            run(*shrew, source, "--to", kind, "--out", out, *(more if kind == "onnx" else []))
     arms: dict[str, tuple[list[Any], Path]] = {"packed": ([sys.executable, HERE / "arms/shrew_arm.py", pack], pack)}
     files = {"GGUF": chosen} | {label: args.work / f"{label}.gguf" for label in TYPES}
     for label, path in files.items():
@@ -48,7 +49,8 @@ def size(path: Path) -> int:
     """Bytes of a file, or of a pack without what says only how it was made and checked."""
     if path.is_file():
         return path.stat().st_size
-    return sum((path / name).stat().st_size for name in ("model.onnx", "model.bin", "tokenizer.json"))
+    parts = [path / name for name in ("model.onnx", "model.bin", "model.coded", "tokenizer.json")]
+    return sum(part.stat().st_size for part in parts if part.exists())
 
 
 def texts(length: int) -> list[tuple[list[int], int]]:
@@ -66,6 +68,7 @@ def main() -> int:
     parser.add_argument("work", type=Path, help="folder for what is made; what is there already is used")
     parser.add_argument("chosen", type=Path, help="the model folder that shrink wrote")
     parser.add_argument("--llama", type=Path, required=True)
+    parser.add_argument("--coded", action="store_true", help="pack with --coded: for what `shrink --coded` wrote")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--records", type=Path)
     args = parser.parse_args()
