@@ -183,6 +183,8 @@ def _write_texts(where: Path, loaded: Loaded, name: str) -> None:
     if not (where / "tokenizer.json").exists():
         raise UnsupportedError(f"{name}: its tokenizer has no tokenizer.json, which the runtime needs; convert it to a "
                                "fast tokenizer first.")  # fmt: skip
+    held = json.loads((where / "tokenizer.json").read_text("utf-8"))  # without its indentation it is less than half
+    (where / "tokenizer.json").write_text(json.dumps(held, ensure_ascii=False, separators=(",", ":")), "utf-8")
     parent = {"name": Path(name).name, "sha256": folder.identity(loaded.path) if loaded.path else None}
     versions = folder.versions() | {"onnxruntime": onnxruntime.__version__}
     lineage = loaded.lineage | {"format": 1, "packed": {"from": parent, "versions": versions}}
