@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shrew.__main__ import main
 from shrew.scan import ScanSpec, scan
+from shrew.scan.config import comments
 from shrew.scan.functions import PARSE_SECONDS, Source, functions, normalise
 from shrew.scan.sources import decode
 
@@ -187,6 +188,33 @@ def test_a_file_that_takes_too_long(run: Run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
 
 
+def test_the_time_of_a_file_grows_with_its_length() -> None:
+    def seconds(count: int) -> float:
+        text = "a" + "(function () { x })" * count
+        began = time.process_time()
+        functions(Source("x", "javascript", text.encode(), text))
+        return time.process_time() - began
+
+    seconds(1)
+    assert seconds(16000) < 8 * seconds(4000)
+
+
+@pytest.mark.parametrize("line", ["#" * 10**6, "# shrew: " * 10**5, "# shrew: ignore[" * 10**4, " shrew:" * 10**5])
+def test_comments_are_found_in_no_time(line: str) -> None:
+    began = time.process_time()
+    comments(f"# shrew: ignore\n{line}\n" + "# shrew: ignore\n" * 10**4)
+    assert time.process_time() - began < 2
+
+
+def test_settings_nested_without_end(capfd: pytest.CaptureFixture[str]) -> None:
+    for name in (".shrew.toml", "rules.toml"):
+        Path(name).write_text("x = " + "[" * 10**5)
+        assert main(["scan", ".", "--rules", name]) == 2
+        told = capfd.readouterr().err
+        assert "no readable TOML" in told and "Traceback" not in told
+        Path(name).unlink()
+
+
 def test_names_with_anything_in_them(run: Run) -> None:
     for name in (b"\xff\xfe.py", b"a\nb.py", b"\x1b[31m.py", "‮é.py".encode(), b"-rf.py"):
         Path(os.fsdecode(name)).write_text(BAD)
@@ -334,6 +362,7 @@ def test_bad_flags(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @given(st.binary(max_size=300))
+@example(b"\xff\xfea\0\0\0")
 def test_any_bytes_are_text_or_refused(data: bytes) -> None:
     from shrew.errors import DataError
 
