@@ -424,9 +424,39 @@ def test_a_first_stage_from_a_folder(place: Path, tmp_path: Path) -> None:
     assert judge.severity(chance, []) == "medium"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"combine": {}, "points": {}}', '{"combine": 1, "points": {}}'])
+POINTS = '"points": {"quiet": {"threshold": 1}, "balanced": {"threshold": 1}, "thorough": {"threshold": 1}}'
+TABLE = '{"bias": 0, "weights": {}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"combine": {}, "points": {}}',
+        '{"combine": 1, "points": {}}',
+        f'{{"combine": {{}}, {POINTS}}}',
+        f'{{"combine": {{"with": {TABLE}}}, {POINTS}}}',
+        f'{{"combine": {{"with": {TABLE}, "without": {{"bias": "0", "weights": {{}}}}}}, {POINTS}}}',
+        f'{{"combine": {{"with": {TABLE}, "without": {{"bias": 0, "weights": {{"grams": 1e300}}}}}}, {POINTS}}}',
+    ],
+)
 def test_a_damaged_detector_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "scan.json").write_text(text)
     write({"a.py": BAD})
     assert main(["scan", ".", "--detector", str(tmp_path)]) == 2
     assert "scan.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_damaged_weights_end_the_scan(cached: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scan that could judge nothing must not look like one that found nothing."""
+    (tmp_path / "scan.json").write_text(f'{{"combine": {{"with": {TABLE}, "without": {TABLE}}}, {POINTS}}}')
+    write({"a.py": BAD})
+    words = ["scan", ".", "--detector", str(tmp_path)]
+    if cached:
+        assert main(words) == 0
+    (tmp_path / "grams.npz").write_text("junk")
+    assert main(words) == 2
+    assert "holds no n-gram weights" in capsys.readouterr().err
