@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -223,6 +225,15 @@ def test_names_with_anything_in_them(run: Run) -> None:
         assert main(["scan", ".", "--format", kind, "--out", f"../{kind}", "--detector", "none"]) == 1
 
 
+@pytest.mark.parametrize("form", ["text", "json", "sarif", "html", "gitlab"])
+def test_an_output_that_knows_few_signs(form: str) -> None:
+    Path("\u202e\u65e5\udcff.py").write_text(BAD.replace("find", "f\u00fcnde"))
+    command = [sys.executable, "-m", "shrew", "scan", ".", "--explain", "--detector", "none", "--format", form]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (1, False)
+    assert ("f\u00fcnde" if form == "html" else "nde") in done.stdout.decode()
+
+
 def test_many_small_files(run: Run) -> None:
     for at in range(30):
         Path(f"d{at}").mkdir()
@@ -352,6 +363,9 @@ def test_ctrl_c_keeps_what_was_learnt(run: Run, monkeypatch: pytest.MonkeyPatch)
         ["--max-file-size", "big"],
         ["--jobs", "0"],
         ["--point", "loud"],
+        ["--out", "."],
+        ["--write-baseline", "."],
+        [""],
     ],
     ids=" ".join,
 )
