@@ -273,6 +273,23 @@ def test_a_diff_takes_the_functions_that_changed(run: Run, place: Path) -> None:
     assert not (place / "ran").exists()
 
 
+def test_code_outside_functions_changed_only_if_it_did(run: Run) -> None:
+    inside = "func f() {\n  g()\n}\n"
+    config = 'package a\nimport "crypto/tls"\nvar c = &tls.Config{InsecureSkipVerify: true}\n'
+    query = "import os, sys\n\n{}\nos.system('ls ' + sys.argv[1])\n"
+    write({"a.go": config + inside, "a.py": query.format("def f():\n    g()\n")})
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    assert names(run(".")[1]) == ["a.go:<module>", "a.py:<module>"]
+    write({"a.go": config + inside.replace("g()", "g()\n  h()")})
+    write({"a.py": query.format("def f():\n    g()\n\n    h()\n")})
+    report = run("--diff", "HEAD")[1]
+    assert (report["functions"], names(report)) == (2, []), "f of both"
+    write({"a.py": query.format("import re")})
+    assert names(run("--diff", "HEAD")[1]) == ["a.py:<module>"]
+
+
 @pytest.mark.parametrize("rev", ["nowhere", "--output=x", "-h", ""])
 def test_a_revision_that_is_none(rev: str, capsys: pytest.CaptureFixture[str]) -> None:
     write({"a.py": BAD})

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 
 from shrew.errors import UsageError
-from shrew.scan.functions import Source, functions
+from shrew.scan.functions import MODULE, Source, functions, module
 from shrew.scan.sources import decode
 
-__all__ = ["Diff", "texts"]
+__all__ = ["Diff", "bare", "texts"]
 
 _QUIET = ("git", "--no-pager", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
 _ALONE = {  # no fetching of missing objects, by any protocol, and no question at the terminal
@@ -109,6 +109,15 @@ class Diff:
 
 
 def texts(old: bytes, language: str) -> set[str]:
-    """The texts of the functions of an old content. Raises DataError for what cannot be read."""
+    """The texts (`bare`) of an old content's functions and of the code outside. Raises DataError for what cannot be
+    read."""
     text, _ = decode(old)
-    return {each.text for each in functions(Source("", language, text.encode(), text))}
+    source = Source("", language, text.encode(), text)
+    found = [each for each in functions(source) if each.name != MODULE]
+    rest = module(source, found)
+    return {bare(each.text) for each in [*found, *([rest] if rest else [])]}
+
+
+def bare(text: str) -> str:
+    """A text without blank lines: functions that grow move what stands outside of them."""
+    return "\n".join(line for line in text.split("\n") if line.strip())

@@ -195,7 +195,7 @@ class Scan:
             before = set() if old is None else changes.texts(old, file.facts.language)
         except DataError:
             before = set()  # what it was cannot be told, so all of it counts
-        return [at for at, fact in enumerate(facts) if file.text(fact) not in before]
+        return [at for at, fact in enumerate(facts) if changes.bare(file.text(fact)) not in before]
 
     # --- functions ----------------------------------------------------------------------------------------------------
 
