@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shrew.__main__ import main
-from shrew.scan import ScanSpec, scan
+from shrew.scan import ScanSpec, pipeline, scan
 from shrew.scan.cache import Score
 from shrew.scan.functions import LANGUAGES, MODULE, Function, Source, cut, functions, normalise
 from shrew.scan.judge import Judge, Point
@@ -271,6 +271,17 @@ def test_a_diff_takes_the_functions_that_changed(run: Run, place: Path) -> None:
     code, report = run("--diff", "HEAD")
     assert (code, names(report), report["functions"]) == (1, ["a.py:run", "new.py:find"], 2)
     assert not (place / "ran").exists()
+
+
+def test_what_did_not_change_is_not_parsed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write({"a.py": BAD, "b.py": GOOD, "c.py": SHELL})
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    write({"b.py": BAD})
+    analyse, seen = pipeline.analyse, list[str]()
+    monkeypatch.setattr(pipeline, "analyse", lambda *words: seen.append(words[3]) or analyse(*words))
+    assert (names(run("--diff", "HEAD")[1]), seen) == (["b.py:find"], ["b.py"])
 
 
 def test_code_outside_functions_changed_only_if_it_did(run: Run) -> None:

@@ -76,17 +76,21 @@ class Diff:
             raise UsageError(f"--diff: {why or 'git failed'}; run it inside a git repository.")
         return done.stdout
 
-    def old(self, path: str, data: bytes) -> bytes | None:
-        """The content of a file at the revision: `data` itself where nothing changed, None where there was none."""
+    def same(self, path: str, data: bytes) -> bool:
+        """Whether a file was at the revision what it is now."""
+        blob = self._at(path)
+        hasher = hashlib.sha256 if blob is not None and len(blob) == 64 else hashlib.sha1
+        return hasher(b"blob %d\0" % len(data) + data).hexdigest().encode() == blob
+
+    def old(self, path: str) -> bytes | None:
+        """The content of a file at the revision, None where there was none."""
+        blob = self._at(path)
+        return None if blob is None else self._blob(blob)
+
+    def _at(self, path: str) -> bytes | None:
         real = Path(path).parent.resolve() / Path(path).name
         name = os.path.relpath(real, self._top).replace(os.sep, "/").encode("utf-8", "surrogateescape")
-        blob = self._old.get(name)
-        if blob is None:
-            return None
-        hasher = hashlib.sha256 if len(blob) == 64 else hashlib.sha1
-        if hasher(b"blob %d\0" % len(data) + data).hexdigest().encode() == blob:
-            return data
-        return self._blob(blob)
+        return self._old.get(name)
 
     def _blob(self, name: bytes) -> bytes | None:
         if self._process is None:

@@ -140,6 +140,9 @@ class Scan:
     def _known(self) -> Iterator[_File]:
         for entry in self.walk:
             try:
+                if self.diff is not None and self.diff.same(entry.path, read(entry, self.limit)[0]):
+                    self._ranked.add(entry.shown)
+                    continue
                 facts = self._facts(entry)
             except DataError as error:
                 self._skipped.append((entry.shown, str(error)))
@@ -188,10 +191,7 @@ class Scan:
         """The indices of the functions that the change touched."""
         facts = file.facts.functions
         try:
-            data, _ = read(file.entry, self.limit)
-            old = diff.old(file.entry.path, data)
-            if old == data:
-                return []
+            old = diff.old(file.entry.path)
             before = set() if old is None else changes.texts(old, file.facts.language)
         except DataError:
             before = set()  # what it was cannot be told, so all of it counts
