@@ -212,6 +212,7 @@ HOSTILE = {
     rule() + '\nwhere = [{ argument = 0, labels = ["tainted"] }]': "labels",
     rule() + "\nwhere = 3": "where",
     rule(calls=None, query="(call) @c") + '\nwhere = [{ capture = "d", matches = "x" }]': "@d is not captured",
+    rule() + '\nwhere = [{ capture = "d", matches = "x" }]': "of a query, give a capture",
     "a = " + "[" * 5000 + "]" * 5000: "nested too deep|no readable TOML",
 }
 
