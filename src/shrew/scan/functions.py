@@ -123,7 +123,8 @@ LANGUAGES = tuple(_GRAMMARS)
 _DECLARE = re.compile(
     rb"(require|require_relative|load|attr_\w+|include|extend|private|public|protected|module_function)\b"
 )
-_MARGIN = re.compile(rb"^(?:@[^\n]*\n)*(?:def|async def|class)\b", re.M)  # a definition with its decorators
+# A definition with its decorators; or decorators alone, so that no run of them is read again from each of its lines.
+_MARGIN = re.compile(rb"^(?:(?:@[^\n]*\n)+(?:(?:async )?def\b|class\b)?|(?:async )?def\b|class\b)", re.M)
 _COMMENTS = names("comment line_comment block_comment html_comment hash_bang_line")
 # Text whose blanks count, with children (escapes) that do not cover all of it.
 _WHOLE = names("string_content interpreted_string_literal_content raw_string_content heredoc_content string_fragment")
