@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shrew.__main__ import main
-from shrew.scan import ScanSpec, scan
+from shrew.scan import ScanSpec, pipeline, scan
 from shrew.scan.cache import Score
 from shrew.scan.functions import LANGUAGES, MODULE, Function, Source, cut, functions, normalise
 from shrew.scan.judge import Judge, Point
@@ -187,12 +187,14 @@ def test_comments_and_settings_hold_alerts_back(run: Run) -> None:
     held = BAD.replace("name)\n", "name)  # shrew: ignore[CWE-89]\n")
     other = BAD.replace("name)\n", "name)  # shrew: ignore[CWE-78]\n")
     write({"held.py": held, "other.py": other, "old/x.py": BAD, "sql/y.py": BAD,
+           "web.py": "@web.route(\n    '/x')\n" + BAD.replace("name):", "name):  # shrew: ignore"),
            "family.py": BAD.replace("def", "# shrew: ignore[sql-injection]\ndef"),
            ".shrew.toml": '[scan]\nignore = [{path = "old/*"}, {path = "sql/*", cwe = ["89"]}]\n'})  # fmt: skip
     code, report = run(".")
     assert (code, names(report)) == (1, ["other.py:find"])
     whys = {alert["path"]: alert["suppressed"] for alert in report["suppressed"]}
-    assert whys == {"held.py": "inline", "family.py": "inline", "old/x.py": "path", "sql/y.py": "cwe"}
+    inline = dict.fromkeys(["held.py", "family.py", "web.py"], "inline")
+    assert whys == inline | {"old/x.py": "path", "sql/y.py": "cwe"}
 
 
 @pytest.mark.parametrize(
@@ -273,6 +275,39 @@ def test_a_diff_takes_the_functions_that_changed(run: Run, place: Path) -> None:
     assert not (place / "ran").exists()
 
 
+def test_what_did_not_change_is_not_parsed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write({"a.py": BAD, "b.py": GOOD, "c.py": SHELL})
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    write({"b.py": BAD})
+    analyse, seen = pipeline.analyse, list[str]()
+
+    def watched(data: bytes, hash: bytes, language: str, path: str, *rest: Any) -> Any:
+        seen.append(path)
+        return analyse(data, hash, language, path, *rest)
+
+    monkeypatch.setattr(pipeline, "analyse", watched)
+    assert (names(run("--diff", "HEAD")[1]), seen) == (["b.py:find"], ["b.py"])
+
+
+def test_code_outside_functions_changed_only_if_it_did(run: Run) -> None:
+    inside = "func f() {\n  g()\n}\n"
+    config = 'package a\nimport "crypto/tls"\nvar c = &tls.Config{InsecureSkipVerify: true}\n'
+    query = "import os, sys\n\n{}\nos.system('ls ' + sys.argv[1])\n"
+    write({"a.go": config + inside, "a.py": query.format("def f():\n    g()\n")})
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    assert names(run(".")[1]) == ["a.go:<module>", "a.py:<module>"]
+    write({"a.go": config + inside.replace("g()", "g()\n  h()")})
+    write({"a.py": query.format("def f():\n    g()\n\n    h()\n")})
+    report = run("--diff", "HEAD")[1]
+    assert (report["functions"], names(report)) == (2, []), "f of both"
+    write({"a.py": query.format("import re")})
+    assert names(run("--diff", "HEAD")[1]) == ["a.py:<module>"]
+
+
 @pytest.mark.parametrize("rev", ["nowhere", "--output=x", "-h", ""])
 def test_a_revision_that_is_none(rev: str, capsys: pytest.CaptureFixture[str]) -> None:
     write({"a.py": BAD})
@@ -342,6 +377,23 @@ def test_the_detector_is_asked_about_few_and_once(place: Path) -> None:
     moved = scan(["."], judge=model)
     assert [text.split("(")[0] for text in model.asked] == ["def g"], "only what changed"
     assert [item.function.start for item in moved.alerts] == [5]
+
+
+def test_a_file_that_changes_while_it_is_scanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is scored then is not what the cache would keep it for."""
+    analyse = pipeline.analyse
+
+    def change(*words: Any) -> Any:
+        facts = analyse(*words)
+        write({"a.py": GOOD})
+        return facts
+
+    write({"a.py": EVIL})
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "analyse", change)
+        scan(["."], judge=Model())
+    write({"a.py": EVIL})
+    assert [alert.function.name for alert in scan(["."], judge=Model()).alerts] == ["g"]
 
 
 def test_an_unchanged_file_is_not_even_opened(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,9 +476,39 @@ def test_a_first_stage_from_a_folder(place: Path, tmp_path: Path) -> None:
     assert judge.severity(chance, []) == "medium"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"combine": {}, "points": {}}', '{"combine": 1, "points": {}}'])
+POINTS = '"points": {"quiet": {"threshold": 1}, "balanced": {"threshold": 1}, "thorough": {"threshold": 1}}'
+TABLE = '{"bias": 0, "weights": {}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"combine": {}, "points": {}}',
+        '{"combine": 1, "points": {}}',
+        f'{{"combine": {{}}, {POINTS}}}',
+        f'{{"combine": {{"with": {TABLE}}}, {POINTS}}}',
+        f'{{"combine": {{"with": {TABLE}, "without": {{"bias": "0", "weights": {{}}}}}}, {POINTS}}}',
+        f'{{"combine": {{"with": {TABLE}, "without": {{"bias": 0, "weights": {{"grams": 1e300}}}}}}, {POINTS}}}',
+    ],
+)
 def test_a_damaged_detector_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "scan.json").write_text(text)
     write({"a.py": BAD})
     assert main(["scan", ".", "--detector", str(tmp_path)]) == 2
     assert "scan.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_damaged_weights_end_the_scan(cached: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scan that could judge nothing must not look like one that found nothing."""
+    (tmp_path / "scan.json").write_text(f'{{"combine": {{"with": {TABLE}, "without": {TABLE}}}, {POINTS}}}')
+    write({"a.py": BAD})
+    words = ["scan", ".", "--detector", str(tmp_path)]
+    if cached:
+        assert main(words) == 0
+    (tmp_path / "grams.npz").write_text("junk")
+    assert main(words) == 2
+    assert "holds no n-gram weights" in capsys.readouterr().err

@@ -4,17 +4,20 @@ import json
 import os
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shrew.__main__ import main
 from shrew.scan import ScanSpec, scan
+from shrew.scan.config import comments
 from shrew.scan.functions import PARSE_SECONDS, Source, functions, normalise
 from shrew.scan.sources import decode
 
@@ -187,12 +190,49 @@ def test_a_file_that_takes_too_long(run: Run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize(("text", "language"), [("(function () { x })", "javascript"), ("@a\n", "python")])
+def test_the_time_of_a_file_grows_with_its_length(text: str, language: str) -> None:
+    def seconds(count: int) -> float:
+        whole = "a" + text * count
+        began = time.process_time()
+        functions(Source("x", language, whole.encode(), whole))
+        return time.process_time() - began
+
+    seconds(1)
+    assert seconds(16000) < 8 * seconds(4000) + 0.1
+
+
+@pytest.mark.parametrize("line", ["#" * 10**6, "# shrew: " * 10**5, "# shrew: ignore[" * 10**4, " shrew:" * 10**5])
+def test_comments_are_found_in_no_time(line: str) -> None:
+    began = time.process_time()
+    comments(f"# shrew: ignore\n{line}\n" + "# shrew: ignore\n" * 10**4)
+    assert time.process_time() - began < 2
+
+
+def test_settings_nested_without_end(capfd: pytest.CaptureFixture[str]) -> None:
+    for name in (".shrew.toml", "rules.toml"):
+        Path(name).write_text("x = " + "[" * 10**5)
+        assert main(["scan", ".", "--rules", name]) == 2
+        told = capfd.readouterr().err
+        assert "no readable TOML" in told and "Traceback" not in told
+        Path(name).unlink()
+
+
 def test_names_with_anything_in_them(run: Run) -> None:
     for name in (b"\xff\xfe.py", b"a\nb.py", b"\x1b[31m.py", "‮é.py".encode(), b"-rf.py"):
         Path(os.fsdecode(name)).write_text(BAD)
     assert len(run()["alerts"]) == 6
     for kind in ("text", "sarif", "gitlab", "html"):
         assert main(["scan", ".", "--format", kind, "--out", f"../{kind}", "--detector", "none"]) == 1
+
+
+@pytest.mark.parametrize("form", ["text", "json", "sarif", "html", "gitlab"])
+def test_an_output_that_knows_few_signs(form: str) -> None:
+    Path("\u202e\u65e5\udcff.py").write_text(BAD.replace("find", "f\u00fcnde"))
+    command = [sys.executable, "-m", "shrew", "scan", ".", "--explain", "--detector", "none", "--format", form]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert (done.returncode, b"Traceback" in done.stderr) == (1, False)
+    assert ("f\u00fcnde" if form == "html" else "nde") in done.stdout.decode()
 
 
 def test_many_small_files(run: Run) -> None:
@@ -324,6 +364,9 @@ def test_ctrl_c_keeps_what_was_learnt(run: Run, monkeypatch: pytest.MonkeyPatch)
         ["--max-file-size", "big"],
         ["--jobs", "0"],
         ["--point", "loud"],
+        ["--out", "."],
+        ["--write-baseline", "."],
+        [""],
     ],
     ids=" ".join,
 )
@@ -334,6 +377,7 @@ def test_bad_flags(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @given(st.binary(max_size=300))
+@example(b"\xff\xfea\0\0\0")
 def test_any_bytes_are_text_or_refused(data: bytes) -> None:
     from shrew.errors import DataError
 

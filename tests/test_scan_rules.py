@@ -212,6 +212,7 @@ HOSTILE = {
     rule() + '\nwhere = [{ argument = 0, labels = ["tainted"] }]': "labels",
     rule() + "\nwhere = 3": "where",
     rule(calls=None, query="(call) @c") + '\nwhere = [{ capture = "d", matches = "x" }]': "@d is not captured",
+    rule() + '\nwhere = [{ capture = "d", matches = "x" }]': "of a query, give a capture",
     "a = " + "[" * 5000 + "]" * 5000: "nested too deep|no readable TOML",
 }
 
@@ -345,3 +346,20 @@ def test_any_text_is_matched_and_always_the_same(pieces: list[str], language: st
     assert hits == found(text, language)
     for item in hits:
         assert 1 <= item.start <= item.end <= text.count("\n") + 1 and item.column >= 1
+
+
+def test_brackets_without_end_take_no_time() -> None:
+    text = source("eval(x)\n" + "(" * 200_000)
+    tree = parse(text)
+    began = time.process_time()
+    RULES.match(text, tree)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_both_ways_of_looking_find_the_same(language: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = [each["bad"] for name, each in EXAMPLES.items() if language in SHIPPED[name].languages]
+    text = source("\n".join(shown), language)
+    quick = RULES.match(text, parse(text))
+    monkeypatch.setattr("shrew.scan.rules.AT_ONCE", -1)
+    assert RULES.match(text, parse(text)) == quick != []

@@ -139,7 +139,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file; give the path of a recipe (TOML).") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # no UTF-8, no TOML, a number or nesting without end
         raise SpecError(f"{path} is no readable TOML: {error}.") from None
 
 

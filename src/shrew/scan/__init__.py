@@ -6,6 +6,7 @@ the detector on what is left. Each of them is loaded when it is first needed.
 
 import argparse
 import importlib.metadata
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,8 +48,13 @@ def main(argv: list[str]) -> int:
     paths = args.paths or (["."] if args.diff is not None else [])
     if not paths:
         raise UsageError("there is nothing to scan; give files or folders: shrew scan src, or --diff REV.")
+    if "" in paths:
+        raise UsageError("a path is empty, perhaps that of a variable that is not set; name this folder as '.'.")
     root = root_of(paths)
     spec = config.from_flags(args, root)
+    for flag, name in (("--out", spec.out), ("--write-baseline", spec.write_baseline)):
+        if name is not None and Path(name).is_dir():
+            raise UsageError(f"{flag}: '{name}' is a folder; name a file in it.")
     report = scan(paths, spec, root, say=_say)
     if spec.write_baseline:
         from shrew.scan import baseline
@@ -156,6 +162,10 @@ def _give(report: Report, spec: ScanSpec) -> None:
     """Print the report, or write it and print the summary."""
     from shrew.scan import show
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of a pipe or an old terminal that has no signs but those of its
+        sys.stdout.reconfigure(errors="backslashreplace")  # code page; a page's charset is ours
+        if spec.format == "html" and not spec.out:
+            sys.stdout.reconfigure(encoding="utf-8")
     if spec.format == "text" and not spec.out:
         show.show(report, spec.explain)
         return

@@ -34,7 +34,7 @@ class Ignore:
             raise ValueError("an entry of 'ignore' needs a path, a cwe or both")
         for name in self.cwe:
             if not weaknesses.normal(name) and name not in weaknesses.FAMILIES:
-                raise ValueError(f"'{name}' is no CWE; {nearest(name, weaknesses.FAMILIES)}")
+                raise ValueError(f"'{name}' is no CWE; {nearest(name, weaknesses.FAMILIES).rstrip('.')}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,8 @@ def _kept(root: Path) -> tuple[dict[str, Any], str]:
 
 # --- what is held back -----------------------------------------------------------------------------------------------
 
-_COMMENT = re.compile(r"(?:#|//|/\*|^=begin)[^\n]*?\bshrew:\s*ignore\b(?:\s*\[([^\]\n]{0,400})\])?", re.M)
+_MARK = re.compile(r"#|//|/\*|^=begin")
+_IGNORE = re.compile(r"\bshrew:\s*ignore\b(?:\s*\[([^\]]{0,400})\])?")
 
 
 def comments(text: str) -> list[tuple[int, list[str]]]:
@@ -133,12 +134,14 @@ def comments(text: str) -> list[tuple[int, list[str]]]:
     if "shrew:" not in text:
         return []
     found = []
-    for match in _COMMENT.finditer(text):
-        begin = text.rfind("\n", 0, match.start()) + 1
-        alone = not text[begin : match.start()].strip()
-        words = [word.strip() for word in match[1].split(",") if word.strip()] if match[1] is not None else []
-        if match[1] is None or words:  # `ignore[]` names nothing
-            found.append((text.count("\n", 0, match.start()) + 1 + alone, words))
+    for number, line in enumerate(text.split("\n"), 1):
+        if "shrew:" not in line or (mark := _MARK.search(line)) is None:
+            continue
+        alone = not line[: mark.start()].strip()
+        for match in _IGNORE.finditer(line, mark.end()):
+            words = [word.strip() for word in (match[1] or "").split(",") if word.strip()]
+            if match[1] is None or words:  # `ignore[]` names nothing
+                found.append((number + alone, words))
     return found
 
 

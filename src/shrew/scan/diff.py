@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 
 from shrew.errors import UsageError
-from shrew.scan.functions import Source, functions
+from shrew.scan.functions import MODULE, Source, functions, module
 from shrew.scan.sources import decode
 
-__all__ = ["Diff", "texts"]
+__all__ = ["Diff", "bare", "texts"]
 
 _QUIET = ("git", "--no-pager", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
 _ALONE = {  # no fetching of missing objects, by any protocol, and no question at the terminal
@@ -76,17 +76,21 @@ class Diff:
             raise UsageError(f"--diff: {why or 'git failed'}; run it inside a git repository.")
         return done.stdout
 
-    def old(self, path: str, data: bytes) -> bytes | None:
-        """The content of a file at the revision: `data` itself where nothing changed, None where there was none."""
+    def same(self, path: str, data: bytes) -> bool:
+        """Whether a file was at the revision what it is now."""
+        blob = self._at(path)
+        hasher = hashlib.sha256 if blob is not None and len(blob) == 64 else hashlib.sha1
+        return hasher(b"blob %d\0" % len(data) + data).hexdigest().encode() == blob
+
+    def old(self, path: str) -> bytes | None:
+        """The content of a file at the revision, None where there was none."""
+        blob = self._at(path)
+        return None if blob is None else self._blob(blob)
+
+    def _at(self, path: str) -> bytes | None:
         real = Path(path).parent.resolve() / Path(path).name
         name = os.path.relpath(real, self._top).replace(os.sep, "/").encode("utf-8", "surrogateescape")
-        blob = self._old.get(name)
-        if blob is None:
-            return None
-        hasher = hashlib.sha256 if len(blob) == 64 else hashlib.sha1
-        if hasher(b"blob %d\0" % len(data) + data).hexdigest().encode() == blob:
-            return data
-        return self._blob(blob)
+        return self._old.get(name)
 
     def _blob(self, name: bytes) -> bytes | None:
         if self._process is None:
@@ -109,6 +113,15 @@ class Diff:
 
 
 def texts(old: bytes, language: str) -> set[str]:
-    """The texts of the functions of an old content. Raises DataError for what cannot be read."""
+    """The texts (`bare`) of an old content's functions and of the code outside. Raises DataError for what cannot be
+    read."""
     text, _ = decode(old)
-    return {each.text for each in functions(Source("", language, text.encode(), text))}
+    source = Source("", language, text.encode(), text)
+    found = [each for each in functions(source) if each.name != MODULE]
+    rest = module(source, found)
+    return {bare(each.text) for each in [*found, *([rest] if rest else [])]}
+
+
+def bare(text: str) -> str:
+    """A text without blank lines: functions that grow move what stands outside of them."""
+    return "\n".join(line for line in text.split("\n") if line.strip())

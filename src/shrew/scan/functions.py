@@ -123,7 +123,8 @@ LANGUAGES = tuple(_GRAMMARS)
 _DECLARE = re.compile(
     rb"(require|require_relative|load|attr_\w+|include|extend|private|public|protected|module_function)\b"
 )
-_MARGIN = re.compile(rb"^(?:@[^\n]*\n)*(?:def|async def|class)\b", re.M)  # a definition with its decorators
+# A definition with its decorators; or decorators alone, so that no run of them is read again from each of its lines.
+_MARGIN = re.compile(rb"^(?:(?:@[^\n]*\n)+(?:(?:async )?def\b|class\b)?|(?:async )?def\b|class\b)", re.M)
 _COMMENTS = names("comment line_comment block_comment html_comment hash_bang_line")
 # Text whose blanks count, with children (escapes) that do not cover all of it.
 _WHOLE = names("string_content interpreted_string_literal_content raw_string_content heredoc_content string_fragment")
@@ -221,25 +222,29 @@ def functions(source: Source, tree: "Tree | None" = None) -> list[Function]:
     A function in a function belongs to that one. Raises DataError where the file takes too long.
     """
     tree = parse(source) if tree is None else tree
-    places, runs = _places(tree, source.language, 0)
+    places, runs = _places(tree, source.data, source.language)
     if source.language == "python" and tree.root_node.has_error:
         # one bracket that is never closed swallows all after it; what begins at the margin begins anew
         marks = [0, *(match.start() for match in _MARGIN.finditer(source.data)), len(source.data)]
         pieces = [
-            _places(_parse(source.data[start:end], source.language), source.language, start)[0]
-            for start, end in itertools.pairwise(marks)
+            _places(_parse(piece, source.language), piece, source.language, start)[0]
+            for start, piece in ((start, source.data[start:end]) for start, end in itertools.pairwise(marks))
         ]
         places = max(places, [place for piece in pieces for place in piece], key=len)
-    found = [_function(source, name, start, end) for name, start, end in places]
+    found, line, at = [], 1, 0
+    for name, start, end in places:
+        line, at = line + source.data.count(b"\n", at, start), start
+        found.append(_function(source, name, start, end, line))
     if runs and (rest := module(source, found)) is not None:
         found.append(rest)
     return found
 
 
-def _places(tree: "Tree", language: str, offset: int) -> tuple[list[tuple[str, int, int]], bool]:
-    """Name, start and end of the outermost functions, and whether code outside them does something."""
+def _places(tree: "Tree", data: bytes, language: str, offset: int = 0) -> tuple[list[tuple[str, int, int]], bool]:
+    """Name, start and end of the outermost functions, and whether code outside them does something. `data`: what the
+    tree was made of, which stands at `offset` in the file."""
     places, runs = [], False
-    for node, start, name in _outermost(tree, language):
+    for node, start, name in _outermost(tree, data, language):
         if node is None:
             runs = True
         else:
@@ -247,12 +252,12 @@ def _places(tree: "Tree", language: str, offset: int) -> tuple[list[tuple[str, i
     return places, runs
 
 
-def _function(source: Source, name: str, start: int, end: int) -> Function:
+def _function(source: Source, name: str, start: int, end: int, first: int) -> Function:
+    """`first`: the line that `start` is in."""
     data = source.data
     line = data.rfind(b"\n", 0, start) + 1
     if not data[line:start].strip():
         start = line  # with its indentation, which is then taken off every line
-    first = data.count(b"\n", 0, start) + 1
     text = cut(data, ((start, end),))
     return Function(
         source, name, first, first + text.count("\n"), text, _key(text, source.language), ((start, end),)
@@ -277,7 +282,7 @@ def module(source: Source, found: list[Function]) -> Function | None:
     return Function(source, MODULE, first, first + text.count("\n"), text, key, tuple(spans))
 
 
-def _outermost(tree: "Tree", language: str) -> Iterator[tuple["Node | None", int, str]]:
+def _outermost(tree: "Tree", data: bytes, language: str) -> Iterator[tuple["Node | None", int, str]]:
     """Each outermost function: its node, where its text begins, its name. Once (None, 0, "") for code that runs when
     the file does."""
     grammar = _GRAMMARS[language]
@@ -292,13 +297,13 @@ def _outermost(tree: "Tree", language: str) -> Iterator[tuple["Node | None", int
             above = path[-1] if path else None
             start = above.start_byte if above is not None and above.type in grammar.wraps else node.start_byte
             outer = [name for _, name in scopes[-SCOPES_SHOWN:]]
-            yield node, start, ".".join([*outer, _name(node, path)])
+            yield node, start, ".".join([*outer, _name(node, path, data)])
             inside = False
-        elif not told and kind in grammar.runs and not scopes and _does_something(node, kind):
+        elif not told and kind in grammar.runs and not scopes and _does_something(node, kind, data):
             told = True
             yield None, 0, ""
         if kind in grammar.scopes:
-            scopes.append((len(path), _text(node.child_by_field_name("name")) or ANONYMOUS))
+            scopes.append((len(path), _text(node.child_by_field_name("name"), data) or ANONYMOUS))
         if inside and kind not in grammar.closed and cursor.goto_first_child():
             path.append(node)
             continue
@@ -321,25 +326,27 @@ def _has_body(node: "Node", kind: str) -> bool:
     return body is not None or kind in ("method", "singleton_method")  # Ruby's may be empty
 
 
-def _does_something(node: "Node", kind: str) -> bool:
+def _does_something(node: "Node", kind: str, data: bytes) -> bool:
     if kind == "expression_statement":
         return not _is_docstring(node)
-    return not (kind in ("call", "call_expression") and _DECLARE.match(node.text or b""))
+    return not (kind in ("call", "call_expression") and _DECLARE.match(data, node.start_byte))
 
 
-def _text(node: "Node | None") -> str:
+def _text(node: "Node | None", data: bytes) -> str:
+    """The first words of a node. (Its own `text` would be a copy of all of it, for each function that begins in it.)"""
     if node is None:
         return ""
-    words = " ".join((node.text or b"")[: 4 * NAME_LENGTH].decode("utf-8", "replace").split())
+    start = node.start_byte
+    words = " ".join(data[start : min(node.end_byte, start + 4 * NAME_LENGTH)].decode("utf-8", "replace").split())
     return words[:NAME_LENGTH]
 
 
-def _name(node: "Node", path: list[Any]) -> str:
+def _name(node: "Node", path: list[Any], data: bytes) -> str:
     """The name of a function: its own, or of what it is put into."""
     if (named := node.child_by_field_name("name")) is not None:
-        receiver = _text(node.child_by_field_name("receiver"))  # Go: (s *Server)
+        receiver = _text(node.child_by_field_name("receiver"), data)  # Go: (s *Server)
         of = re.findall(r"\w+", receiver.partition("[")[0])[-1:]
-        return ".".join([*of, _text(named)])
+        return ".".join([*of, _text(named, data)])
     if node.type == "static_initializer":
         return "<static>"
     declared = node.child_by_field_name("declarator")
@@ -348,11 +355,11 @@ def _name(node: "Node", path: list[Any]) -> str:
             break
         declared = deeper
     if declared is not None:
-        return _text(declared).replace("::", ".") or ANONYMOUS
+        return _text(declared, data).replace("::", ".") or ANONYMOUS
     above = path[-1] if path else None
     for field in ("name", "left", "key", "property"):  # JavaScript: const f = ..., f = ..., {f: ...}, a field
         if above is not None and (target := above.child_by_field_name(field)) is not None:
-            return _text(target)
+            return _text(target, data)
     if above is not None and above.type == "arguments" and len(path) > 1:
-        return f"{_text(path[-2].child_by_field_name('function'))}()"
+        return f"{_text(path[-2].child_by_field_name('function'), data)}()"
     return ANONYMOUS

@@ -9,13 +9,13 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import msgspec
 from msgspec import Meta
 
 from shrew import files
-from shrew.errors import FolderError
+from shrew.errors import DataError, FolderError
 from shrew.scan.cache import Score
 from shrew.scan.config import POINTS
 
@@ -37,10 +37,18 @@ class Point(msgspec.Struct, frozen=True):
     alerts_per_1000: float | None = None
 
 
+Weight = Annotated[float, Meta(ge=-1e6, le=1e6)]
+
+
+class _Table(TypedDict):
+    bias: Weight
+    weights: dict[str, Weight]
+
+
 class _Settings(msgspec.Struct, frozen=True):
     """scan.json."""
 
-    combine: dict[str, Any]
+    combine: dict[str, _Table]  # "with" the detector's logit and "without"
     points: dict[str, Point]
     first_stage: float = -math.inf  # the least logit of the first stage that the detector is asked about
     version: Annotated[int, Meta(ge=1, le=1)] = 1
@@ -64,11 +72,14 @@ class Judge:
     @cached_property
     def _grams(self) -> "Grams | None":
         path = self._folder / "grams.npz" if self._folder else None
-        if path is None or not path.is_file():
+        if path is None or not path.exists():
             return None
         from shrew.scan.grams import Grams
 
-        return Grams.load(path)
+        try:
+            return Grams.load(path)
+        except DataError as error:  # what is wrong with the detector is nothing that is wrong with a file scanned
+            raise FolderError(str(error)) from None
 
     @cached_property
     def _detector(self) -> "Detector":
@@ -141,4 +152,6 @@ def _read(path: Path) -> _Settings:
         raise FolderError(f"{path} is damaged ({error}); {again}.") from None
     if missing := [name for name in POINTS if name not in found.points]:
         raise FolderError(f"{path} has no operating point '{missing[0]}'; {again}.")
+    if missing := [name for name in ("with", "without") if name not in found.combine]:
+        raise FolderError(f"{path} does not say how scores combine '{missing[0]}' a detector; {again}.")
     return found

@@ -5,10 +5,12 @@ What was seen before comes from the cache at each of these steps. Memory holds a
 
 import hashlib
 import os
+import re
 import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,11 +54,12 @@ class _File:
 
     @cached_property
     def source(self) -> Source:
-        try:
-            data, _ = read(self.entry, self.limit)
-            text, _ = decode(data)
-        except DataError:  # gone since it was seen
-            data, text = b"", ""
+        """The source; no text where the file is no longer what it was, since its functions are not known then."""
+        text = ""
+        with suppress(DataError):
+            data, language = read(self.entry, self.limit)
+            if _hash(data, language) == self.facts.hash:
+                text, _ = decode(data)
         return Source(self.entry.shown, self.facts.language, text.encode(), text)
 
     def text(self, fact: Fact) -> str:
@@ -140,6 +143,9 @@ class Scan:
     def _known(self) -> Iterator[_File]:
         for entry in self.walk:
             try:
+                if self.diff is not None and self.diff.same(entry.path, read(entry, self.limit)[0]):
+                    self._ranked.add(entry.shown)
+                    continue
                 facts = self._facts(entry)
             except DataError as error:
                 self._skipped.append((entry.shown, str(error)))
@@ -157,7 +163,7 @@ class Scan:
         data, language = read(entry, self.limit)
         if not language:
             return None
-        hash = hashlib.sha256(f"{language}\0".encode() + data).digest()
+        hash = _hash(data, language)
         if not more and (facts := self.cache.content(hash)) is not None:
             self.cache.keep_file(entry, facts, new=False)
             return facts
@@ -188,14 +194,11 @@ class Scan:
         """The indices of the functions that the change touched."""
         facts = file.facts.functions
         try:
-            data, _ = read(file.entry, self.limit)
-            old = diff.old(file.entry.path, data)
-            if old == data:
-                return []
+            old = diff.old(file.entry.path)
             before = set() if old is None else changes.texts(old, file.facts.language)
         except DataError:
             before = set()  # what it was cannot be told, so all of it counts
-        return [at for at, fact in enumerate(facts) if file.text(fact) not in before]
+        return [at for at, fact in enumerate(facts) if changes.bare(file.text(fact)) not in before]
 
     # --- functions ----------------------------------------------------------------------------------------------------
 
@@ -214,9 +217,10 @@ class Scan:
         if missing:
             texts = [file.text(fact) for file, fact in missing.values()]
             languages = [file.facts.language for file, _ in missing.values()]
-            for digest, score in zip(missing, self.judge.scores(texts, languages), strict=True):
+            for (digest, (file, _)), score in zip(missing.items(), self.judge.scores(texts, languages), strict=True):
                 scores[digest] = score
-                self.cache.keep_score(digest, score)
+                if file.source.text:  # else it changed meanwhile, and what was scored is not what the digest names
+                    self.cache.keep_score(digest, score)
         for file, fact, findings in self._pending:
             if (alert := self._alert(file, fact, findings, scores.get(fact.digest))) is not None:
                 self._alerts.append(alert)
@@ -281,7 +285,24 @@ def analyse(
         Fact(fact.name, fact.start, fact.end, fact.key, fact.spans, fact.digest, fact.gram, row)
         for fact, row in zip(bare, rows, strict=True)
     ]
-    return Facts(hash, language, made, comments(text), odd)
+    return Facts(hash, language, made, _ignores(text, found), odd)
+
+
+def _ignores(text: str, found: "Sequence[Function]") -> list[tuple[int, list[str]]]:
+    """The comments that hold alerts back. One at the line of a name that stands below decorators or annotations is one
+    at the function's first line, too."""
+    ignores = comments(text)
+    lines = {}
+    for each in found if ignores else ():
+        if each.text.startswith("@"):
+            named = re.search(rf"^[^@\n]*\b{re.escape(each.name.rpartition('.')[2])}\s*[(\[]", each.text, re.M)
+            if named is not None:
+                lines[each.start + each.text.count("\n", 0, named.start())] = each.start
+    return ignores + [(lines[line], words) for line, words in ignores if line in lines]
+
+
+def _hash(data: bytes, language: str) -> bytes:
+    return hashlib.sha256(f"{language}\0".encode() + data).digest()
 
 
 def _lines(fact: Fact) -> int:

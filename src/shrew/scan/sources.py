@@ -233,7 +233,7 @@ def decode(data: bytes) -> tuple[str, str]:
     for marks, encoding in ((UTF_32, "utf-32"), (UTF_16, "utf-16")):
         if data.startswith(marks):
             try:
-                return data.decode(encoding), f"read as {encoding.upper()}"
+                return data.decode(encoding).replace("\0", " "), f"read as {encoding.upper()}"
             except UnicodeDecodeError:
                 break
     odd = ""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shrew.errors import SpecError
 from shrew.scan.functions import AT_ONCE, Source, parse
@@ -92,15 +92,38 @@ class _Table:
         self.assigns = self.query(assigning(self.syntax))
         self.called = self.query(set(self.syntax.calls))
 
-    def query(self, kinds: Iterable[str]) -> object:
-        named = sorted(f"({kind})" for kind in kinds if self.grammar.id_for_node_kind(kind, True) is not None)
-        return self.native(self.grammar, f"[{' '.join(named)}] @node")
+    def query(self, kinds: Iterable[str]) -> "_Kinds":
+        known = frozenset(kind for kind in kinds if self.grammar.id_for_node_kind(kind, True) is not None)
+        return _Kinds(self.native(self.grammar, f"[{' '.join(f'({kind})' for kind in sorted(known))}] @node"), known)
 
 
-def _nodes(query: object, node: "Node") -> "list[Node]":
+class _Kinds(NamedTuple):
+    """A query for nodes of these kinds."""
+
+    query: object
+    kinds: frozenset[str]
+
+
+def _nodes(wanted: _Kinds, node: "Node") -> "list[Node]":
+    """The nodes of the wanted kinds in a node, in their order.
+
+    tree-sitter looks for them quickly, but a long run of tokens without a name (brackets that are never closed) takes
+    it time that grows with its square. So in what is long they are looked for here, with the same result.
+    """
     from tree_sitter import QueryCursor
 
-    return QueryCursor(query).captures(node).get("node", [])  # type: ignore[arg-type]
+    if node.end_byte - node.start_byte <= AT_ONCE:
+        return QueryCursor(wanted.query).captures(node).get("node", [])  # type: ignore[arg-type]
+    found, cursor = list[Any](), node.walk()
+    while True:
+        here: Any = cursor.node
+        if here.is_named and here.type in wanted.kinds:
+            found.append(here)
+        if cursor.goto_first_child():
+            continue
+        while not cursor.goto_next_sibling():
+            if not cursor.goto_parent():
+                return found
 
 
 class Rules:

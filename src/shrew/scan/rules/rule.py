@@ -143,10 +143,7 @@ def read(path: Path) -> list[Stated]:
             raise SpecError(f"{path} is larger than {LARGEST >> 20} MB; split the file of rules.")
     except OSError:
         raise SpecError(f"{path}: no such file; give the path of a file of rules (TOML).") from None
-    try:
-        values = spec.read_toml(path)
-    except RecursionError:
-        raise SpecError(f"{path} is nested too deep; a file of rules is flat.") from None
+    values = spec.read_toml(path)
     for key in values:
         if key not in ("rule", "lists"):
             raise SpecError(f"{path}: unknown key '{key}'; {nearest(key, ('rule', 'lists'))}")
@@ -207,7 +204,7 @@ def _condition(where: str, item: Where, calls: bool) -> Condition:
     by_argument = item.argument is not None or bool(item.keyword) or item.any
     if by_argument == bool(item.capture):
         raise SpecError(f"{where}: where: say which argument (argument, keyword, any) or which capture.")
-    if by_argument and not calls:
+    if by_argument != calls:
         raise SpecError(f"{where}: where: arguments are those of calls; of a query, give a capture.")
     if not (item.missing or item.labels or item.without or item.matches or item.unlike or item.says):
         raise SpecError(f"{where}: where: say what must hold (labels, without, matches, unlike, says, missing).")
