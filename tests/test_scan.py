@@ -379,6 +379,15 @@ def test_the_detector_is_asked_about_few_and_once(place: Path) -> None:
     assert [item.function.start for item in moved.alerts] == [5]
 
 
+def test_what_ones_own_rules_find_is_always_told(place: Path) -> None:
+    mine = '[[rule]]\nid = "mine"\nlanguages = ["python"]\ncwe = ""\nseverity = "low"\nmessage = "No."\n'
+    write({"mine.toml": mine + 'origin = "ours"\ncalls = ["danger"]\n', "a.py": BAD + "\n\ndef f():\n    danger()\n"})
+    model = Model(floor=0.5)
+    assert not scan(["a.py"], judge=model).alerts
+    (alert,) = scan(["a.py"], ScanSpec(rules=["mine.toml"]), judge=model).alerts
+    assert ([item.rule for item in alert.findings], alert.severity, alert.probability) == (["mine"], "low", 0.2)
+
+
 def test_a_file_that_changes_while_it_is_scanned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is scored then is not what the cache would keep it for."""
     analyse = pipeline.analyse

@@ -36,8 +36,10 @@ ODD_SHOWN = 20
 
 
 class Matcher(Protocol):
-    """What rules are to a scan."""
+    """What rules are to a scan. What those that are `given` by the user find is an alert, however likely."""
 
+    @property
+    def given(self) -> frozenset[str]: ...
     def match(
         self, source: Source, tree: Any, skipped: list[tuple[str, str]] | None = None
     ) -> "list[Finding]": ...
@@ -90,6 +92,7 @@ class Scan:
         self._pending: list[tuple[_File, Fact, list[Finding]]] = []
         self._files = self._functions = 0
         self._ranked: set[str] = set()  # files of other tools' findings that were met
+        self.given = self.rules.given
         self.walk.skip = lambda path, why: self._skipped.append((path, why))
 
     def run(self) -> Report:
@@ -231,7 +234,8 @@ class Scan:
         active = [item for item, why in zip(findings, whys, strict=True) if not why]
         counted = active or findings
         probability = self.judge.probability(score, fact.gram, counted)
-        if probability < self.judge.point(self.spec.point).threshold:
+        asked = any(item.tool == "shrew" and item.rule in self.given for item in active)
+        if probability < self.judge.point(self.spec.point).threshold and not asked:
             return None
         cwe = _weakness(counted, score)
         own = "" if findings else file.held.why(cwe, fact.start, fact.end, fact.start)

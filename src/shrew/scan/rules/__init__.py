@@ -138,6 +138,11 @@ class Rules:
         """Those that ship, of every language."""
         return [stated for name in sorted(set(_SHIPPED.values())) for stated in _shipped(name)]
 
+    @property
+    def given(self) -> frozenset[str]:
+        """The names of the user's own: what they find is always told."""
+        return frozenset(stated.written.id for stated in self.others)
+
     def __len__(self) -> int:
         return len(self.own) + len(self.others)
 
