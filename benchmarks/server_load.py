@@ -72,8 +72,9 @@ class Load:
         leave = draw.random() * 0.9
         start, count = time.monotonic(), 0
         async with aclosing(connection.post(PATH, body)) as lines:  # type: ignore[type-var]
-            if drops and not body["stream"]:
-                await asyncio.wait_for(anext(lines), timeout=leave)
+            line = b""
+            if drops and not body["stream"]:  # unless the answer is faster
+                line = await asyncio.wait_for(anext(lines), timeout=leave)
             async for line in lines:
                 count += 1
                 if count == 1 and body["stream"]:
@@ -138,8 +139,9 @@ class Load:
         again = time.monotonic() - start
         for job in jobs:
             job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        ended = await asyncio.gather(*jobs, return_exceptions=True)
         outcomes = sum((one.outcomes for one in seen), Counter())
+        outcomes.update(f"ended: {error!r}" for error in ended if not isinstance(error, asyncio.CancelledError))
         return {"served_again": sum(bool(one.whole) for one in seen), "clients": len(seen), "restart_seconds": ready,
                 "all_answered_seconds": again, "before": dict(before), "outcomes": dict(outcomes)}  # fmt: skip
 
