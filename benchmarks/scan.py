@@ -43,7 +43,7 @@ from shrew.data.pairs import cwe_id, fold_of, project_name
 from shrew.measure.detection import grouped_interval
 from shrew.record import Record
 from shrew.scan import combine
-from shrew.scan.cwe import family
+from shrew.scan.cwe import SEVERITIES, family
 from shrew.scan.functions import Source, normalise, parse
 from shrew.scan.grams import Grams, Rows, logistic
 from shrew.scan.judge import Judge
@@ -187,7 +187,7 @@ READERS: dict[str, Callable[[str, str], list[tuple[str, Finding]]]] = {
 
 def worst(findings: Sequence[Sequence[Finding]], least: str = "low") -> np.ndarray:
     """The rank of the worst finding of each text, 0 for none that is at least so severe."""
-    order = list(combine.SEVERITIES)
+    order = list(SEVERITIES)
     ranks = [max((order.index(item.severity) + 1 for item in some), default=0) for some in findings]
     return np.array([rank if rank > order.index(least) else 0 for rank in ranks], float)
 

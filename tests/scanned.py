@@ -1,7 +1,6 @@
 """Made-up scans, honest and hostile, for the tests of what `shrew scan` prints and writes."""
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
@@ -9,22 +8,7 @@ from hypothesis import strategies as st
 from shrew.scan.alerts import Alert, Report
 from shrew.scan.cwe import SEVERITIES
 from shrew.scan.functions import Function, Source
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a rule says, in the fields of a Finding."""
-
-    rule: str
-    cwe: str
-    severity: str
-    message: str
-    path: str
-    start: int
-    end: int
-    column: int = 1
-    tool: str = "shrew"
-
+from shrew.scan.rules import Finding
 
 FIND = '''def find(self, name):
     """All users of that name."""
@@ -66,9 +50,9 @@ def report(*alerts: Alert, **more: Any) -> Report:
 def example() -> Report:
     """A scan with a bit of everything."""
     built = "A query is put together from parts of text."
-    said = Said("python-sql-built", "CWE-89", "high", built, "app/db.py", 15, 15, 13)
-    other = Said("B608", "CWE-89", "medium", "Possible SQL injection vector.", "app/db.py", 15, 15, 13, "bandit")
-    joined = Said("python-path-joined", "CWE-22", "medium", "A path is made from a request.", "app/views.py", 35, 35)
+    said = Finding("python-sql-built", "CWE-89", "high", built, "app/db.py", 15, 15, 13)
+    other = Finding("B608", "CWE-89", "medium", "Possible SQL injection vector.", "app/db.py", 15, 15, 13, "bandit")
+    joined = Finding("python-path-joined", "CWE-22", "medium", "A path is made from a request.", "app/views.py", 35, 35)
     path = 'def download(request):\n    name = request.args["file"]\n    return send(open(ROOT + "/" + name).read())'
     long = "def handle(self, data):\n" + "".join(f"    step_{i} = self.stage({i}, data)\n" for i in range(60)) + \
         "    return pickle.loads(data)\n" + "".join(f"    self.done({i})\n" for i in range(30))  # fmt: skip
@@ -110,7 +94,7 @@ def reports(draw: st.DrawFn) -> Report:
         text, path, start = draw(HOSTILE), draw(HOSTILE), draw(st.integers(1, 5))
         numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
         said = [
-            Said(draw(HOSTILE), draw(HOSTILE), "low", draw(HOSTILE), path, draw(st.integers(1, 9)), 9,
+            Finding(draw(HOSTILE), draw(HOSTILE), "low", draw(HOSTILE), path, draw(st.integers(1, 9)), 9,
                  draw(st.integers(1, 50)), draw(HOSTILE))
             for _ in range(draw(st.integers(0, 2)))
         ]  # fmt: skip
@@ -129,7 +113,7 @@ def reports(draw: st.DrawFn) -> Report:
 
 def tricked(trick: str) -> Report:
     """A scan in which everything that comes from outside is one trick."""
-    said = Said(trick, trick, "high", trick, trick, 2, 2, 1, trick)
+    said = Finding(trick, trick, "high", trick, trick, 2, 2, 1, trick)
     long = "\n".join([trick] * 40)
     found = [alert(text, path=trick, name=trick, cwe=trick, message=message, findings=(said,), start=1,
                    lines=(0.0, 0.0, 4.0), suppressed=held)

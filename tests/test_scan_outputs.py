@@ -14,12 +14,13 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scanned import FIND, RUN, TRICKS, Said, alert, example, report, reports, tricked
+from scanned import FIND, RUN, TRICKS, alert, example, report, reports, tricked
 
 from shrew.scan import alerts, baseline, cwe, sarif, show
 from shrew.scan.alerts import Alert, Report
 from shrew.scan.functions import Source, functions
 from shrew.scan.page import page
+from shrew.scan.rules import Finding
 
 SCHEMA = json.loads((Path(__file__).parent / "sarif" / "sarif-2.1.0.json").read_text("utf-8"))
 VALIDATOR = jsonschema.validators.validator_for(SCHEMA)(SCHEMA)
@@ -94,7 +95,7 @@ def test_shades_keep_the_order_and_the_first_line_is_the_highest(scores: list[fl
 
 
 def test_a_rule_says_where_to_look_before_the_model_does() -> None:
-    said = Said("r", "CWE-89", "high", "m", "app/db.py", 15, 15)
+    said = Finding("r", "CWE-89", "high", "m", "app/db.py", 15, 15)
     outside = dataclasses.replace(said, start=99, end=99)
     assert alert(FIND, lines=(0, 0, 9, 0, 0, 0), findings=(said,)).first_line() == 15
     assert alert(FIND, lines=(0, 0, 9, 0, 0, 0), findings=(outside,)).first_line() == 14

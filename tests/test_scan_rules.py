@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tree_sitter import Query, QueryCursor
 
 from shrew.errors import SpecError
-from shrew.scan.cwe import TABLE, weakness
+from shrew.scan.cwe import SEVERITIES, TABLE, weakness
 from shrew.scan.functions import LANGUAGES, Source, parse
-from shrew.scan.rules import SEVERITIES, Finding, Rules, expressions, load_rules, query
+from shrew.scan.rules import Finding, Rules, expressions, load_rules, query
 from shrew.scan.rules.query import Steps
 
 ROOT = Path(__file__).parents[1]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 PIECE = 1 << 18  # characters given to a tokenizer at once: what it holds of each is a hundred times as large
+NOTHING = -30.0  # the logit of a text, and the score of a line, without a token that shows
 OVERLAP = 4  # windows share one part of so many
 
 _QUOTED = r'"(?:\\.|[^"\\\n])*"|' + r"'(?:\\.|[^'\\\n])*'"

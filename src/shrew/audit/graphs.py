@@ -14,6 +14,7 @@ from shrew.audit.claims import by_name
 from shrew.audit.held import Audit, Finding, Held, Span, count, named, plural, printable
 from shrew.errors import FolderError
 from shrew.folder.packed import unpack_bits
+from shrew.runtime.manifest import CODED
 
 WIDTHS = {"FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "DOUBLE": 64, "INT64": 64, "INT32": 32, "INT16": 16, "UINT16": 16,
           "INT8": 8, "UINT8": 8, "BOOL": 8, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2, "FLOAT4E2M1": 4,
@@ -135,7 +136,7 @@ def _outside(path: Path, item: Any, needed: int) -> Span:
     if not place.name or place.is_absolute() or ".." in place.parts or "\\" in str(place) or "\0" in str(place):
         raise FolderError(f"{where} lies in {printable(str(place))!r}, which is no file beside the graph.")
     file = path.parent / place
-    if not file.is_file() and (path.parent / "model.coded").is_file():
+    if not file.is_file() and (path.parent / CODED).is_file():
         raise FolderError(f"{path.parent} holds its weights coded; audit the model it was packed from, or pack it "
                           "without --coded.")  # fmt: skip
     if not file.is_file():

@@ -28,7 +28,7 @@ def store(plain: Path, out: Path, tensors: Sequence[tuple[int, int, int]]) -> No
             stream.write(coded.data)
 
 
-def restore(path: Path) -> bytes:
+def restore(path: Path) -> bytearray:
     """The file that `path` stands for. Raises FolderError for what `store` did not write; takes memory for no more than
     a stream of its length can hold."""
     raw = np.fromfile(path, np.uint8)
@@ -48,7 +48,7 @@ def restore(path: Path) -> bytes:
         at += length
     if end != total:
         raise _damaged(path)
-    return bytes(found)
+    return found
 
 
 def _damaged(path: Path) -> FolderError:

@@ -87,12 +87,12 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     return model
 
 
-def _decoded(folder: Path) -> bytes | None:
+def _decoded(folder: Path) -> bytearray | None:
     """What `model.bin` would hold, where it is stored coded. Raises FolderError."""
     return coded.restore(folder / manifests.CODED) if (folder / manifests.CODED).is_file() else None
 
 
-def open_graph(path: Path, threads: int, weights: bytes | None = None) -> onnxruntime.InferenceSession:
+def open_graph(path: Path, threads: int, weights: bytearray | None = None) -> onnxruntime.InferenceSession:
     """A graph on the CPU, its weights mapped, or those in `weights`. Raises what ONNX Runtime raises."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -105,7 +105,7 @@ def open_graph(path: Path, threads: int, weights: bytes | None = None) -> onnxru
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _threads(requested: int | None, manifest: Manifest, folder: Path, weights: bytes | None) -> int:
+def _threads(requested: int | None, manifest: Manifest, folder: Path, weights: bytearray | None) -> int:
     """As requested, as OMP_NUM_THREADS says, or the faster of one and one for each core, tried out once a day.
 
     Raises UsageError below 1.
@@ -121,7 +121,7 @@ def _threads(requested: int | None, manifest: Manifest, folder: Path, weights: b
     return cores if many * FASTER < one else 1
 
 
-def _step_seconds(manifest: Manifest, folder: Path, counts: Sequence[int], weights: bytes | None) -> list[float]:
+def _step_seconds(manifest: Manifest, folder: Path, counts: Sequence[int], weights: bytearray | None) -> list[float]:
     """Seconds of a call with one token at each number of threads, the best of interleaved rounds; of a text of a full
     chunk for a model that does not go token by token."""
     length = 1 if manifest.kind == "causal" else min(manifest.chunk, manifest.context)

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shrew.errors import DataError
+from shrew.scan import config
+from shrew.scan.cwe import SEVERITIES
 
 if TYPE_CHECKING:
     from shrew.scan.rules import Finding
 
 LOGITS = ("grams", "detector")
 LIMIT = 30.0  # logits beyond say no more
-SEVERITIES = ("low", "medium", "high")
-POINTS = {"quiet": 5.0, "balanced": 20.0, "thorough": 80.0}  # alerts per 1,000 ordinary functions
+POINTS = dict(zip(config.POINTS, (5.0, 20.0, 80.0), strict=True))  # alerts per 1,000 ordinary functions
 COST = 1.0
 
 

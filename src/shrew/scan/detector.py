@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from shrew import code, machine
+from shrew.code import NOTHING
 from shrew.errors import UnsupportedError, UsageError
 from shrew.runtime import Model, load
-
-NOTHING = -30.0  # the logit of a text, and the score of a line, without a token that shows
 
 
 @dataclass(frozen=True, eq=False)

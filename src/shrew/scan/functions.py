@@ -18,7 +18,7 @@ from shrew.errors import DataError, UsageError, nearest
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser, Tree
 
-__all__ = ["LANGUAGES", "MODULE", "Function", "Source", "cut", "functions", "module", "names", "normalise", "parse"]
+__all__ = ["LANGUAGES", "MODULE", "Function", "Source", "cut", "functions", "module", "normalise", "parse", "words"]
 
 MODULE = "<module>"
 ANONYMOUS = "<anonymous>"
@@ -67,54 +67,54 @@ class _Grammar:
     runs: frozenset[str] = frozenset()
 
 
-def names(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
     """The words of a text."""
     return frozenset(text.split())
 
 
-_C_CLOSED = names("comment preproc_include preproc_def preproc_call initializer_list string_literal")
+_C_CLOSED = words("comment preproc_include preproc_def preproc_call initializer_list string_literal")
 _GRAMMARS = {
     "python": _Grammar(
         "tree_sitter_python",
-        names("function_definition"),
-        names("class_definition"),
-        names("decorated_definition"),
-        names("comment expression_statement import_statement import_from_statement decorator argument_list"),
-        names("expression_statement for_statement while_statement with_statement raise_statement delete_statement"),
+        words("function_definition"),
+        words("class_definition"),
+        words("decorated_definition"),
+        words("comment expression_statement import_statement import_from_statement decorator argument_list"),
+        words("expression_statement for_statement while_statement with_statement raise_statement delete_statement"),
     ),
-    "c": _Grammar("tree_sitter_c", names("function_definition"), closed=_C_CLOSED),
+    "c": _Grammar("tree_sitter_c", words("function_definition"), closed=_C_CLOSED),
     "cpp": _Grammar(
         "tree_sitter_cpp",
-        names("function_definition"),
-        names("class_specifier struct_specifier namespace_definition"),
-        names("template_declaration"),
+        words("function_definition"),
+        words("class_specifier struct_specifier namespace_definition"),
+        words("template_declaration"),
         _C_CLOSED,
     ),
     "javascript": _Grammar(
         "tree_sitter_javascript",
-        names("function_declaration generator_function_declaration function_expression generator_function"
+        words("function_declaration generator_function_declaration function_expression generator_function"
                " arrow_function method_definition"),
-        names("class_declaration class"),
-        closed=names("comment string regex import_statement"),
-        runs=names("call_expression new_expression"),
+        words("class_declaration class"),
+        closed=words("comment string regex import_statement"),
+        runs=words("call_expression new_expression"),
     ),
     "go": _Grammar(
         "tree_sitter_go",
-        names("function_declaration method_declaration func_literal"),
-        closed=names("comment import_declaration"),
+        words("function_declaration method_declaration func_literal"),
+        closed=words("comment import_declaration"),
     ),
     "ruby": _Grammar(
         "tree_sitter_ruby",
-        names("method singleton_method"),
-        names("class module"),
-        closed=names("comment string argument_list"),
-        runs=names("call"),
+        words("method singleton_method"),
+        words("class module"),
+        closed=words("comment string argument_list"),
+        runs=words("call"),
     ),
     "java": _Grammar(
         "tree_sitter_java",
-        names("method_declaration constructor_declaration compact_constructor_declaration static_initializer"),
-        names("class_declaration interface_declaration enum_declaration record_declaration"),
-        closed=names("line_comment block_comment import_declaration annotation"),
+        words("method_declaration constructor_declaration compact_constructor_declaration static_initializer"),
+        words("class_declaration interface_declaration enum_declaration record_declaration"),
+        closed=words("line_comment block_comment import_declaration annotation"),
     ),
 }  # fmt: skip
 LANGUAGES = tuple(_GRAMMARS)
@@ -125,9 +125,9 @@ _DECLARE = re.compile(
 )
 # A definition with its decorators; or decorators alone, so that no run of them is read again from each of its lines.
 _MARGIN = re.compile(rb"^(?:(?:@[^\n]*\n)+(?:(?:async )?def\b|class\b)?|(?:async )?def\b|class\b)", re.M)
-_COMMENTS = names("comment line_comment block_comment html_comment hash_bang_line")
+_COMMENTS = words("comment line_comment block_comment html_comment hash_bang_line")
 # Text whose blanks count, with children (escapes) that do not cover all of it.
-_WHOLE = names("string_content interpreted_string_literal_content raw_string_content heredoc_content string_fragment")
+_WHOLE = words("string_content interpreted_string_literal_content raw_string_content heredoc_content string_fragment")
 
 
 @cache

@@ -18,6 +18,7 @@ from shrew import files
 from shrew.errors import DataError, FolderError
 from shrew.scan.cache import Score
 from shrew.scan.config import POINTS
+from shrew.scan.cwe import SEVERITIES
 
 if TYPE_CHECKING:
     from shrew.scan.detector import Detector
@@ -133,10 +134,10 @@ class Judge:
 
     def severity(self, probability: float, findings: "Sequence[Finding]") -> str:
         """The worst that a rule says; where only the model speaks, by the strictest point that it passes."""
-        order = ("low", "medium", "high")
         if findings:
-            return max((item.severity if item.severity in order else "low" for item in findings), key=order.index)
-        for name, severity in zip(POINTS, reversed(order), strict=True):
+            return max((item.severity if item.severity in SEVERITIES else "low" for item in findings),
+                       key=SEVERITIES.index)
+        for name, severity in zip(POINTS, reversed(SEVERITIES), strict=True):
             if probability >= self._settings.points[name].threshold:
                 return severity
         return "low"

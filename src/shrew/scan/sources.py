@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shrew.errors import DataError, UsageError
-from shrew.scan.functions import names
+from shrew.scan.functions import words
 
 __all__ = ["Entry", "LeftOut", "Walk", "decode", "language_of", "read", "root_of", "shown"]
 
@@ -28,17 +28,17 @@ _SHEBANGS = {"python": "python", "pypy": "python", "node": "javascript", "nodejs
              "ruby": "ruby", "jruby": "ruby"}  # fmt: skip
 _CPP_HEADER = re.compile(rb"^[ \t]*(?:class|namespace|template|using)\b|\bpublic:|\bstd::", re.M)
 
-TEST_FOLDERS = names("test tests testing __tests__ __mocks__ spec specs testdata test_data fixtures testsuite")
+TEST_FOLDERS = words("test tests testing __tests__ __mocks__ spec specs testdata test_data fixtures testsuite")
 TEST_FILES = re.compile(
     r"(test_.*|.*_tests?|conftest|tests?)\.py|.*_test\.(go|c|cc|cpp|cxx|rb)|test_.*\.(c|cc|cpp|rb)|.*_spec\.rb"
     r"|.*\.(test|spec)\.[cm]?jsx?|.*(Tests?|TestCase)\.java"
 )
-VENDORED_FOLDERS = names(
+VENDORED_FOLDERS = words(
     "vendor vendored _vendor vendors third_party third-party thirdparty 3rdparty extern node_modules bower_components"
     " site-packages dist-packages venv .venv virtualenv .tox .nox .eggs"
 )
 VENDORED_FILES = re.compile(r".*[.-]min\.[cm]?js|.*_pb2(_grpc)?\.py|.*\.pb\.(go|cc|h)")
-NEVER = names(".git .hg .svn .bzr __pycache__ .mypy_cache .ruff_cache .pytest_cache .hypothesis")
+NEVER = words(".git .hg .svn .bzr __pycache__ .mypy_cache .ruff_cache .pytest_cache .hypothesis")
 
 # Bytes that text does not have; tab, line ends, form feed and escape are left in.
 _CONTROL = bytes([*range(9), 11, *range(14, 27), *range(28, 32)])

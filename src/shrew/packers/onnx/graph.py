@@ -273,25 +273,6 @@ class Graph:
                           outputs=4, unused=(1, 2), epsilon=eps)  # fmt: skip
         return found[0], found[3]
 
-    def settle(self) -> None:
-        """Let norms do the multiplication by steps of inputs behind them, where nothing else reads what they give."""
-        known, first, rest = set(self._contents), list[Any](), list[Any]()
-        for node in self._nodes:  # what depends on weights alone goes first; it is computed when the model is loaded
-            fixed = bool(node.input) and known.issuperset(node.input)
-            known.update(node.output if fixed else ())
-            (first if fixed else rest).append(node)
-        made = {node.output[0]: node for node in rest}
-        uses = Counter(name for node in rest for name in node.input)
-        uses.update(item.name for item in self._outputs)
-        for node in [node for node in rest if node.op_type == "Mul" and node.input[1] in self._columns]:
-            norm = made.get(node.input[0])
-            if norm is not None and norm.op_type in NORMS and uses[node.input[0]] == 1:
-                gain = NORMS[norm.op_type]
-                first.append(helper.make_node("Mul", [norm.input[gain], node.input[1]], [f"{node.name}.gain"]))
-                norm.input[gain], norm.output[0] = f"{node.name}.gain", node.output[0]
-                rest.remove(node)
-        self._nodes = first + rest
-
     # the files
 
     def write(self, path: Path) -> dict[str, tuple[int, int]]:
@@ -318,6 +299,7 @@ class Graph:
     def proto(self, offsets: dict[str, tuple[int, int]], level: int = 0) -> bytes:
         """The file of the graph, its larger tensors at those places of the data file. `level` is the accuracy level of
         every product with codes: 0 computes with float32 inputs, 4 rounds them to 8 bits, block by block."""
+        self._settle()
         for node in self._nodes:
             if node.op_type == "MatMulNBits":
                 kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
@@ -328,6 +310,25 @@ class Graph:
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MS, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="shrew")
         return bytes(model.SerializeToString())
+
+    def _settle(self) -> None:
+        """Let norms do the multiplication by steps of inputs behind them, where nothing else reads what they give."""
+        known, first, rest = set(self._contents), list[Any](), list[Any]()
+        for node in self._nodes:  # what depends on weights alone goes first; it is computed when the model is loaded
+            fixed = bool(node.input) and known.issuperset(node.input)
+            known.update(node.output if fixed else ())
+            (first if fixed else rest).append(node)
+        made = {node.output[0]: node for node in rest}
+        uses = Counter(name for node in rest for name in node.input)
+        uses.update(item.name for item in self._outputs)
+        for node in [node for node in rest if node.op_type == "Mul" and node.input[1] in self._columns]:
+            norm = made.get(node.input[0])
+            if norm is not None and norm.op_type in NORMS and uses[node.input[0]] == 1:
+                gain = NORMS[norm.op_type]
+                first.append(helper.make_node("Mul", [norm.input[gain], node.input[1]], [f"{node.name}.gain"]))
+                norm.input[gain], norm.output[0] = f"{node.name}.gain", node.output[0]
+                rest.remove(node)
+        self._nodes = first + rest
 
     def _tensor(self, name: str, place: tuple[int, int] | None) -> Any:
         shape, dtype = self._shapes[name]

@@ -40,7 +40,6 @@ def causal(model: ShrewForCausalLM, weights: Weights, kv: dict[str, Steps] | Non
     logits = g.capped(logits if spec.logit_scale == 1 else g.mul(logits, spec.logit_scale), spec.softcap)
     g.output(logits, "logits", torch.float32, ("n", spec.vocabulary or 0))
     g.output(hidden, "hidden", torch.float32, ("n", spec.width))
-    g.settle()
     return g
 
 
@@ -51,7 +50,6 @@ def classifier(model: ShrewForCausalLM, weights: Weights, labels: int) -> Graph:
     hidden = _hidden(g, model, call)
     logits = g.linear(str(g.node("Gather", hidden, _ends(g, call), axis=0)), "score")
     g.output(logits, "logits", torch.float32, ("batch", labels))
-    g.settle()
     return g
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shrew.errors import SpecError
+from shrew.scan.cwe import SEVERITIES
 from shrew.scan.functions import AT_ONCE, Source, parse
 from shrew.scan.rules import expressions
 from shrew.scan.rules.flow import File, Flow, Value, assigning
@@ -22,9 +23,8 @@ from shrew.scan.rules.syntax import LANGUAGES, Names, callee, imports, is_called
 if TYPE_CHECKING:
     from tree_sitter import Language, Node, Tree
 
-__all__ = ["SEVERITIES", "Finding", "Rules", "load_rules"]
+__all__ = ["Finding", "Rules", "load_rules"]
 
-SEVERITIES = ("low", "medium", "high")
 STEPS = 300_000  # of one file; ordinary ones take a few thousand
 _IMPORTS = {
     "python": ("import_statement", "import_from_statement"),

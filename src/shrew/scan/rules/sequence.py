@@ -7,10 +7,11 @@ block that ends by leaving (return, goto, break, exit). Loops are not gone round
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from shrew.scan.functions import words
 from shrew.scan.rules.flow import File
 from shrew.scan.rules.query import Captures, Query, Steps
 from shrew.scan.rules.rule import Rule
-from shrew.scan.rules.syntax import callee, first_child, name_of, words
+from shrew.scan.rules.syntax import callee, first_child, name_of
 
 if TYPE_CHECKING:
     from tree_sitter import Node

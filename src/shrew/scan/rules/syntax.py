@@ -4,14 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from shrew.scan.functions import words
+
 if TYPE_CHECKING:
     from tree_sitter import Node
 
 LONGEST, PARTS = 200, 24  # characters and parts of a name
-
-
-def words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 _NAMES = words(
