@@ -25,6 +25,7 @@ from shrew.runtime.manifest import DATA
 OPSET = 22
 MS = "com.microsoft"
 NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # the input that is its weight
+SCALES, BIAS = 2, 5  # inputs of MatMulNBits
 INLINE = 256  # bytes of the largest tensor that stands in the graph itself
 TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16,
          torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8, torch.int64: TensorProto.INT64,
@@ -56,7 +57,7 @@ class Graph:
         self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._views: dict[str, str] = {}  # a tensor that is the bytes of another one
         self._same: dict[Any, str] = {}
-        self._columns: set[str] = set()  # steps of inputs
+        self._columns: dict[str, int] = {}  # steps of inputs: how many
         self._count = 0
         self.align = 0  # no call may cross a multiple of it; 0: free
 
@@ -236,7 +237,7 @@ class Graph:
         if blocks.columns is None:
             return x
         columns = self._steps(blocks.columns, COLUMN_ONE)
-        self._columns.add(columns)
+        self._columns[columns] = blocks.cols
         return self.once(("by columns", x, columns), lambda: self.mul(x, columns))
 
     def embed(self, ids: str, name: str) -> str:
@@ -312,7 +313,8 @@ class Graph:
         return bytes(model.SerializeToString())
 
     def _settle(self) -> None:
-        """Let norms do the multiplication by steps of inputs behind them, where nothing else reads what they give."""
+        """Let what gives a product its inputs multiply them by their steps, where nothing else reads what it gives: a
+        norm by its weight, the product beside a gate by its rows' steps."""
         known, first, rest = set(self._contents), list[Any](), list[Any]()
         for node in self._nodes:  # what depends on weights alone goes first; it is computed when the model is loaded
             fixed = bool(node.input) and known.issuperset(node.input)
@@ -322,13 +324,31 @@ class Graph:
         uses = Counter(name for node in rest for name in node.input)
         uses.update(item.name for item in self._outputs)
         for node in [node for node in rest if node.op_type == "Mul" and node.input[1] in self._columns]:
-            norm = made.get(node.input[0])
-            if norm is not None and norm.op_type in NORMS and uses[node.input[0]] == 1:
-                gain = NORMS[norm.op_type]
-                first.append(helper.make_node("Mul", [norm.input[gain], node.input[1]], [f"{node.name}.gain"]))
-                norm.input[gain], norm.output[0] = f"{node.name}.gain", node.output[0]
-                rest.remove(node)
+            value, steps = node.input
+            giver = made.get(value)
+            if giver is None or uses[value] > 1:
+                continue
+            if giver.op_type in NORMS:
+                taker, at = giver, NORMS[giver.op_type]
+            else:
+                taker, at = self._beside_gate(giver, self._columns[steps], made, uses), SCALES
+                if taker is None:
+                    continue
+                first.append(helper.make_node("Reshape", [steps, self.ints(-1, 1)], [f"{node.name}.rows"]))
+                steps = f"{node.name}.rows"
+            first.append(helper.make_node("Mul", [taker.input[at], steps], [f"{node.name}.gain"]))
+            taker.input[at], giver.output[0] = f"{node.name}.gain", node.output[0]
+            rest.remove(node)
         self._nodes = first + rest
+
+    def _beside_gate(self, giver: Any, rows: int, made: dict[str, Any], uses: Counter[str]) -> Any:
+        """The product with codes, of so many rows and no bias, that one factor of `giver` is and nothing else reads."""
+        for name in giver.input if giver.op_type == "Mul" else ():
+            found = made.get(name)
+            if found is not None and found.op_type == "MatMulNBits" and uses[name] == 1 and not found.input[BIAS]:
+                if any(item.name == "N" and item.i == rows for item in found.attribute):
+                    return found
+        return None
 
     def _tensor(self, name: str, place: tuple[int, int] | None) -> Any:
         shape, dtype = self._shapes[name]
