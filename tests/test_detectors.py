@@ -1,0 +1,171 @@
+"""The study of detectors (benchmarks/detectors.py): a whole one of dwarfs, and its arithmetic."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shrew import record
+from shrew.data.pairs import fold_of
+from shrew.train import TrainSpec, schedule
+
+ROOT = Path(__file__).parents[1]
+READING = """[train]
+data = ["corpus.jsonl"]
+out = "trunk"
+tokenizer = "tokenizer"
+length = 64
+batch_tokens = 128
+steps = 10
+lr = 4e-3
+warmup = 2
+decay = 0.4
+validation = 0.0
+[model]
+layers = 2
+width = 32
+context = 64
+tied = true
+"""
+MIXERS = {
+    "dense": '[model.mixers.A]\nkind = "attention"\nheads = 2\n[model.ffn]\nhidden = 48\n',
+    "hybrid": 'pattern = "MB"\n[model.mixers.M]\nkind = "linear"\nheads = 2\nhead_width = 16\nstate = 8\n'
+    '[model.mixers.B]\nkind = "memory"\nheads = 2\nsegment = 16\n[model.ffn]\nkind = "moe"\nexperts = 2\ntop_k = 1\n'
+    "hidden = 24\n",
+}
+TUNING = """[train]
+out = "detector"
+init = "starter"
+optimizer = "adamw"
+warmup = 2
+decay = 0.7
+[detect]
+pooling = ["mean"]
+families = ["CWE-94"]
+"""
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return __import__("detectors")
+
+
+def _jsonl(path: str, rows: list[dict[str, Any]]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def _function(at: int, call: str) -> str:
+    lines = "".join(f"    y{i} = {i}\n" for i in range(at % 5))
+    return f"def f{at}(x):\n{lines}    return {call}(x)\n"
+
+
+@pytest.fixture
+def home(bench: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """A folder with recipes, a corpus, 18 pairs of eval and parse, and ordinary functions of two packages; gives what
+    runs a job there."""
+    monkeypatch.chdir(tmp_path)
+    tiny_tokenizer.save_pretrained("tokenizer")
+    Path("recipes").mkdir()
+    for arm, table in MIXERS.items():
+        text = READING.replace("tied = true\n", "tied = true\n" + table)
+        Path("recipes", f"pretrain-{arm}.toml").write_text(text, "utf-8")
+    Path("recipes/detect.toml").write_text(TUNING, "utf-8")
+    pairs = [{"id": f"p{at}", "before": _function(at, "eval"), "after": _function(at, "parse"), "language": "python",
+              "cwe": "CWE-094", "project": f"a/q{at % 9}", "licence": "MIT"} for at in range(18)]  # fmt: skip
+    _jsonl("pairs.jsonl", pairs)
+    _jsonl("more.jsonl", [{**pairs[0], "project": "z/other"}, {**pairs[1], "before": "def g(x):\n    exec(x)\n"}])
+    plain = [{"text": _function(at, "len"), "language": "python", "project": f"c{at % 2}"} for at in range(40)]
+    _jsonl("plain.jsonl", plain)
+    _jsonl("corpus.jsonl", [{"text": row["text"]} for row in plain])
+    return lambda job, *words: int(bench.main([job, "work", "pairs.jsonl", *map(str, words), "--folds", "2"]))
+
+
+SMALL = ("--recipes", "recipes", "--negatives", "plain.jsonl", "--also", "more.jsonl", "--trunk-steps", "10", "--seeds",
+         "2", "--steps", "6", "--length", "48", "--batch-tokens", "192", "--lr", "3e-3", "--rounds", "1")  # fmt: skip
+
+
+COSTS = {"dense": 1.0, "hybrid": 2.0}
+
+
+def _train(home: Any, bench: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """`train` where a step of the hybrid is found to cost twice one of the dense."""
+    monkeypatch.setattr(bench, "in_turns", lambda loops, rounds: {arm: COSTS[arm] for arm in loops})
+    return int(home("train", *SMALL, *words))
+
+
+def test_a_whole_study(home: Any, bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert _train(home, bench, monkeypatch, "--trunks-only") == 0
+    assert {"dense", "hybrid"} <= {path.name for path in Path("work/trunks").iterdir()}
+    _train(home, bench, monkeypatch, "--equal-time", "--minutes", "1e-9")
+    assert "11 fine-tunings are left" in capsys.readouterr().err  # the first is always begun
+    scored = {path.name for path in Path("work/scores").iterdir()}
+    assert scored == {"dense-s0-f0.json"}
+    kept = Path("work/scores/dense-s0-f0.json").stat().st_mtime_ns
+    _train(home, bench, monkeypatch, "--equal-time")
+    assert len(list(Path("work/scores").iterdir())) == 3 * 2 * 2
+    assert Path("work/scores/dense-s0-f0.json").stat().st_mtime_ns == kept
+    told = json.loads(Path("work/scores/hybrid-s1-f0.json").read_text())
+    assert (told["steps"], told["mark"], set(told["logits"])) == (6, 3, {"end", "equal time"})
+    short = json.loads(Path("work/scores/hybrid-time-s0-f1.json").read_text())
+    assert (short["steps"], set(short["logits"])) == (3, {"end"})
+    steps = {arm: json.loads(Path(f"work/trunks/{arm}/shrew.json").read_text())["recipe"]["train"]["steps"]
+             for arm in ("dense", "hybrid", "hybrid-time")}  # fmt: skip
+    assert steps == {"dense": 10, "hybrid": 10, "hybrid-time": 5}
+    rows = [json.loads(line) for line in Path("work/logits/hybrid-s1.jsonl").read_text().splitlines()]
+    assert len({(row["id"], row["member"]) for row in rows}) == len(rows) == 36
+    _check_folds()
+    assert home("compare", "--samples", "50", "--records", "found.jsonl") == 0
+    found = {(item.model, item.metric): item for item in record.read(Path("found.jsonl"))}
+    dense = [found[f"dense seed {seed}", "auc"].value for seed in (0, 1)]
+    assert found["dense", "auc"].value == pytest.approx(np.mean(dense))
+    over = found["hybrid", "auc_over_dense"]
+    assert over.value == pytest.approx(found["hybrid", "auc"].value - found["dense", "auc"].value)
+    assert over.low <= over.value <= over.high
+    assert found["hybrid at equal time of fine-tuning", "auc"].detail["seeds"].keys() == {"0", "1"}
+    cost = {arm: found[arm, "training_cpu_seconds"].value for arm in ("dense", "hybrid", "hybrid-time")}
+    assert cost == {"dense": 16.0, "hybrid": 32.0, "hybrid-time": 16.0}
+    with pytest.raises(SystemExit, match="begun with other lr"):
+        _train(home, bench, monkeypatch, "--lr", "1e-3")
+
+
+def _check_folds() -> None:
+    """No fold learns from its own projects, nor from its texts under another project's name."""
+    rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    for fold in (0, 1):
+        held = {row["before"] for row in rows if fold_of(row["project"], 2) == fold}
+        read = [json.loads(line) for line in Path(f"work/fold-{fold}.jsonl").read_text().splitlines()]
+        assert held and not held & {row["before"] for row in read}
+        home = {row["before"]: row["project"] for row in read}
+        assert all(fold_of(project, 2) != fold for project in home.values())
+        assert {row["before"] for row in rows} - held <= home.keys()
+
+
+def test_twins_read_the_same(home: Any) -> None:
+    words = (*SMALL, "--trunks-only")
+    home("train", *words, "--arms", "dense")
+    each = json.loads(Path("work/costs.json").read_text())
+    assert {what: sorted(cost) for what, cost in each.items()} == {"reading": ["dense"], "tuning": ["dense"]}
+    for name in ("plan", "costs"):
+        Path("work", f"{name}.json").unlink()
+    with pytest.raises(SystemExit, match=r"hybrid is no twin of .*dense: other tokens\."):
+        home("train", *words, "--trunk", "dense=work/trunks/dense", "--trunk-steps", "8")
+
+
+@given(st.integers(10, 2000), st.floats(0.1, 0.9), st.integers(0, 50))
+def test_a_run_leaves_the_level_before_it_decays(steps: int, decay: float, warmup: int) -> None:
+    level = __import__("detectors").level_of(steps, decay)
+    whole, trunk = (TrainSpec(data=["x"], out="", steps=count, decay=share, warmup=warmup)
+                    for count, share in ((steps, decay), (level, 0.0)))  # fmt: skip
+    assert all(schedule(at, whole) == schedule(at, trunk) for at in range(level))
+
+
+def test_equal_time_is_never_more(bench: Any) -> None:
+    each = {"dense": 2.0, "hybrid": 2.5}
+    assert [bench.at_equal_time(400, each, arm) for arm in each] == [400, 320]
+    assert bench.at_equal_time(1, each, "hybrid") == 1
