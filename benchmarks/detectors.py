@@ -2,6 +2,7 @@
 
     python benchmarks/detectors.py train WORK PAIRS.jsonl --negatives ORDINARY.jsonl --arms dense hybrid --seeds 3
     python benchmarks/detectors.py compare WORK PAIRS.jsonl --venvs PEERS --records results/records.jsonl
+    python benchmarks/detectors.py packed WORK PAIRS.jsonl --arm hybrid --text ORDINARY.jsonl
 
 An arm is a recipe, recipes/scan/pretrain-ARM.toml. All arms read the same tokens in the same order: a language model
 once an arm (--trunk ARM=FOLDER: this one), then fine-tuning on pairs, which a seed draws anew: heads, order, dropout.
@@ -27,12 +28,13 @@ from typing import Any
 import numpy as np
 import scan
 
-from shrew import data, files, folder, machine, record, spec
+from shrew import data, files, folder, machine, moves, packers, record, spec
 from shrew.data.pairs import DetectSpec, Pairs, Reader, fold_of
 from shrew.data.tokenizer import read_tokenizer
 from shrew.folder import Loaded
 from shrew.measure.detection import grouped_interval
 from shrew.record import Record
+from shrew.scan.detector import Detector
 from shrew.scan.functions import normalise
 from shrew.tasks import detection, vulnerability
 from shrew.train import Loop, Recipe, World, prepare, train
@@ -238,13 +240,15 @@ def short_trunk(args: argparse.Namespace, arm: str, steps: int) -> Path:
 
 
 def check_alike(args: argparse.Namespace, trunks: dict[str, Path]) -> None:
-    """Refuse language models that did not read the same tokens."""
+    """Refuse language models that did not read the same tokens, as many as asked for."""
     first: Any = None
     for place in trunks.values():
         lineage = json.loads((place / folder.LINEAGE).read_text("utf-8"))
         item = lineage["recipe"]["train"]
-        facts = {"tokens": item["steps"] * item["batch_tokens"], "length": item["length"], "seed": item["seed"],
-                 "text": lineage["data"], "vocabulary": read_tokenizer(place).get_vocab()}  # fmt: skip
+        if item["steps"] != args.trunk_steps:
+            raise SystemExit(f"{place} has read for {item['steps']} steps, and --trunk-steps says {args.trunk_steps}.")
+        facts = {key: item[key] for key in ("batch_tokens", "length", "seed", "fim", "decay")}
+        facts |= {"text": lineage["data"], "vocabulary": read_tokenizer(place).get_vocab()}
         first = first or facts
         if other := [key for key, value in facts.items() if value != first[key]]:
             raise SystemExit(f"{place} is no twin of {next(iter(trunks.values()))}: other {', '.join(other)}.")
@@ -316,11 +320,11 @@ def train_all(args: argparse.Namespace) -> list[Record]:
         raise SystemExit(f"the arms have several tokenizers: {', '.join(sorted(places))}")
     args.tokenizer = places.pop()
     held = read_held(args)
-    settle(args)
     write_folds(args, held)
     arms = arms_of(args)
     if args.trunks_only:
         return []
+    settle(args)
     todo = [(arm, seed, fold) for seed in range(args.seeds) for fold in range(args.folds) for arm in arms
             if not score_file(args, arm.name, seed, fold).exists()]  # fmt: skip
     began = time.process_time()
@@ -345,7 +349,7 @@ def train_all(args: argparse.Namespace) -> list[Record]:
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Refuse to mix settings in one folder; `compare` and the others read them from it."""
+    """Refuse to mix settings in one folder."""
     plan = {key: getattr(args, key) for key in ("arms", "folds", "steps", "trunk_steps", "length", "batch_tokens", "lr",
                                                 "share", "language")}  # fmt: skip
     plan |= {"pairs": [files.sha256(path) for path in (args.pairs, *args.also, *args.negatives)]}
@@ -446,10 +450,72 @@ def spent(args: argparse.Namespace, held: scan.Set) -> list[Record]:
     return found
 
 
+# --- packed ----------------------------------------------------------------------------------------------------------
+
+
+def pack(args: argparse.Namespace, fold: int, form: str) -> Path:
+    """The packed folder of a fold's detector: as it is (bf16), or with all matrices on a grid of so many bits."""
+    source = detector_folder(args, args.arm, args.seed, fold)
+    out = Path(args.work / "packs" / f"{source.name}-{form}.pack")
+    if not out.exists():
+        if form != "bf16":
+            coarse = out.with_suffix("")
+            words = ["--bits", form.removeprefix("int"), "--group", str(args.group), "--embeddings", "--text", args.text]
+            if moves.main([str(source), "quantize", *map(str, words), "--out", str(coarse)]):
+                raise SystemExit(f"{source} could not be quantized")
+            source = coarse
+        if packers.main([str(source), "--out", str(out), "--text", str(args.text)]):
+            raise SystemExit(f"{source} could not be packed")
+    return out
+
+
+def packed(args: argparse.Namespace) -> list[Record]:
+    """Of one arm and seed: bytes, functions a CPU-second in turns, and AUC of the packs beside the bf16 one."""
+    held = read_held(args)
+    found: list[Record] = []
+    ready = {form: [Detector.load(pack(args, fold, form), 1) for fold in range(args.folds)] for form in args.forms}
+    scores = {form: np.full(2 * held.n, np.nan) for form in args.forms}
+    for fold, places in enumerate(folds_of(args, held)):
+        both = np.concatenate([places, places + held.n])
+        for form, detectors in ready.items():
+            told = detectors[fold].score(scan.pick(held.texts, both), scan.pick(held.languages, both))
+            scores[form][both] = [item.logit for item in told]
+    texts, languages = held.texts[: args.timed], held.languages[: args.timed]
+    speeds: dict[str, list[float]] = {form: [] for form in args.forms}
+    for turn in range(WARM + args.rounds):
+        for form, detectors in ready.items():
+            began = time.process_time()
+            detectors[0].score(texts, languages)
+            speeds[form] += [len(texts) / (time.process_time() - began)] if turn >= WARM else []
+    base = args.forms[0]
+    common: dict[str, Any] = {"run": "packed detectors", "task": held.name, "seed": args.seed}
+    for form in args.forms:
+        size = sum(item.stat().st_size for item in pack(args, 0, form).iterdir())
+        found.append(Record(model=f"{args.arm} {form}", metric="bytes", value=size, unit="bytes", **common))
+        ratios = sorted(mine / other for mine, other in zip(speeds[form], speeds[base], strict=True))
+        for metric, values in (("functions_per_cpu_second", sorted(speeds[form])), (f"speed_over_{base}", ratios)):
+            found.append(Record(model=f"{args.arm} {form}", metric=metric, value=statistics.median(values),
+                                low=values[0], high=values[-1], n=len(values),
+                                detail={"interval": "least and most of the rounds"}, **common))  # fmt: skip
+
+        def area(chosen: np.ndarray, form: str = form) -> float:
+            return detection.auc(scores[form][chosen], scores[form][chosen + held.n])
+
+        for metric, statistic in (("auc", area), (f"auc_over_{base}", lambda at, area=area: area(at) - area(at, base))):
+            value = grouped_interval(held.projects, statistic, args.samples)
+            found.append(Record(model=f"{args.arm} {form}", metric=metric, value=value.value, low=value.low,
+                                high=value.high, n=held.n, detail={"interval": "bootstrap over projects"},
+                                **common))  # fmt: skip
+    for item in found:
+        print(f"{item.model}: {item.metric} {item.value:,}" if item.low is None else
+              f"{item.model}: {item.metric} {item.value:.4g} ({item.low:.4g} to {item.high:.4g})")  # fmt: skip
+    return found
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(dest="job", required=True)
-    for name in ("train", "compare"):
+    for name in ("train", "compare", "packed"):
         job = jobs.add_parser(name)
         job.add_argument("work", type=Path, help="folder for what is made; what is there already is used")
         job.add_argument("pairs", type=Path, help="the pairs that are scored, and learned from by the other folds")
@@ -461,9 +527,18 @@ def main(words: Sequence[str] | None = None) -> int:
     table = jobs.choices["compare"]
     table.add_argument("--venvs", type=Path, help="folder of virtual environments: bandit is beside, and its rate")
     table.add_argument("--base", default="dense", help="the arm that the others are compared with")
+    small = jobs.choices["packed"]
+    small.add_argument("--arm", required=True)
+    small.add_argument("--seed", type=int, default=0)
+    small.add_argument("--text", type=Path, required=True, help="JSONL of ordinary functions, to calibrate on")
+    small.add_argument("--forms", nargs="+", default=["bf16", "int8", "int4"], help="the first is what others are "
+                       "compared with")  # fmt: skip
+    small.add_argument("--group", type=int, default=32, help="weights that share a scale")
+    small.add_argument("--timed", type=int, default=200, help="functions of a round")
+    small.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(words)
     machine.choose_threads(1)
-    found = {"train": train_all, "compare": compare}[args.job](args)
+    found = {"train": train_all, "compare": compare, "packed": packed}[args.job](args)
     if args.records:
         record.append(args.records, found)
     return 0
