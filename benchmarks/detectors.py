@@ -294,6 +294,7 @@ def tune(args: argparse.Namespace, held: scan.Set, arm: Arm, seed: int, fold: in
 def arms_of(args: argparse.Namespace) -> list[Arm]:
     """The arms with their language models, which are trained where they are not there yet."""
     each = costs(args)
+    check_alike(args, {arm: Path(place) for arm, place in args.trunk.items()})
     short = {arm: at_equal_time(args.trunk_steps, each["reading"], arm) for arm in args.arms}
     trunks = {arm: trunk(args, arm, short[arm]) for arm in args.arms}
     check_alike(args, trunks)
@@ -460,7 +461,7 @@ def pack(args: argparse.Namespace, fold: int, form: str) -> Path:
     if not out.exists():
         if form != "bf16":
             coarse = out.with_suffix("")
-            words = ["--bits", form.removeprefix("int"), "--group", str(args.group), "--embeddings", "--text", args.text]
+            words = ["--bits", form.removeprefix("int"), "--group", args.group, "--embeddings", "--text", args.text]
             if moves.main([str(source), "quantize", *map(str, words), "--out", str(coarse)]):
                 raise SystemExit(f"{source} could not be quantized")
             source = coarse

@@ -3,10 +3,10 @@
     python benchmarks/long_inputs.py embedded WORK PAIRS.jsonl CALM.jsonl --folds 3 --records results/records.jsonl
     python benchmarks/long_inputs.py files WORK FOLDER... --records results/records.jsonl
 
-WORK is what benchmarks/detectors.py made. `embedded` constructs files: a function of a pair stands at a known place among
-functions of one package of CALM ({"text", "language", "project"}), which nothing was trained on, with as many tokens as
-asked for; the vulnerable member and its fix get the same company. The detector is the one that did not learn from the
-pair's project. A file is read in five ways:
+WORK is what benchmarks/detectors.py made. `embedded` constructs files: a function of a pair stands at a known place
+among functions of one package of CALM ({"text", "language", "project"}), which nothing was trained on, in as many
+tokens as asked for; the vulnerable member and its fix get the same company. The detector is the one that did not learn
+from the pair's project. A file is read in five ways:
 
     alone       the function by itself: what there is to find
     functions   each function by itself; the file scores as its worst one
@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,8 @@ def judged(loaded: Loaded, members: Rows, others: Rows, lengths: Sequence[int],
             passes = np.array([at_once(loaded, pieces) for pieces in rows])
             kept = [max(worst(tuple(piece)) for piece in pieces) for pieces in rows]
             cut = windowed(loaded, [[token for piece in pieces for token in piece] for pieces in rows])
-            ways = (alone, kept, cut, passes[:, 0], passes[:, 1])
-            found.append({"length": length, "position": position}
-                         | {way: np.asarray(value).tolist() for way, value in zip(WAYS, ways, strict=True)})  # fmt: skip
+            scores = np.array([alone, kept, cut, passes[:, 0], passes[:, 1]]).tolist()
+            found.append({"length": length, "position": position} | dict(zip(WAYS, scores, strict=True)))
     return found
 
 
@@ -203,29 +203,25 @@ def tabled(args: argparse.Namespace, held: scan.Set, pairs: Sequence[int]) -> li
                 for way in WAYS:
                     key = arm, way, of_pairs[0]["length"], of_pairs[0]["position"]
                     scores.setdefault(key, []).append(np.array([row[way] for row in of_pairs]).T)
-    projects, found = held.projects[list(pairs)], []
+    projects, base = held.projects[list(pairs)], args.arms[0]
 
     def area(arm: str, way: str, length: int, positions: Sequence[str], places: np.ndarray) -> float:
         return statistics.fmean(detection.auc(one[0, places], one[1, places])
                                 for position in positions for one in scores[arm, way, length, position])  # fmt: skip
 
-    for way in WAYS:
-        for length in args.lengths:
-            for positions in (args.positions, *([position] for position in args.positions)):
-                task = f"{held.name} among {length}, {positions[0] if len(positions) == 1 else 'all positions'}, {way}"
-                for arm in args.arms:
-                    mine = partial(area, arm, way, length, positions)
-                    base = partial(area, args.arms[0], way, length, positions)
-                    values = {"auc": mine}
-                    if arm != args.arms[0]:
-                        values[f"auc_over_{args.arms[0]}"] = lambda at, mine=mine, base=base: mine(at) - base(at)
-                    for metric, statistic in values.items():
-                        value = grouped_interval(projects, statistic, args.samples)
-                        found.append(Record(run="long inputs", model=arm, metric=metric, value=value.value, n=len(pairs),
-                                            low=value.low, high=value.high, task=task, detail={
-                                                "seeds": args.seeds, "interval": "bootstrap over projects"}))  # fmt: skip
-                        if positions is args.positions:
-                            print(f"{arm}, {way}, {length} tokens: {metric} {scan.span(found[-1])}")
+    places = {"all positions": args.positions} | {position: [position] for position in args.positions}
+    detail = {"seeds": args.seeds, "interval": "bootstrap over projects"}
+    found = []
+    for way, length, place, arm in product(WAYS, args.lengths, places, args.arms):
+        mine, other = (partial(area, name, way, length, places[place]) for name in (arm, base))
+        values = {"auc": mine, f"auc_over_{base}": lambda at, mine=mine, other=other: mine(at) - other(at)}
+        for metric, statistic in list(values.items())[: 1 if arm == base else 2]:
+            value = grouped_interval(projects, statistic, args.samples)
+            found.append(Record(run="long inputs", model=arm, metric=metric, value=value.value, low=value.low,
+                                high=value.high, n=len(pairs), detail=detail,
+                                task=f"{held.name} among {length}, {place}, {way}"))  # fmt: skip
+            if place == "all positions":
+                print(f"{arm}, {way}, {length} tokens: {metric} {scan.span(found[-1])}")
     return found
 
 
@@ -312,7 +308,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made.add_argument("--samples", type=int, default=scan.SAMPLES, help="of a bootstrap")
     cost.add_argument("places", type=Path, nargs="+", metavar="FOLDER", help="source files, or folders of them")
     cost.add_argument("--sizes", nargs="+", type=int, default=[2000, 4000, 8000, 16000, 32000, 60000])
-    cost.add_argument("--rounds", type=int, default=3)
+    cost.add_argument("--rounds", type=int, default=1)
     part.add_argument("detector", type=Path)
     part.add_argument("file", type=Path)
     part.add_argument("--way", choices=("functions", "whole"), required=True)
