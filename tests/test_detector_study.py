@@ -140,8 +140,8 @@ def test_a_whole_study(home: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
 
 
 def _check_packed(home: Any) -> None:
-    assert home("packed", "--arm", "hybrid", "--text", "plain.jsonl", "--samples", "50", "--rounds", "2", "--timed", "6",
-                "--records", "packed.jsonl") == 0  # fmt: skip
+    words = ("--arm", "hybrid", "--text", "plain.jsonl", "--samples", "50", "--rounds", "2", "--timed", "6")
+    assert home("packed", *words, "--records", "packed.jsonl") == 0
     found = {(item.model, item.metric): item for item in record.read(Path("packed.jsonl"))}
     sizes = [found[f"hybrid {form}", "bytes"].value for form in ("bf16", "int8", "int4")]
     assert sizes[0] > sizes[1] > sizes[2]
