@@ -43,6 +43,7 @@ RECIPES = Path(__file__).parents[1] / "recipes" / "scan"
 FIXED = {"precision": "fp32", "threads": 1}  # for all arms alike
 END, TIME = "end", "equal time"  # of a fine-tuning
 WARM = 1  # steps that are not timed
+ALIKE = 0.02  # costs that differ by less, by which two timings of the same steps do, count as equal
 Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -178,8 +179,9 @@ def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def at_equal_time(steps: int, each: dict[str, float], arm: str) -> int:
-    """How many steps of an arm cost what `steps` of the cheapest do, at most as many."""
-    return max(1, min(steps, int(steps * min(each.values()) / each[arm] + 1e-9)))
+    """How many steps of an arm cost what `steps` of the cheapest do; as many where it is hardly dearer."""
+    share = min(each.values()) / each[arm]
+    return steps if share > 1 - ALIKE else max(1, int(steps * share + 1e-9))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -303,7 +305,8 @@ def arms_of(args: argparse.Namespace) -> list[Arm]:
         steps = at_equal_time(args.steps, each["tuning"], arm)
         found.append(Arm(arm, trunks[arm], args.steps, steps if steps < args.steps else 0))
         if args.equal_time and (short[arm] < args.trunk_steps or steps < args.steps):
-            found.append(Arm(f"{arm}-time", short_trunk(args, arm, short[arm]), steps))
+            same = short[arm] == args.trunk_steps
+            found.append(Arm(f"{arm}-time", trunks[arm] if same else short_trunk(args, arm, short[arm]), steps))
     return found
 
 

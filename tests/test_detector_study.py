@@ -254,3 +254,4 @@ def test_equal_time_is_never_more() -> None:
     each = {"dense": 2.0, "hybrid": 2.5}
     assert [detectors.at_equal_time(400, each, arm) for arm in each] == [400, 320]
     assert detectors.at_equal_time(1, each, "hybrid") == 1
+    assert detectors.at_equal_time(400, {"dense": 1.0, "hybrid": 0.99}, "dense") == 400  # not told apart
