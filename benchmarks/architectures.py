@@ -161,6 +161,7 @@ def theirs(name: str) -> Timed:
 
 def layers(args: argparse.Namespace) -> bool:
     """Forward and backward of one layer against attention, and against transformers; every ratio is of one round."""
+    machine.keep_memory()  # as `shrew train` does
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)

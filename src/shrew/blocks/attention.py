@@ -149,8 +149,8 @@ class Attention(nn.Module):
         """Attention of q [B, H, T, D] to all of k, v [B, K, S, D] up to its own position."""
         length, total = q.shape[2], k.shape[2]
         if not self.capped:
-            mask = place.mask()
-            return self.core(q, k, v, mask, mask is None and length > 1)
+            bias = place.bias(q.dtype)
+            return self.core(q, k, v, bias, bias is None and length > 1)
         step = max(1, PAIRS // (len(q) * self.heads * total))
         parts = []
         for start in range(0, length, step):
@@ -162,7 +162,8 @@ class Attention(nn.Module):
         return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool = False) -> Tensor:
-        """Softmax attention of q to k and v where `allowed`, everywhere where that is None."""
+        """Softmax attention of q to k and v where `allowed`, everywhere where that is None; without a cap or sinks it
+        may also be what is added to the scores."""
         if self.capped:
             return capped_attention(q, k, v, allowed, self.scale, self.spec.softcap, self.sinks)
         return nn.functional.scaled_dot_product_attention(

@@ -82,6 +82,11 @@ class Place:
         row, or of one new position to all, needs none."""
         return self.once("mask", self._mask)
 
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """`mask` as the fused kernels take it, which would make it anew in every layer and keep it for the gradient."""
+        mask = self.mask()
+        return None if mask is None else self.once(("bias", dtype), lambda: additive(mask, dtype))
+
     def _mask(self) -> Tensor | None:
         length = self.positions.shape[1]
         if self.owner is None and (length == 1 or not self.seen):
@@ -95,6 +100,11 @@ class Place:
         if self.owner is None:
             return causal[None, None]
         return ((self.owner[:, first:total, None] == self.owner[:, None, :total]) & causal)[:, None]
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where `allowed`, elsewhere minus infinity."""
+    return torch.where(allowed, allowed.new_zeros((), dtype=dtype), float("-inf"))
 
 
 def runs(breaks: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ N tokens, d width, E experts of F hidden channels, k chosen. The parameters are 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from shrew.blocks.layers import Shape
 from shrew.blocks.mlp import ACTIVATIONS, Activation, Mlp, MlpSpec
@@ -72,6 +73,40 @@ def naive_moe(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: 
     return torch.stack(rows)
 
 
+class _Dispatch(torch.autograd.Function):
+    """x [N, d] -> [N k, d]: the tokens of the choices in their `order` [N k]; choice [n, j] stands at `back` [n, j].
+
+    The library's gradient of such a copy adds row by row into zeros; knowing `back`, ours gathers and sums.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, order // back.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return nn.functional.embedding_bag(back, grads[0], mode="sum"), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The way back: y [N k, d] and weights [N, k] -> [N, d], each token's sum of weight times y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, order, back)
+        return nn.functional.embedding_bag(back, y, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y, weights, order, back = ctx.saved_tensors
+        each = grads[0].index_select(0, order // back.shape[1])
+        share = (each * y).sum(-1)[back]
+        return each.mul_(weights.flatten()[order][:, None]), share, None, None
+
+
 class Experts(nn.Module):
     """Gated MLPs, stacked: `gate_up_proj` [E, 2F, d] and `down_proj` [E, d, F]."""
 
@@ -89,19 +124,22 @@ class Experts(nn.Module):
         """x [N, d], index and weights [N, k] -> [N, d].
 
         Tokens are sorted by expert and each expert multiplies its own run: on a CPU as fast as a grouped matmul, in
-        every dtype, and `unbind` keeps the gradient of one expert from being a tensor of all.
+        every dtype. `unbind` keeps the gradient of one expert from being a tensor of all; gate and up are products of
+        their own, because the gradient of halves of one product would be put together in one more pass.
         """
-        chosen = index.shape[1]
         order = index.flatten().argsort(stable=True)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(index)
         counts = index.flatten().bincount(minlength=len(self.down_proj)).tolist()
-        runs = x.index_select(0, order // chosen).split(counts)
+        halves = iter(self.gate_up_proj.unflatten(1, (2, -1)).flatten(0, 1).unbind())
+        runs = _Dispatch.apply(x, order, back).split(counts)
         parts = [
-            nn.functional.linear(self._apply_gate(nn.functional.linear(run, gate_up)), down)
-            for run, gate_up, down in zip(runs, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
+            nn.functional.linear(self.act_fn(nn.functional.linear(run, gate)) * nn.functional.linear(run, up), down)
+            for run, gate, up, down in zip(runs, halves, halves, self.down_proj.unbind(), strict=True)
             if len(run)
         ]
-        y = torch.cat(parts).index_select(0, order.argsort()).view(len(x), chosen, -1)
-        return (weights.to(y.dtype)[:, None] @ y)[:, 0]
+        y = torch.cat(parts)
+        combined: Tensor = _Combine.apply(y, weights.to(y.dtype), order, back)
+        return combined
 
 
 class Moe(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shrew.blocks.attention import PAIRS, Attention, AttentionSpec, naive_attention
-from shrew.blocks.layers import Place, Shape, State
+from shrew.blocks.layers import Place, Shape, State, additive
 from shrew.spec import Meta, doc
 
 BEFORE = 2  # blocks before its own that a block of queries sees
@@ -101,7 +101,8 @@ class Window(Attention):
             step = max(1, PAIRS // (heads * self.block * k.shape[2]))
             y = torch.cat([self.core(*part) for part in zip(*(x.split(step) for x in (q, k, v, allowed)), strict=True)])
         else:
-            y = self.core(q, k, v, allowed)
+            bias = place.once(("window", self.window, q.dtype), lambda: additive(allowed, q.dtype))
+            y = self.core(q, k, v, bias)
         return y.transpose(1, 2).reshape(rows, -1, heads, width)[:, :length].transpose(1, 2)
 
     def _allowed(self, place: Place, past: int, count: int) -> Tensor:
