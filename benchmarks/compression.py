@@ -207,7 +207,7 @@ def outcome(reference: Reference, arm: Arm, args: argparse.Namespace, dense: boo
         result = judged(reference, arm, place, result, args, sizes)
     result |= {"load": load, "took": time.perf_counter() - begun}
     files.write_text(kept, json.dumps(result))
-    for part in ("checked.npy", "logits.npy", "run", "cache", *([] if dense else [DENSE])):
+    for part in ("checked.npy", "logits.npy", "run", "start", "cache", *([] if dense else [DENSE])):
         path = place / part
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return result

@@ -14,10 +14,12 @@ import os
 import shutil
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from compression import Reference, common, digest, interpreter, prepare, run, weigh
+from curves import latest
 from peers.table import ARMS, COSTS, OURS, Arm
 from runtime import ratio
 
@@ -37,7 +39,7 @@ def once(reference: Reference, arm: Arm, number: int, args: argparse.Namespace) 
     if not python.exists():
         return {"cannot": f"there is no {python}; compression.py --install makes it"}
     if arm.peer == "llama.cpp":
-        (reference.place / "importance.json").unlink()
+        (reference.place / "importance.json").unlink(missing_ok=True)
         weigh(reference)
     place = kept.with_suffix("")
     shutil.rmtree(place, ignore_errors=True)
@@ -92,7 +94,11 @@ def main() -> int:
     common(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="methods whose name holds this alone")
+    parser.add_argument("--show", type=Path, help="make nothing: print the table of these records")
     args = parser.parse_args()
+    if args.show:
+        print(table(latest(record.read(args.show), "compression-costs")))
+        return 0
     torch.set_num_threads(args.threads)
     reference = prepare(args.model, args)
     known = {arm.name: arm for arm in ARMS}

@@ -85,9 +85,14 @@ def _values(items: Sequence[Artefact], drawn: np.ndarray) -> np.ndarray:
     return np.maximum((drawn @ bits) / (drawn @ tokens), LEAST)
 
 
-def latest(records: Sequence[Record]) -> list[Record]:
-    """Of all records of this benchmark the last of each artefact and of each comparison."""
-    found = {(item.model, item.detail.get("table", "")): item for item in records if item.run == "compression"}
+def latest(records: Sequence[Record], run: str = "compression") -> list[Record]:
+    """Of all records of a benchmark the last of each artefact, made or not, and the last of each comparison."""
+    found = {}
+    for item in records:
+        if item.run == run:
+            compared = "_over_" in item.metric or "_minus_" in item.metric
+            more = (item.metric, item.detail.get("table", item.detail.get("peer"))) if compared else ()
+            found[item.model, *more] = item
     return list(found.values())
 
 

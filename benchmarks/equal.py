@@ -120,7 +120,8 @@ def main() -> int:
                     detail={"bytes": size(commands[label][1])}) for label, value in quality.items()]  # fmt: skip
     for count in (1, 8):
         found += speeds(arms, fits, commands, count)
-        found += [item for name in stock for item in side_by_side(arms, name, equal[name], commands, count)]
+        found += [item for name in stock if equal[name]
+                  for item in side_by_side(arms, name, equal[name], commands, count)]  # fmt: skip
     for one in found:
         spread = "" if one.low is None else f" ({one.low:.2f} to {one.high:.2f}) {one.detail}"
         print(f"{one.model:10} {one.metric:28} {one.value:10.4g}{spread}")

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from curves import latest
+
 from shrew import folder, record
 from shrew.folder.check import fetch
 from shrew.record import Record
@@ -28,7 +30,8 @@ def shrink(share: float, size: int, args: argparse.Namespace) -> Path:
                    "--heal", args.heal, "--minutes", args.minutes, "--jobs", args.jobs, "--out", out]  # fmt: skip
         for text in args.text:
             command += ["--text", text]
-        subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
+        if subprocess.run([str(word) for word in command], check=False, stdout=sys.stderr).returncode:
+            raise SystemExit(f"{share:g} of the bytes: shrink found nothing; what it said stands above.")
     return out
 
 
@@ -70,7 +73,11 @@ def main() -> int:
     parser.add_argument("--heal", type=int, default=96)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--records", type=Path)
+    parser.add_argument("--show", type=Path, help="make nothing: print the table of these records")
     args = parser.parse_args()
+    if args.show:
+        print(table(latest(record.read(args.show), "compression-shares")))
+        return 0
     size = sum(item.bytes for item in folder.tensors(fetch(args.model)))
     found = []
     for number, share in enumerate(args.shares, 1):

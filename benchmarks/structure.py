@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from curves import latest
 
 from shrew import data, files, folder, machine, record, spec, tasks, train
 from shrew.blocks.stock import adopt
@@ -185,7 +186,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--records", type=Path)
+    parser.add_argument("--show", type=Path, help="make nothing: print the table of these records")
     args = parser.parse_args()
+    if args.show:
+        print(table(latest(record.read(args.show), "structure")))
+        return 0
     args.work.mkdir(parents=True, exist_ok=True)
     found = list(arms(Bench(args)))
     print(table(found))

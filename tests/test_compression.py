@@ -1,6 +1,7 @@
 """The comparison with peers: its arithmetic, and what it says to an adapter, with a peer that only pretends."""
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -104,6 +105,23 @@ def test_ours_between_two_peers_is_held_against_the_line_between() -> None:
     np.testing.assert_allclose(found.value, 1)  # the geometric middle of 8 and 0.5
     assert curves.compare([], _artefacts(a=(100, flat))) is None
     assert curves.compare(_artefacts(x=(99, flat)), _artefacts(a=(100, flat))) is None
+
+
+def test_intervals_are_those_of_all_resamples() -> None:
+    """Four documents can be drawn in 256 ways; a sample of them must have nearly the quantiles of all."""
+    draw = np.random.default_rng(2).uniform(1, 9, (3, 4))
+    tokens = np.full(4, 10.0)
+    found = curves.compare(_artefacts(x=(200, draw[0])), _artefacts(a=(100, draw[1]), b=(400, draw[2] / 9)), 20000)
+    assert found is not None
+    every = []
+    for picked in itertools.product(range(4), repeat=4):
+        mine, first, second = (row[list(picked)].sum() / tokens.sum() for row in (draw[0], draw[1], draw[2] / 9))
+        assert first > second  # else the frontier has one point
+        every.append(mine / np.sqrt(first * second))  # 200 is the geometric middle of 100 and 400
+    whole = draw[0].sum() / np.sqrt(draw[1].sum() * draw[2].sum() / 9)
+    np.testing.assert_allclose(found.value, whole)
+    for end, share in ((found.low, 0.025), (found.high, 0.975)):
+        assert np.quantile(every, share - 0.01) <= end <= np.quantile(every, share + 0.01)
 
 
 # --- the table of arms -----------------------------------------------------------------------------------------------

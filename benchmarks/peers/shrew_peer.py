@@ -37,7 +37,7 @@ def work(job: Job) -> dict[str, object]:
     context = Context(list(job.rows()), list(job.rows("healing")), original, 0, job.folder / "cache", say)
     start, begin = Path(job.model), job.settings.get("start")
     if begin:
-        start = job.folder / "run"
+        start = job.folder / "start"
         folder.save(begun(job, original, Path(begin)), start)
     source = Source(model=str(start), threads=job.threads)
     with job.timed():
