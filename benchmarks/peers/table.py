@@ -7,7 +7,7 @@ ADAPTERS = {"llama.cpp": "llamacpp", "AutoRound": "autoround", "llm-compressor":
             "torchao": "torchao", "ModelOpt": "modelopt", "Shrew": "shrew"}  # fmt: skip
 OURS = "Shrew"
 SECONDS = {"llama.cpp": 35, "AutoRound": 110, "llm-compressor": 50, "HQQ": 50, "torchao": 40, "ModelOpt": 110,
-           "Shrew": 65}  # an arm takes about so long on one core, the judging included; told until one was measured
+           "Shrew": 70}  # an arm takes about so long on one core, the judging included; told until one was measured
 HEALING = 200  # seconds more of an arm that heals
 HEAL = {"name": "distil", "steps": 128, "rows": 4, "lr": 5e-4, "teacher": 1.0}  # the same for everybody
 
@@ -113,13 +113,13 @@ def shrew() -> list[Arm]:
     found = []
     for bits, head in ((2, 4), (3, 4), (4, 5), (5, 6), (6, 6), (8, 8)):
         for group in (32, 64, 128):
-            extra = group != 64 or bits in (2, 5)
+            extra = group != 64 or bits in (2, 3, 5)
             found.append(Arm(OURS, f"int{bits} g{group}", bits, {"moves": quantize(bits, group)}, extra=extra))
             found.append(Arm(OURS, f"int{bits} g{group}, embeddings int{head}", bits,
                              {"moves": quantize(bits, group, head)}, alone=False, extra=extra))  # fmt: skip
     for rate in (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5):
         move = {"name": "quantize", "rate": rate}
-        found.append(Arm(OURS, f"rate {rate:g}", round(rate), {"moves": [move]}))
+        found.append(Arm(OURS, f"rate {rate:g}", round(rate), {"moves": [move]}, extra=rate in (4.5, 5.5, 6.5)))
         found.append(Arm(OURS, f"rate {rate:g}, embeddings too", round(rate),
                          {"moves": [{**move, "embeddings": True}]}, alone=False))  # fmt: skip
     for bits in (2, 3):
@@ -150,7 +150,7 @@ def stock() -> list[Arm]:
         types = {f"*.{part}.weight": kind for part, kind in own.items()} | {"model.embed_tokens.weight": head}
         moves = [{"name": "quantize", "grid": grid, "embeddings": True}]
         settings = {"moves": moves, "types": types, "gguf": True}
-        found.append(Arm(OURS, f"GGUF {label}", bits, settings, alone=False, stock=True))
+        found.append(Arm(OURS, f"GGUF {label}", bits, settings, alone=False, stock=True, extra=label == "q4_0"))
     return found
 
 
