@@ -7,7 +7,8 @@
     python benchmarks/compression.py --model runs/prose --text VALID --venvs .venv/peers --records results/records.jsonl
 
 The first makes environments, the second some 90 artefacts (85 minutes of one core; --full has 60 more); --healed trains
-some of them, ours and peers' alike (an hour), and --show prints tables and makes the plot from records alone, computing nothing.
+some of them, ours and peers' alike (an hour), and --show prints tables and makes the plot from records, computing
+nothing.
 
 VENVS holds an environment for each peer (--install makes them from benchmarks/requirements-*.txt), as they cannot share
 one; peers/protocol.py says what each is told and what it gives, peers/table.py what is compared. Every artefact is made
