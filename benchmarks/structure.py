@@ -2,7 +2,7 @@
 
     python benchmarks/structure.py --records results/records.jsonl
 
-The starter loses half its layers, or half its MLP channels, and is healed by distillation for a number of steps; a new
+The starter loses half its layers, or three quarters of its MLP channels, and is healed by distillation for a number of steps; a new
 model of the same shape, with the same tokenizer, is trained by `shrew train` with the starter's recipe (Muon) on the
 same text for as many FLOPs, counted by Shrew: a step costs three forward passes of the model and, for those that heal,
 one of the teacher. The text is the standard library without the evaluation modules, which both are measured on. What
@@ -35,10 +35,10 @@ TEXT = "python:stdlib"
 LENGTH, ROWS = 512, 4  # of a window, in a step
 CUTS: dict[str, list[dict[str, Any]]] = {
     "half the layers": [{"name": "drop-layers", "count": 3}],
-    "half the MLP": [{"name": "narrow", "mlp": 0.5}],
+    "a quarter of the MLP": [{"name": "narrow", "mlp": 0.25}],
 }
 STEPS = (30, 120, 480)  # of healing
-HEAL = {"name": "distil", "rows": ROWS, "lr": 1e-3}
+HEAL = {"name": "distil", "rows": ROWS}  # at the rate of the move, which is that of shrink
 SECONDS = 1.0  # a step of healing on one core, about; training from scratch takes as long
 
 
