@@ -2,11 +2,12 @@
 
     python benchmarks/structure.py --records results/records.jsonl
 
-The starter loses half its layers, or three quarters of its MLP channels, and is healed by distillation for a number of steps; a new
-model of the same shape, with the same tokenizer, is trained by `shrew train` with the starter's recipe (Muon) on the
-same text for as many FLOPs, counted by Shrew: a step costs three forward passes of the model and, for those that heal,
-one of the teacher. The text is the standard library without the evaluation modules, which both are measured on. What
-training the starter took is not counted: whoever cuts a model has it. What is done stays in WORK; 30 minutes in all.
+The starter loses half its layers, or three quarters of its MLP channels, and is healed by distillation for a number of
+steps; a new model of the same shape, with the same tokenizer, is trained by `shrew train` with the starter's recipe
+(Muon) on the same text for as many FLOPs, counted by Shrew: a step costs three forward passes of the model and, for
+those that heal, one of the teacher. The text is the standard library without the evaluation modules, which both are
+measured on. What training the starter took is not counted: whoever cuts a model has it. What is done stays in WORK; 35
+minutes in all.
 """
 
 import argparse
