@@ -325,8 +325,6 @@ def test_a_peer_is_healed_on_its_own_grid(bench: Any) -> None:
     assert {made.packed[f"{name}.weight"].label() for name in reference.linear} == {"int4 grow sym"}
     start = Scores.parse(plain["scores"]).ratio("kl_bits", "tokens")
     assert Scores.parse(found["scores"]).ratio("kl_bits", "tokens") != pytest.approx(start, rel=1e-4)
-    without = compression.outcome(reference, replace(arm, grid=None), args)
-    assert "no grid of ours" in without["cannot"]
 
 
 # --- what results hang on --------------------------------------------------------------------------------------------
