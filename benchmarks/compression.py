@@ -2,7 +2,13 @@
 
     python benchmarks/compression.py --install --venvs .venv/peers
     python benchmarks/compression.py --venvs .venv/peers --records results/records.jsonl
+    python benchmarks/compression.py --venvs .venv/peers --healed --records results/records.jsonl
+    python benchmarks/compression.py --show results/records.jsonl --plot docs/compression.svg
     python benchmarks/compression.py --model runs/prose --text VALID --venvs .venv/peers --records results/records.jsonl
+
+The first makes environments, the second some 90 artefacts (85 minutes of one core; --full has 60 more); --healed trains
+some of them, ours and peers' alike (an hour), and --show prints tables and makes the plot from records, computing
+nothing.
 
 VENVS holds an environment for each peer (--install makes them from benchmarks/requirements-*.txt), as they cannot share
 one; peers/protocol.py says what each is told and what it gives, peers/table.py what is compared. Every artefact is made
@@ -12,11 +18,13 @@ document. What a runtime does to activations is apart: `runtime_kl` is how far i
 weights (a few rows), and GGUF files, ours among them, are also judged by what llama.cpp itself gives (`deployed`).
 
 Bytes are those of the weight files, less the tokenizer that is in a GGUF file, and of the linear layers alone. Arms
-that are done stay in WORK by a hash of all they depend on, so an interrupted run goes on; --again tries what failed.
+that are done stay in WORK by a hash of all they depend on (of ours, the source files of the moves and formats that they
+use), so an interrupted run goes on; --again tries what failed.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,16 +34,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from curves import Artefact, compare, picture, table
+from curves import Artefact, compare, latest, picture, summary, table
 from peers.table import ADAPTERS, ARMS, OURS, Arm
 from safetensors import safe_open
 from safetensors.torch import load_file
+from sources import reached
 
 from shrew import data, files, folder, record, spec
 from shrew.blocks.model import ShrewForCausalLM
@@ -43,7 +52,7 @@ from shrew.blocks.stock import stock
 from shrew.folder import Loaded
 from shrew.folder.check import quiet
 from shrew.measure.statistics import interval, paired_bootstrap, ratio_interval
-from shrew.moves import Source, open_task
+from shrew.moves import MOVES, Source, open_task
 from shrew.moves.calibrate import hessians
 from shrew.record import Record
 from shrew.tasks import Scores, Text
@@ -52,7 +61,11 @@ from shrew.tasks.text import compare as diverge
 
 HERE = Path(__file__).parent
 LENGTH = 512  # tokens of a row, where the model reads as many
+# Of Shrew's source, what a stock model that is given rows of tokens does not meet; shrew.moves only lists the moves.
+ASIDE = ("shrew.moves", "shrew.blocks*", "shrew.data*", "shrew.tasks*", "shrew.runtime*")
+DENSE = "dense.safetensors"
 CHECK = (2, 128)  # rows and tokens on which an artefact's own forward pass is looked at
+RANGE = (2, 9)  # bits a weight, scales included, of our artefacts that are held against peers: 2 to 8 bits
 RUN = 16384  # tokens at most that a GGUF file is run on, from the beginnings of the documents
 
 
@@ -171,9 +184,9 @@ def weigh(reference: Reference) -> None:
 # --- one arm ----------------------------------------------------------------------------------------------------------
 
 
-def outcome(reference: Reference, arm: Arm, args: argparse.Namespace) -> dict[str, Any]:
+def outcome(reference: Reference, arm: Arm, args: argparse.Namespace, dense: bool = False) -> dict[str, Any]:
     """What an arm made and how good that is, from WORK if it is there: {"result", "sizes", "scores", ...}, or
-    {"cannot"}."""
+    {"cannot"}. `dense`: its dense weights are wanted too, for what is made of them."""
     python = interpreter(arm.peer, args.venvs)
     if not python.exists():
         return {"cannot": f"there is no {python}; --install makes it"}
@@ -181,18 +194,46 @@ def outcome(reference: Reference, arm: Arm, args: argparse.Namespace) -> dict[st
     kept = place / "arm.json"
     if kept.exists():
         found: dict[str, Any] = json.loads(kept.read_text("utf-8"))
-        if "cannot" not in found or not args.again:
+        there = not dense or (place / DENSE).exists() or any(place.glob("artefact/*.gguf"))
+        if (there and "cannot" not in found) or ("cannot" in found and not args.again):
             return found
-    shutil.rmtree(place, ignore_errors=True)
-    load = os.getloadavg()[0]
-    result = run(reference, arm.peer, arm.settings, place, python, args)
+    load, begun = os.getloadavg()[0], time.perf_counter()
+    if arm.heal and arm.peer != OURS:
+        result = after(reference, arm, place, args)
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+        result = run(reference, arm.peer, arm.settings | healing(arm), place, python, args)
+    sizes = result.pop("sizes", None)
     if "cannot" not in result:
-        result = judged(reference, arm, place, result, args)
-    files.write_text(kept, json.dumps(result | {"load": load}))
-    for part in ("dense.safetensors", "checked.npy", "logits.npy", "run", "cache"):
+        result = judged(reference, arm, place, result, args, sizes)
+    result |= {"load": load, "took": time.perf_counter() - begun}
+    files.write_text(kept, json.dumps(result))
+    for part in ("checked.npy", "logits.npy", "run", "start", "cache", *([] if dense else [DENSE])):
         path = place / part
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return result | {"load": load}
+    return result
+
+
+def healing(arm: Arm) -> dict[str, Any]:
+    """The settings of ours with the healing behind its moves."""
+    return {"moves": [*arm.settings["moves"], arm.heal]} if arm.heal else {}
+
+
+def after(reference: Reference, arm: Arm, place: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A peer's artefact, made by the peer or found, and then healed by us. It keeps its format, and so its size."""
+    before = replace(arm, healed=False, heal=None, grid=None)
+    found = outcome(reference, before, args, dense=True)
+    if "cannot" in found:
+        return {"cannot": found["cannot"]}
+    base = reference.place / digest(reference, before)
+    shutil.rmtree(place, ignore_errors=True)
+    start = next(iter(sorted((base / "artefact").glob("*.gguf"))), base / DENSE)
+    settings = {"start": str(start.resolve()), "grid": arm.grid, "moves": [arm.heal], "gguf": start.suffix == ".gguf"}
+    result = run(reference, OURS, settings, place, Path(sys.executable), args)
+    for name in ("seconds", "cpu_seconds"):
+        if name in result:
+            result[name] += found["result"][name]
+    return result | {"sizes": found["sizes"]}
 
 
 def interpreter(peer: str, venvs: Path) -> Path:
@@ -201,11 +242,23 @@ def interpreter(peer: str, venvs: Path) -> Path:
 
 def digest(reference: Reference, arm: Arm) -> str:
     """The hash of everything that the outcome of an arm hangs on; of ours, the code as well."""
-    code = [HERE / "peers" / "protocol.py", HERE / "peers" / f"{ADAPTERS[arm.peer]}_peer.py"]
-    if arm.peer == OURS:
-        root = Path(folder.__file__).parents[1]
-        code += sorted(path for shelf in ("moves", "folder", "packers/gguf") for path in (root / shelf).rglob("*.py"))
-    return spec.digest([arm.peer, arm.settings, reference.mark, [files.sha256(path) for path in code]])[:24]
+    uses = [move["name"] for move in arm.settings["moves"]] if arm.peer == OURS else []
+    packs = bool(arm.settings.get("gguf")) or (arm.heal is not None and arm.peer != OURS)
+    marks = [files.sha256(HERE / "peers" / name) for name in ("protocol.py", f"{ADAPTERS[arm.peer]}_peer.py")]
+    more: list[Any] = []
+    if arm.heal:
+        uses.append(arm.heal["name"])
+        more = [arm.heal, arm.grid, *(files.sha256(HERE / "peers" / name) for name in ("shrew_peer.py", "uniform.py"))]
+    if uses:
+        more.append(code(tuple(uses), packs))
+    return spec.digest([arm.peer, arm.settings, reference.mark, marks, *more])[:24]
+
+
+@cache
+def code(moves: tuple[str, ...], packs: bool) -> str:
+    """The hash of the source files that these moves, folders and, where one `packs`, GGUF files are made with."""
+    roots = ["shrew.folder", *(["shrew.packers.gguf"] if packs else []), *(MOVES[name].__module__ for name in moves)]
+    return spec.digest([files.sha256(path) for path in reached(roots, ASIDE)])
 
 
 def run(reference: Reference, peer: str, settings: dict[str, Any], place: Path, python: Path,
@@ -236,12 +289,13 @@ def run(reference: Reference, peer: str, settings: dict[str, Any], place: Path, 
     return found
 
 
-def judged(reference: Reference, arm: Arm, place: Path, result: dict[str, Any], args: argparse.Namespace
-           ) -> dict[str, Any]:  # fmt: skip
-    """Sizes and scores of what an adapter left; an artefact that cannot be read is one that cannot be made."""
+def judged(reference: Reference, arm: Arm, place: Path, result: dict[str, Any], args: argparse.Namespace,
+           known: dict[str, int] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Sizes (unless they are known) and scores of what an adapter left; an artefact that cannot be read is one that
+    cannot be made."""
     try:
         made = meant(reference, place)
-        found = {"result": result, "sizes": sizes(reference, place / "artefact", result)}
+        found = {"result": result, "sizes": known or sizes(reference, place / "artefact", result)}
         found["scores"] = reference.task.score(made, "final", reference.loaded).dump()
     except Exception as error:
         return {"cannot": f"the artefact cannot be read: {type(error).__name__}: {error}"}
@@ -267,7 +321,7 @@ def meant(reference: Reference, place: Path) -> Loaded:
             return replace(read(file)[0], tokenizer=reference.loaded.tokenizer)
         made = folder.load(reference.source)
     with torch.no_grad():
-        for name, value in load_file(place / "dense.safetensors").items():
+        for name, value in load_file(place / DENSE).items():
             made.model.get_parameter(name).copy_(value)
     return made
 
@@ -329,7 +383,8 @@ def fact(reference: Reference, arm: Arm, found: dict[str, Any], original: Any) -
     """An arm's record: KL a token with all else in its detail; or why it could not be made."""
     common: dict[str, Any] = {"run": "compression", "model": f"{reference.name}, {arm.name}", "seed": 0,
                               "task": f"{reference.task.label}/final"}  # fmt: skip
-    about = {"peer": arm.peer, "settings": arm.settings, "alone": arm.alone, "healed": arm.healed, "stock": arm.stock}
+    about = {"peer": arm.peer, "settings": arm.settings, "alone": arm.alone, "healed": arm.healed, "stock": arm.stock,
+             "heal": arm.heal}  # fmt: skip
     if "cannot" in found:
         return Record(**common, metric="cannot", value=found["cannot"], detail=about)
     scores = Scores.parse(found["scores"])
@@ -352,29 +407,36 @@ Found = list[tuple[Arm, dict[str, Any]]]
 
 
 def verdicts(reference: Reference, done: Found) -> Iterator[Record]:
-    """Ours against the best peer: whole files, linear layers alone, healed, and GGUF files inside llama.cpp."""
+    """Ours against the best peer: whole files, linear layers alone, and GGUF files inside llama.cpp; then ours healed
+    against what peers have, healed or not, as some of theirs cannot be."""
     made = [(arm, found) for arm, found in done if "cannot" not in found]
+    weights = {"linear_bytes": sum(reference.linear.values()),
+               "bytes": sum(tensor.numel() for tensor in reference.loaded.model.parameters())}  # fmt: skip
 
     def points(size: str, wanted: Callable[[Arm], bool], inside: bool = False) -> list[Artefact]:
         found = [(arm, item["sizes"][size], item.get("deployed", {}) if inside else item["scores"]["columns"])
                  for arm, item in made if wanted(arm)]  # fmt: skip
+        low, high = (weights[size] * bits / 8 for bits in RANGE)
         return [Artefact(arm.name, total, np.array(columns["kl_bits"]), np.array(columns["tokens"]))
-                for arm, total, columns in found if "kl_bits" in columns]  # fmt: skip
+                for arm, total, columns in found if "kl_bits" in columns
+                and (arm.peer != OURS or low <= total < high)]  # fmt: skip
 
-    tables = {
-        "whole file": ("bytes", lambda arm: not arm.healed, lambda arm: True, False),
-        "linear layers": ("linear_bytes", lambda arm: arm.alone and not arm.healed, lambda arm: arm.alone, False),
-        "healed": ("bytes", lambda arm: arm.healed, lambda arm: True, False),
-        "GGUF in llama.cpp": ("bytes", lambda arm: arm.stock, lambda arm: arm.peer == "llama.cpp", True),
-    }  # fmt: skip
-    for label, (size, ours, theirs, inside) in tables.items():
-        found = compare(points(size, lambda arm, keep=ours: arm.peer == OURS and keep(arm), inside),
-                        points(size, lambda arm, keep=theirs: arm.peer != OURS and keep(arm), inside))  # fmt: skip
-        if found:
+    tables: dict[str, tuple[str, Callable[[Arm], bool], bool]] = {
+        "whole file": ("bytes", lambda arm: True, False),
+        "linear layers": ("linear_bytes", lambda arm: arm.alone, False),
+        "GGUF in llama.cpp": ("bytes", lambda arm: arm.stock or arm.peer == "llama.cpp", True),
+    }
+    for trained, (label, (size, wanted, inside)) in itertools.product((False, True), tables.items()):
+        ours = points(size, lambda arm, keep=wanted, trained=trained: keep(arm) and arm.peer == OURS
+                      and arm.healed == trained, inside)  # fmt: skip
+        theirs = points(size, lambda arm, keep=wanted, trained=trained: keep(arm) and arm.peer != OURS
+                        and arm.healed <= trained, inside)  # fmt: skip
+        if found := compare(ours, theirs):
+            name = f"{label}, all healed" if trained else label
             yield Record(run="compression", model=f"{reference.name}, {OURS}", metric="kl_over_best_peer", seed=0,
                          value=found.value, low=found.low, high=found.high, n=len(found.sizes),
                          task=f"{reference.task.label}/final",
-                         detail={"table": label, "sizes": found.sizes, "unbeaten": found.unbeaten})  # fmt: skip
+                         detail={"table": name, "sizes": found.sizes, "unbeaten": found.unbeaten})  # fmt: skip
 
 
 def install(args: argparse.Namespace) -> None:
@@ -391,24 +453,34 @@ def install(args: argparse.Namespace) -> None:
             shutil.rmtree(place)
 
 
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def common(parser: argparse.ArgumentParser) -> None:
+    """The flags of everything that has adapters work on a reference."""
     parser.add_argument("--work", type=Path, default=Path("runs/compression"), help="folder for all that is made")
     parser.add_argument("--venvs", type=Path, default=Path(".venv/peers"))
-    parser.add_argument("--install", action="store_true", help="make the environments that are missing, and end")
     parser.add_argument("--model", default="starter", help="model folder; 'starter' is the one that ships")
     parser.add_argument("--text", action="append", default=[], help="text that the model has not been trained on")
-    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(ADAPTERS), help="of these alone")
-    parser.add_argument("--bits", type=lambda text: [int(one) for one in text.split(",")], help="of these bits alone")
-    parser.add_argument("--only", default="", help="arms whose name holds this alone")
     parser.add_argument("--rows", type=int, default=128, help=f"calibration rows of {LENGTH} tokens")
     parser.add_argument("--healing", type=int, default=2000, help="healing rows, for arms that heal")
     parser.add_argument("--bytes", type=int, default=400_000, help="of the final split, about so many")
-    parser.add_argument("--quick", action="store_true", help="16 calibration rows, 20 kB, 4 bits: to see that it runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=int, default=7200, help="seconds for one arm")
-    parser.add_argument("--again", action="store_true", help="try again what could not be made")
     parser.add_argument("--records", type=Path, help="JSONL file that the records are added to")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common(parser)
+    parser.add_argument("--install", action="store_true", help="make the environments that are missing, and end")
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=list(ADAPTERS), help="of these alone")
+    parser.add_argument("--bits", type=lambda text: [int(one) for one in text.split(",")], help="of these bits alone")
+    parser.add_argument("--only", default="", help="arms whose name holds this alone")
+    parser.add_argument("--full", action="store_true", help="arms too that the tables can do without")
+    parser.add_argument("--healed", action="store_true", help="those that train, instead of those that do not")
+    parser.add_argument("--quick", action="store_true", help="16 calibration rows, 20 kB, 4 bits: to see that it runs")
+    parser.add_argument("--again", action="store_true", help="try again what could not be made")
+    parser.add_argument("--show", type=Path, help="make nothing: print the tables of these records")
+    parser.add_argument("--every", action="store_true", help="print every artefact, not ours beside peers alone")
+    parser.add_argument("--plot", type=Path, help="write the plot here")
     args = parser.parse_args()
     if unknown := [peer for peer in args.peers if peer not in ADAPTERS]:
         parser.error(f"no peer is called {unknown[0]}; known: {', '.join(ADAPTERS)}.")
@@ -417,28 +489,56 @@ def parsed() -> argparse.Namespace:
     return args
 
 
+def chosen(args: argparse.Namespace) -> list[Arm]:
+    """The arms that the flags name."""
+    return [arm for arm in ARMS if arm.peer in args.peers and args.only in arm.name
+            and (args.bits is None or arm.bits in args.bits) and (args.full or not arm.extra)
+            and arm.healed == args.healed]  # fmt: skip
+
+
+def left(reference: Reference, arms: list[Arm], args: argparse.Namespace) -> str:
+    """About how long these arms take, those that are done left out."""
+    places = [reference.place / digest(reference, arm) / "arm.json" for arm in arms]
+    seconds = sum(arm.seconds for arm, place in zip(arms, places, strict=True) if args.again or not place.exists())
+    return f"about {seconds / 60:.0f} minutes left"
+
+
+def show(records: list[Record], args: argparse.Namespace) -> None:
+    print(table(records) if args.every else summary(records))
+    if args.plot:
+        files.write_text(args.plot, picture(records))
+
+
 def main() -> int:
     args = parsed()
     if args.install:
         install(args)
         return 0
+    if args.show:
+        show(latest(record.read(args.show)), args)
+        return 0
     torch.set_num_threads(args.threads)
     reference = prepare(args.model, args)
-    arms = [arm for arm in ARMS if arm.peer in args.peers and args.only in arm.name
-            and (args.bits is None or arm.bits in args.bits)]  # fmt: skip
+    arms = chosen(args)
     original = reference.task.score(reference.loaded, "final")
+    print(f"{len(arms)} arms, {left(reference, arms, args)}", file=sys.stderr, flush=True)
     done: Found = []
     records = []
+    followed = {arm.name.removesuffix(", healed") for arm in ARMS if arm.grid}
     for number, arm in enumerate(arms, 1):
-        done.append((arm, outcome(reference, arm, args)))
+        done.append((arm, outcome(reference, arm, args, arm.name in followed)))
         records.append(fact(reference, *done[-1], original))
         told = str(records[-1].value) if records[-1].metric == "cannot" else f"KL {records[-1].value:.4g}"
-        print(f"{number} of {len(arms)}: {arm.name}: {told}", file=sys.stderr, flush=True)
+        print(f"{number} of {len(arms)}: {arm.name}: {told}; {left(reference, arms[number:], args)}", file=sys.stderr,
+              flush=True)  # fmt: skip
+    if args.healed:  # peers' others as far as they lie there
+        done += [(arm, json.loads(file.read_text("utf-8"))) for arm in ARMS if arm.peer != OURS and not arm.healed
+                 and (file := reference.place / digest(reference, arm) / "arm.json").exists()]  # fmt: skip
     records += verdicts(reference, done)
-    files.write_text(reference.place / "table.md", shown := table(records))
-    files.write_text(reference.place / "compression.svg", picture(records))
-    record.write(reference.place / "records.jsonl", records)
-    print(shown)
+    place = reference.place / ("healed" if args.healed else "made")
+    files.write_text(place.with_suffix(".md"), summary(records) + "\n" + table(records))
+    record.write(place.with_suffix(".jsonl"), records)
+    show(records, args)
     if args.records:
         record.append(args.records, records)
     return 0

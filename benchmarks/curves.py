@@ -85,7 +85,42 @@ def _values(items: Sequence[Artefact], drawn: np.ndarray) -> np.ndarray:
     return np.maximum((drawn @ bits) / (drawn @ tokens), LEAST)
 
 
+def latest(records: Sequence[Record], run: str = "compression") -> list[Record]:
+    """Of all records of a benchmark the last of each artefact, made or not, and the last of each comparison."""
+    found = {}
+    for item in records:
+        if item.run == run:
+            compared = "_over_" in item.metric or "_minus_" in item.metric
+            more = (item.metric, item.detail.get("table", item.detail.get("peer"))) if compared else ()
+            found[item.model, *more] = item
+    return list(found.values())
+
+
 # --- shown ------------------------------------------------------------------------------------------------------------
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Markdown: of each comparison what ours have at each size, and what a peer has at as many bytes."""
+    made = {item.model: item for item in records if item.metric == "kl"}
+    lines = []
+    for item in records:
+        if item.metric != "kl_over_best_peer":
+            continue
+        reference = item.model.rpartition(", ")[0]
+        inside = item.detail["table"].startswith("GGUF")
+        lines += [f"**{reference}: {item.detail['table']}**", "",
+                  "| bytes | ours | KL, bits a token | best peer's at as many bytes | ratio |",
+                  "| ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
+        for name, size, ratio, low, high in item.detail["sizes"]:
+            seen = made.get(f"{reference}, {name}")
+            cells = ["", ""]
+            if seen is not None:
+                value = seen.detail["deployed_kl"] if inside else seen.value
+                cells = [_spread(value, *(() if inside else (seen.low, seen.high))), _spread(value / ratio)]
+            cells = [f"{size:,.0f}", name.partition(" ")[2], *cells, _spread(ratio, low, high)]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", verdict(item), ""]
+    return "\n".join(lines)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -126,14 +161,18 @@ def _spread(value: Any, low: Any = None, high: Any = None) -> str:
 
 
 def picture(records: Sequence[Record]) -> str:
-    """KL against the bytes of the whole file, and of the linear layers alone: the frontier of each peer, and ours."""
+    """KL against the bytes of the whole file, and of the linear layers alone: the frontier of each peer, and ours. Of
+    what is not healed, and of one reference, the first."""
     panels = []
+    records = [item for item in records if item.metric != "kl" or not item.detail["healed"]]
+    first = next((item.model.partition(",")[0] for item in records if item.metric == "kl"), "")
+    records = [item for item in records if item.model.partition(",")[0] == first]
     for label, size, alone in (("bytes of the whole file", "bytes", False),
                                ("bytes of the linear layers", "linear_bytes", True)):  # fmt: skip
         series: dict[str, list[Point]] = {}
         for peer in dict.fromkeys(item.detail["peer"] for item in records if item.metric == "kl"):
             found = [item for item in records if item.metric == "kl" and item.detail["peer"] == peer
-                     and not item.detail["healed"] and (item.detail["alone"] or not alone)]  # fmt: skip
+                     and (item.detail["alone"] or not alone)]  # fmt: skip
             if found:
                 sizes = np.array([float(item.detail[size]) for item in found])
                 kept = frontier(sizes, np.array([float(item.value or 0) for item in found]))

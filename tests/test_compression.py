@@ -1,10 +1,12 @@
 """The comparison with peers: its arithmetic, and what it says to an adapter, with a peer that only pretends."""
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,14 +17,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shrew import folder, spec
+from shrew.folder.grids import Steps, Uniform, dequantize, encode
 from shrew.moves import parse_moves
+from shrew.record import Record
 from shrew.tasks import Scores
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
 
 import compression  # noqa: E402
+import costs  # noqa: E402
 import curves  # noqa: E402
+import shares  # noqa: E402
+import sources  # noqa: E402
+import structure  # noqa: E402
+import uniform  # noqa: E402
 from peers.table import ADAPTERS, ARMS, OURS, Arm  # noqa: E402
 
 positive = st.integers(10, 1000).map(lambda number: number / 100)  # far enough apart for logarithms to tell
@@ -96,6 +105,24 @@ def test_ours_between_two_peers_is_held_against_the_line_between() -> None:
     np.testing.assert_allclose(found.value, 1)  # the geometric middle of 8 and 0.5
     assert curves.compare([], _artefacts(a=(100, flat))) is None
     assert curves.compare(_artefacts(x=(99, flat)), _artefacts(a=(100, flat))) is None
+
+
+def test_intervals_are_those_of_all_resamples() -> None:
+    """Four documents can be drawn in 256 ways; a sample of them must have nearly the quantiles of all."""
+    draw = np.random.default_rng(2).uniform(1, 9, (3, 4))
+    tokens = np.full(4, 10.0)
+    found = curves.compare(_artefacts(x=(200, draw[0])), _artefacts(a=(100, draw[1]), b=(400, draw[2] / 9)), 20000)
+    assert found is not None
+    every = []
+    for picked in itertools.product(range(4), repeat=4):
+        mine, first, second = (row[list(picked)].sum() / tokens.sum() for row in (draw[0], draw[1], draw[2] / 9))
+        assert first > second  # else the frontier has one point
+        every.append(mine / np.sqrt(first * second))  # 200 is the geometric middle of 100 and 400
+    whole = draw[0].sum() / np.sqrt(draw[1].sum() * draw[2].sum() / 9)
+    np.testing.assert_allclose(found.value, whole)
+    for end, share in ((found.low, 0.025), (found.high, 0.975)):
+        least, most = np.quantile(every, [share - 0.01, share + 0.01])
+        assert least * (1 - 1e-9) <= end <= most * (1 + 1e-9)
 
 
 # --- the table of arms -----------------------------------------------------------------------------------------------
@@ -253,3 +280,123 @@ def test_importance_is_the_mean_square_of_what_comes_in(bench: Any) -> None:
 def test_the_recipe_of_prose_suits_every_peer() -> None:
     table = spec.read_toml(ROOT / "recipes" / "prose.toml")["model"]
     assert table["width"] % 256 == 0 and table["ffn"]["hidden"] % 256 == 0
+
+
+# --- peers healed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@given(bits=st.integers(2, 4), groups=st.integers(1, 3), seed=st.integers(0, 999), rounded=st.booleans())
+def test_a_grid_is_found_again_in_dense_weights(symmetric: bool, bits: int, groups: int, seed: int, rounded: bool
+                                                ) -> None:  # fmt: skip
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    grid = Uniform(bits, 16, symmetric)
+    scale = torch.rand(2, groups, generator=draw) + 0.01
+    zeros = None if symmetric else torch.randint(2**bits, (2, groups), generator=draw, dtype=torch.uint8)
+    codes = torch.randint(2**bits, (2, 16 * groups), generator=draw, dtype=torch.uint8)
+    rows = dequantize(codes, Steps(scale, zeros), grid)
+    rows = rows.bfloat16().float() if rounded else rows
+    steps, away = uniform.find(rows, grid)
+    again = dequantize(encode(rows, steps, grid), steps, grid)
+    assert away == 0
+    torch.testing.assert_close(again, rows, rtol=0, atol=2 * uniform.NEAR * float(rows.abs().max()))
+
+
+def test_weights_off_every_grid_are_told() -> None:
+    import torch
+
+    rows = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    for symmetric in (True, False):
+        assert uniform.find(rows, Uniform(3, 16, symmetric))[1] == 1
+    assert uniform.find(torch.zeros(2, 32), Uniform(3, 16))[1] == 0
+
+
+def test_a_peer_is_healed_on_its_own_grid(bench: Any) -> None:
+    reference, args = bench
+    heal = {"name": "distil", "steps": 8, "rows": 1, "lr": 1e-3, "teacher": 1.0}
+    arm = Arm("Fake", "int4", 4, {"bits": 4}, healed=True, heal=heal, grid={"bits": 4, "group": 0, "symmetric": True})
+    plain = compression.outcome(reference, replace(arm, healed=False, heal=None, grid=None), args, dense=True)
+    found = compression.outcome(reference, arm, args)
+    assert found["sizes"] == plain["sizes"] and found["result"]["seconds"] > plain["result"]["seconds"]
+    assert compression.digest(reference, arm) != compression.digest(reference, replace(arm, heal=heal | {"steps": 9}))
+    made = folder.load(reference.place / compression.digest(reference, arm) / "artefact" / "model")
+    assert {made.packed[f"{name}.weight"].label() for name in reference.linear} == {"int4 grow sym"}
+    start = Scores.parse(plain["scores"]).ratio("kl_bits", "tokens")
+    assert Scores.parse(found["scores"]).ratio("kl_bits", "tokens") != pytest.approx(start, rel=1e-4)
+
+
+# --- what results hang on --------------------------------------------------------------------------------------------
+
+
+def test_code_that_an_arm_does_not_use_does_not_make_it_again() -> None:
+    names = {path.relative_to(ROOT / "src" / "shrew").as_posix()
+             for path in sources.reached(["shrew.moves.quantize"], compression.ASIDE)}  # fmt: skip
+    assert {"moves/quantize.py", "moves/rate.py", "entropy.py", "folder/packed.py", "folder/grids.py"} <= names
+    assert not [name for name in names if name.startswith(("moves/distil", "moves/__init__", "search", "tasks"))]
+
+
+def test_tables_and_plot_come_from_the_last_records_alone() -> None:
+    def made(name: str, kl: float, size: int) -> Record:
+        spread = [kl, kl, kl]
+        detail = {"peer": name.split()[0], "alone": True, "healed": False, "bytes": size, "linear_bytes": size,
+                  "bits_per_weight": 4, "top1_agreement": spread, "bits_per_byte": spread}  # fmt: skip
+        return Record(run="compression", model=f"m, {name}", metric="kl", value=kl, low=kl, high=kl, detail=detail)
+
+    sizes = [("Shrew int4", 90.0, 0.5, 0.4, 0.6)]
+    told = Record(run="compression", model="m, Shrew", metric="kl_over_best_peer", value=0.5, low=0.4, high=0.6,
+                  detail={"table": "whole file", "sizes": sizes, "unbeaten": []})  # fmt: skip
+    records = [made("HQQ a", 0.5, 80), made("Shrew int4", 9.0, 90), made("Shrew int4", 0.25, 90), told,
+               Record(run="else", model="m", metric="kl", value=1)]  # fmt: skip
+    found = curves.latest(records)
+    assert len(found) == 3
+    assert "| 90 | int4 | 0.25 (0.25 to 0.25) | 0.5 | 0.5 (0.4 to 0.6) |" in curves.summary(found)
+    ElementTree.fromstring(curves.picture(found))
+
+
+# --- the smaller benchmarks ------------------------------------------------------------------------------------------
+
+
+def test_costs_are_medians_and_ours_over_each_peer_by_rounds(bench: Any) -> None:
+    reference, _ = bench
+    names = [costs.OWN, "HQQ 4-bit g64", "torchao int4 g32 HQQ_SCALE_ONLY"]
+    arms = [next(arm for arm in ARMS if arm.name == name) for name in names]
+
+    def rounds(*seconds: float) -> list[dict[str, Any]]:
+        return [{"seconds": one, "cpu_seconds": one, "peak_bytes": 2**21, "loaded_bytes": 2**20} for one in seconds]
+
+    found = costs.facts(reference, arms, dict(zip(names, (rounds(1, 2, 9), rounds(4, 4, 4), [{"cannot": "no kernel"}]),
+                                                  strict=True)))  # fmt: skip
+    assert [item.value for item in found if item.metric == "cpu_seconds"] == [2, 4]
+    (over,) = [item for item in found if item.metric == "cpu_over_peer"]
+    assert (over.value, over.low, over.high, over.detail["peer"]) == (0.5, 0.25, 2.25, names[1])
+    shown = costs.table(found)
+    assert shown.index("no kernel") > shown.index("HQQ") > shown.index("int4 g64 | 2.0")
+    assert set(costs.COSTS) <= {arm.name for arm in ARMS}
+
+
+def test_a_share_is_told_against_the_reference_that_the_gate_took() -> None:
+    def said(model: str, metric: str, value: Any, **more: Any) -> Record:
+        return Record(run="r", model=model, metric=metric, value=value, **more)
+
+    kept = {"against": "healed original", "lower_bound": 0.8}
+    final = {"task": "text@1/final"}
+    records = [said("chosen", "bytes", 250), said("chosen", "recipe", "moves = []"),
+               said("chosen", "bits_per_byte", 9.0, task="text@1/search"),
+               said("chosen", "bits_per_byte", 2.0, **final),
+               said("original", "bits_per_byte", 3.0, **final), said("healed original", "bits_per_byte", 1.8, **final),
+               said("chosen", "retention", 0.9, low=0.85, high=0.95, n=7, detail=kept, **final)]  # fmt: skip
+    found = shares.fact(0.26, 1000, records, "m")
+    assert (found.value, found.low, found.high) == (1 / 0.9, 1 / 0.95, 1 / 0.85)
+    assert found.detail["at_most"] == 1.25 and found.detail["bytes_over_bf16"] == 0.25
+    assert "| 0.250 | 250 | 2.0000 | healed original 1.8000 |" in shares.table([found])
+
+
+def test_flops_of_a_token_are_twice_the_products_and_what_attention_sees(trained_llama_folder: Path) -> None:
+    loaded = folder.load(trained_llama_folder)
+    config = loaded.model.config
+    products = sum(module.weight.numel() for module in loaded.model.modules() if hasattr(module, "in_features"))
+    width = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
+    seen = 4 * width * config.num_hidden_layers * structure.LENGTH / 2
+    assert structure.per_token(loaded) == pytest.approx(2 * products + seen, rel=0.05)
