@@ -38,10 +38,15 @@ class Steps:
 
     left: int
 
-    def take(self) -> None:
-        self.left -= 1
+    def take(self, count: int = 1) -> None:
+        self.left -= count
         if self.left < 0:
             raise Spent
+
+    def paid(self, count: int) -> bool:
+        """Take steps, if there are so many."""
+        self.left -= count
+        return self.left >= 0
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class Query:
 
     def matches(self, node: "Node", steps: Steps) -> Iterator[Captures]:
         """Every way in which the pattern fits at this node. Raises Spent."""
+        steps.take((node.end_byte - node.start_byte) >> 10)  # its text may be copied
         for found in _fit(self.part, node, {}, _Run(steps, self.checks)):
             if all(predicate.holds(found) for predicate in self.predicates):
                 yield found

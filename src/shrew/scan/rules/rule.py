@@ -193,7 +193,9 @@ def _expanded(where: str, value: Any, lists: dict[str, list[str]]) -> Any:
     for item in value:
         if isinstance(item, str) and item.startswith("@"):
             if item[1:] not in lists:
-                raise SpecError(f"{where}: there is no list '{item[1:61]}'; {nearest(item[1:61], lists)}")
+                hint = nearest(item[1:61], lists) if lists else "this file has no table [lists]."
+                raise SpecError(f"{where}: '{item[:61]}' stands for a list of names, but [lists] of this file has none "
+                                f"called '{item[1:61]}'; {hint}")  # fmt: skip
             found += lists[item[1:]]
         else:
             found.append(item)
