@@ -127,10 +127,10 @@ class Judge:
         """Calibrated, where there is a model; else an order by the rules' severities."""
         if not self.has_model:
             return max((RULES_ALONE.get(finding.severity, 0.0) for finding in findings), default=0.0)
-        from shrew.scan.combine import combined
+        from shrew.scan.combine import chance
 
-        (chance,) = combined(self._settings.combine, [score.logit if score else None], [gram or 0.0], [list(findings)])
-        return round(float(chance), DIGITS + 2)  # thresholds can be small
+        found = chance(self._settings.combine, score.logit if score else None, gram or 0.0, findings)
+        return round(found, DIGITS + 2)  # thresholds can be small
 
     def severity(self, probability: float, findings: "Sequence[Finding]") -> str:
         """The worst that a rule says; where only the model speaks, by the strictest point that it passes."""

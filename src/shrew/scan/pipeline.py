@@ -314,10 +314,20 @@ class Scan:
             cwe,
             self.judge.severity(probability, counted),
             tuple(counted),
-            score.lines if score else self.judge.lines(file.text(fact), file.facts.language),
+            score.lines if score else self._lines(file, fact),
             said,
             suppressed=own if active or not whys else whys[0],
         )
+
+    def _lines(self, file: _File, fact: Fact) -> tuple[float, ...]:
+        """What each line adds to the first stage's logit: kept, since it takes as many looks as there are lines."""
+        digest = hashlib.sha256(b"lines\0" + fact.digest).digest()
+        if (known := self.cache.score(digest)) is not None and len(known.lines) <= _lines(fact):
+            return known.lines
+        lines = self.judge.lines(file.text(fact), file.facts.language)
+        if file.source.text:
+            self.cache.keep_score(digest, Score(0.0, lines, {}))
+        return lines
 
 
 def analysed(task: Task, rules: Matcher, judge: Judge) -> Facts:

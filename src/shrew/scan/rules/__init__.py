@@ -75,7 +75,7 @@ class _Table:
     def __init__(self, language: str, grammar: "Language", own: Iterable[Stated], others: list[Stated]) -> None:
         self.syntax = LANGUAGES[language]
         self.calls: dict[str, list[tuple[str, Rule, bool]]] = {}
-        self.kinds: dict[str, list[tuple[Rule, bool]]] = {}
+        self.kinds: dict[str, list[tuple[Rule, Query, bool]]] = {}
         for stated, foreign in [*((item, False) for item in own), *((item, True) for item in others)]:
             if language not in stated.written.languages:
                 continue
@@ -83,10 +83,17 @@ class _Table:
             for name in rule.written.calls:
                 self.calls.setdefault(tail(name), []).append((name, rule, foreign))
             for kind in rule.query.roots if rule.query is not None else ():
-                self.kinds.setdefault(kind, []).append((rule, foreign))
+                self.kinds.setdefault(kind, []).append((rule, rule.query, foreign))
         self.imports = _IMPORTS.get(language, ())
         self.wanted = frozenset({*self.kinds, *self.syntax.calls, *self.imports})
         self.called = frozenset(self.syntax.calls)
+
+    def fitting(self, data: bytes) -> dict[str, list[tuple[Rule, Query, bool]]]:
+        """`kinds` without the rules that fit nowhere in a file."""
+        return {
+            kind: [row for row in rows if row[1].possible(data) and (row[0].then is None or row[0].then.possible(data))]
+            for kind, rows in self.kinds.items()
+        }
 
 
 class Rules:
@@ -165,6 +172,7 @@ class _Work:
     def candidates(self, steps: Steps, foreign: Steps) -> Iterator[tuple[Rule, "Node", Captures, bool]]:
         """Rules with the nodes that they look at, before their conditions."""
         table = self.table
+        kinds = table.fitting(self.source.data)
         nodes = nodes_of(table.wanted, self.tree.root_node)
         for node in nodes:
             if node.type in table.imports:
@@ -179,12 +187,12 @@ class _Work:
                     for pattern, rule, stranger in table.calls.get(tail(name), ()):
                         if is_called(name, pattern) and (foreign if stranger else steps).paid(_cost(node)):
                             yield rule, node, {}, stranger
-            for rule, stranger in table.kinds.get(kind, ()):
+            for rule, query, stranger in kinds.get(kind, ()):
                 left = foreign if stranger else steps
-                if rule.query is None or left.left < 0:
+                if left.left < 0:
                     continue
                 try:
-                    matches = list(rule.query.matches(node, left))
+                    matches = list(query.matches(node, left))
                 except Spent:
                     continue
                 for captures in matches:

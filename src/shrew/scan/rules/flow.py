@@ -46,7 +46,12 @@ _WRITES = words("sprintf snprintf strcpy strncpy strcat strncat strlcpy strlcat 
 _OPERATORS = frozenset(("+", "%", "<<", "."))
 _NUMERIC = re.compile(r"%[-+ #0-9.*]*(?:ll|l|h|z|j|t)?([a-zA-Z%])")
 _NUMBER_TYPES = words("int float bool long short double boolean int64 int32 uint uint64 uint32 float64 integer")
-_ROUTES = re.compile(r"@[\w.]+\.(route|get|post|put|delete|patch|websocket|api_route)\(")
+_ROUTES = re.compile(
+    r"@[\w.]+\.(route|get|post|put|delete|patch|head|options|websocket|api_route|errorhandler)\("
+    r"|@(route|get|post|put|delete|view_config)\(|@(cherrypy\.)?expose\b"
+)
+_METHODS = words("get post put delete patch head options")  # of classes that answer requests
+_ANSWERS = re.compile(r"(Handler|Resource|MethodView|APIView|HTTPEndpoint|Endpoint|Controller)\b")
 
 
 @dataclass
@@ -106,7 +111,15 @@ class Scope:
                 if child.type == "decorator" and _ROUTES.match(text_of(child)[:200]):
                     return True
         names = [text_of(item).partition(":")[0] for item in declared.named_children[:2]]
-        return "request" in names
+        if "request" in names:
+            return True
+        if text_of(self.node.child_by_field_name("name")) not in _METHODS:
+            return False
+        if above is not None and above.type == "decorated_definition":
+            above = above.parent
+        owner = None if above is None else above.parent
+        bases = None if owner is None else owner.child_by_field_name("superclasses")
+        return bases is not None and _ANSWERS.search(text_of(bases)[:400]) is not None
 
     def _bind(self, assign: "Node") -> None:
         block = self._block(assign)
