@@ -58,8 +58,11 @@ def ended() -> bool:
     return all(process.poll() is not None for process in STARTED)
 
 
-@pytest.mark.parametrize("words", [[], ["--detector", "none"]], ids=["model", "rules"])
-def test_workers_find_what_one_process_finds(run: Run, words: list[str]) -> None:
+@pytest.mark.parametrize(("words", "ahead"), [([], 256), (["--detector", "none"], 1)], ids=["model", "rules"])
+def test_workers_find_what_one_process_finds(
+    run: Run, words: list[str], ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "AHEAD", ahead)
     mine = '[[rule]]\nid = "mine"\nlanguages = ["python"]\ncwe = ""\nseverity = "low"\nmessage = "No."\n'
     Path("mine.toml").write_text(mine + 'origin = "a test"\nquery = "(module) @at"\n')
     words = [*words, "--rules", "mine.toml", "--no-cache"]

@@ -82,8 +82,9 @@ class _Table:
             rule = stated.ready(language, grammar)
             for name in rule.written.calls:
                 self.calls.setdefault(tail(name), []).append((name, rule, foreign))
-            for kind in rule.query.roots if rule.query is not None else ():
-                self.kinds.setdefault(kind, []).append((rule, rule.query, foreign))
+            if rule.query is not None:
+                for kind in rule.query.roots:
+                    self.kinds.setdefault(kind, []).append((rule, rule.query, foreign))
         self.imports = _IMPORTS.get(language, ())
         self.wanted = frozenset({*self.kinds, *self.syntax.calls, *self.imports})
         self.called = frozenset(self.syntax.calls)
