@@ -97,7 +97,14 @@ def test_a_file_that_ends_its_worker_is_told(run: Run, monkeypatch: pytest.Monke
     report = run("--jobs", "2", "--no-cache")
     whys = {item["path"]: item["why"] for item in report["skipped"]}
     assert whys["3.py"] == "the process that looked at it ended (SIGKILL)" and set(whys) == {"3.py", "none.py"}
-    assert report["files"] == 6 and len(STARTED) == 3 and ended()
+    assert report["files"] == 6 and ended()
+
+
+def test_what_a_worker_fails_at_is_done_once_more(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, write = run("--jobs", "1", "--no-cache"), pool._write
+    monkeypatch.setattr(pool, "_write", lambda to, what: write(to, 0 if getattr(what, "path", "") == "3.py" else what))
+    assert run("--jobs", "2", "--no-cache") == alone and ended()
+    assert 1 in [process.returncode for process in STARTED]
 
 
 @pytest.mark.parametrize("program", ["", "/bin/false", "/nowhere/python"])

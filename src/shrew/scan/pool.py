@@ -26,6 +26,7 @@ from shrew.scan.rules import load_rules
 
 __all__ = ["Pool", "possible", "work"]
 
+PATIENCE = 2.0  # seconds until a worker that has closed its output is gone
 _LENGTH = 8  # bytes of the length before each message
 
 
@@ -59,8 +60,8 @@ class Pool:
         self._threads = ThreadPoolExecutor(jobs)
 
     def submit(self, task: Task) -> "Future[Facts | None]":
-        """The facts of a file, in time; None where no worker can be started. The result raises DataError for a file
-        that is not scanned, FolderError for a judge that is damaged."""
+        """The facts of a file, in time; None where no worker can be started, or one failed and did not crash. The
+        result raises DataError for a file that is not scanned, FolderError for a judge that is damaged."""
         return self._threads.submit(self._ask, task)
 
     def _ask(self, task: Task) -> Facts | None:
@@ -94,7 +95,11 @@ class _Worker:
             return None
         raw = _answer(process, task)
         if raw is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
             code = self.end()
+            if code >= 0:
+                return None  # no crash but an error: it shows again where the file is done once more
             how = signal.Signals(-code).name if -code in {*signal.Signals} else f"code {code}"
             raise DataError(f"the process that looked at it ended ({how})")
         reply = msgspec.msgpack.decode(raw, type=_Reply)
