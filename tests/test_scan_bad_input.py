@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from shrew.__main__ import main
+from shrew.errors import DataError
 from shrew.scan import ScanSpec, scan
 from shrew.scan.config import comments
 from shrew.scan.functions import PARSE_SECONDS, Source, functions, normalise
+from shrew.scan.judge import Judge
+from shrew.scan.pipeline import analyse
+from shrew.scan.rules import load_rules
 from shrew.scan.sources import decode
 
+RULES, NOBODY = load_rules(), Judge(None)
 BAD = 'def find(db, name):\n    return db.execute("SELECT * FROM t WHERE n = \'%s\'" % name)\n'
 
 
@@ -177,6 +183,32 @@ def test_deep_and_long_files(name: str, run: Run) -> None:
     assert time.monotonic() - began < 3 * PARSE_SECONDS
 
 
+SLOW = [
+    *((language, opening * 60_000) for language, opening in (
+        ("python", "("), ("python", "["), ("python", "{"), ("c", "("), ("c", "{"), ("javascript", "{"), ("go", "("),
+        ("java", "{"), ("ruby", "["), ("cpp", "("))),
+    ("c", "int f() { return " + "(" * 60_000),
+    ("java", "A<" * 30_000),
+    ("ruby", "%w(" * 20_000),
+    ("python", "x" + "()" * 30_000),
+    ("python", "x" + ".a" * 30_000),
+    ("python", "def f(x):\n    x" + ".execute(q)" * 5500),
+    ("python", "def f(x):\n    y = " + "(" * 25_000 + "(z:=x)," * 1000 + "(w:=eval(y))" + ")" * 25_000),
+    ("javascript", "x" + ".then(() => eval(y))" * 3000),
+    ("c", "void f(char *p) { " + "{" * 20_000 + "free(p);" * 500 + "}" * 20_000 + "}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", range(len(SLOW)))
+def test_small_files_made_to_be_slow_are_not(at: int) -> None:
+    """Most took seconds once, some minutes."""
+    language, text = SLOW[at]
+    began = time.process_time()
+    with suppress(DataError):  # not parsed within its time
+        analyse(text.encode(), b"", language, "x", RULES, NOBODY)
+    assert time.process_time() - began < 2
+
+
 def test_nesting_is_no_recursion() -> None:
     for language, text in (("python", "(" * 30_000 + ")" * 30_000), ("javascript", "x = " + "[" * 30_000)):
         normalise(text, language)
@@ -216,6 +248,14 @@ def test_settings_nested_without_end(capfd: pytest.CaptureFixture[str]) -> None:
         told = capfd.readouterr().err
         assert "no readable TOML" in told and "Traceback" not in told
         Path(name).unlink()
+
+
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"), os.mkfifo])
+def test_settings_that_are_no_file(make: Callable[[Path], None], capfd: pytest.CaptureFixture[str]) -> None:
+    make(Path(".shrew.toml"))
+    assert main(["scan", "."]) == 2
+    told = capfd.readouterr().err
+    assert ".shrew.toml is no file" in told and len(told.splitlines()) == 1
 
 
 def test_names_with_anything_in_them(run: Run) -> None:
@@ -366,6 +406,7 @@ def test_ctrl_c_keeps_what_was_learnt(run: Run, monkeypatch: pytest.MonkeyPatch)
         ["--point", "loud"],
         ["--out", "."],
         ["--write-baseline", "."],
+        ["--diff", "HEAD", "--write-baseline", "known.json"],
         [""],
     ],
     ids=" ".join,
@@ -379,8 +420,6 @@ def test_bad_flags(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
 @given(st.binary(max_size=300))
 @example(b"\xff\xfea\0\0\0")
 def test_any_bytes_are_text_or_refused(data: bytes) -> None:
-    from shrew.errors import DataError
-
     try:
         text, _ = decode(data)
     except DataError:

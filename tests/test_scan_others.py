@@ -97,6 +97,10 @@ def test_what_the_tool_holds_back_is_left_out(tmp_path: Path) -> None:
         ("src\\a.c", "src/a.c"),
         ("file:///home/x/a.py", "/home/x/a.py"),
         ("file:///C:/x/a.py", "C:/x/a.py"),
+        ("file:a.py", "a.py"),
+        ("file://[::1/a.py", None),
+        ("file:%2F%2F[::1/a.py", "//[::1/a.py"),
+        ("http://[/a.py", None),
         ("https://x/a.py", None),
         ("", None),
         (3, None),
@@ -106,8 +110,10 @@ def test_what_the_tool_holds_back_is_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_paths_are_made_plain(tmp_path: Path, uri: Any, shown: str | None) -> None:
-    found = read_findings(written(tmp_path, sarif(result(uri))))
-    assert [item.path for item in found] == ([] if shown is None else [shown])
+    told: list[str] = []
+    found = read_findings(written(tmp_path, sarif(result("b.py"), result(uri))), told.append)
+    assert [item.path for item in found] == ["b.py"] + ([] if shown is None else [shown])
+    assert ["1 of 2 findings left out" in line and "x.json" in line for line in told] == [True] * (shown is None)
 
 
 def test_a_base_of_the_run_is_put_before(tmp_path: Path) -> None:

@@ -104,6 +104,29 @@ def test_values_are_followed_by_name(lines: str, hit: bool) -> None:
     assert bool(found(f"def f(c, n):\n{body}\n    c.execute(q)\n")) is hit
 
 
+HANDLER = "class A({}):\n    {}def {}(self, n):\n        return open(n)\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "serves"),
+    [
+        ("@app.get('/x')\ndef f(n):\n    return open(n)\n", True),
+        ("@get('/x')\ndef f(n):\n    return open(n)\n", True),
+        ("@cherrypy.expose\ndef f(n):\n    return open(n)\n", True),
+        ("@app.listener('x')\ndef f(n):\n    return open(n)\n", False),
+        ("def f(request, n):\n    return open(n)\n", True),
+        (HANDLER.format("web.RequestHandler", "", "get"), True),
+        (HANDLER.format("Base, Resource", "@login\n    ", "post"), True),
+        (HANDLER.format("web.RequestHandler", "", "prepare"), False),
+        (HANDLER.format("HandlerTable", "", "get"), False),
+        (HANDLER.format("", "", "get"), False),
+        ("def get(self, n):\n    return open(n)\n", False),
+    ],
+)
+def test_what_answers_requests_gets_data_from_outside(text: str, serves: bool) -> None:
+    assert ("python-path-outside" in [item.rule for item in found(text)]) is serves
+
+
 def test_names_are_followed_through_imports() -> None:
     calls = {
         "import pickle as p": "p.loads(x)",
@@ -183,7 +206,8 @@ HOSTILE = {
     rule(languages=[]): "languages",
     rule(cwe="89"): "cwe",
     rule(calls=["a b(c)*"]): "is no name",
-    rule(calls=["@none"]): "there is no list 'none'",
+    rule(calls=["@none"]): "'@none' stands for a list of names, but .* 'none'; this file has no table \\[lists\\]",
+    "[lists]\nnine = ['f']\n" + rule(calls=["@none"]): "did you mean 'nine'",
     rule(calls=None): "give calls, or query, or first and then",
     rule(query="(call)"): "give calls, or query, or first and then",
     rule(calls=None, first="(call) @name"): "give calls, or query, or first and then",
@@ -295,6 +319,22 @@ def test_queries_find_what_tree_sitter_finds(text: str) -> None:
         for captures in reader.matches(node, Steps(1 << 40)):
             own.add(tuple(sorted((name, item.start_byte, item.end_byte) for name, item in captures.items())))
     assert own == expected and expected
+
+
+@pytest.mark.parametrize(
+    ("text", "fits", "not_in"),
+    [
+        ('((call function: (identifier) @f) (#any-of? @f "len" "sorted"))', b"x = len(y)", b"x = f(y)"),
+        ('((call function: [(identifier) @f (attribute) @g]) (#eq? @f "len"))', b"a.b()", None),
+        ('((call function: [(identifier) @f (attribute) @f]) (#eq? @f "a.b"))', b"a.b()", b"a.c()"),
+        ('((call function: (identifier) @f) (#not-eq? @f "len"))', b"f()", None),
+        ('((assignment left: (deep (identifier) @n)) (#eq? @n "x"))', b"(x, y) = 1", b"y = 1"),
+    ],
+)
+def test_a_file_without_the_words_of_a_query_is_passed_over(text: str, fits: bytes, not_in: bytes | None) -> None:
+    reader = query.parse(text, parse(source("")).language)
+    assert reader.possible(fits) and reader.possible(b"") is (not_in is None)
+    assert not_in is None or not reader.possible(not_in)
 
 
 @given(st.text(st.sampled_from('()[]"@#.!_:? ;\\\n') | st.sampled_from("acelnoqu-"), max_size=60))

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ def parse(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 def _resolve(cls: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values with every table of a `Kinds` field parsed; unknown keys are refused at every depth."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     known = {item.name for item in dataclasses.fields(cls)}  # without the class variables, which are no keys
     found = dict(values)
     for key, value in values.items():
@@ -79,10 +80,18 @@ def _resolve(cls: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
             held = typing.get_args(hint)[1]
             found[key] = {name: _inner(held, part, f"{where}: {key}.{name}") for name, part in value.items()}
         elif isinstance(value, list) and _kinds(hint) is None:
-            found[key] = [_inner(hint, part, f"{where}: {key}") for part in value]
+            found[key] = [
+                part if isinstance(part, str) else _inner(hint, part, f"{where}: {key}") for part in value
+            ]  # fmt: skip
         else:
             found[key] = _inner(hint, value, f"{where}: {key}")
     return found
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Its annotations, which take a while to evaluate: a file may hold a hundred tables of one kind."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _inner(hint: Any, value: Any, where: str) -> Any:

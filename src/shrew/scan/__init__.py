@@ -31,6 +31,7 @@ from shrew.spec import parse_bytes
 if TYPE_CHECKING:
     from shrew.scan.baseline import Known
     from shrew.scan.cache import Cache
+    from shrew.scan.pool import Pool
     from shrew.scan.rules import Finding
 
 __all__ = ["Alert", "Report", "ScanSpec", "main", "scan"]
@@ -52,6 +53,9 @@ def main(argv: list[str]) -> int:
         raise UsageError("a path is empty, perhaps that of a variable that is not set; name this folder as '.'.")
     root = root_of(paths)
     spec = config.from_flags(args, root)
+    if spec.diff is not None and spec.write_baseline:
+        raise UsageError("--write-baseline would make known only what --diff looked at, and the next whole scan would "
+                         "tell all else as new; write it without --diff.")  # fmt: skip
     for flag, name in (("--out", spec.out), ("--write-baseline", spec.write_baseline)):
         if name is not None and Path(name).is_dir():
             raise UsageError(f"{flag}: '{name}' is a folder; name a file in it.")
@@ -87,6 +91,7 @@ def scan(
     root = root_of(paths) if root is None else root
     limit = min(parse_bytes(spec.max_file_size), LARGEST)
     notes: list[str] = []
+    own = judge is None and rules is None  # workers cannot be given others
     if judge is None:
         judge = Judge(_folder(spec.detector), spec.jobs)
         if not judge.has_model:
@@ -102,14 +107,28 @@ def scan(
         stack.callback(cache.close)  # Ctrl-C too: what was learnt stays
         walk = _walk(paths, root, spec)
         progress = stack.enter_context(_Progress(lambda: _walk(paths, root, spec)))
-        job = Scan(spec, walk, limit, judge, rules, cache, _external(spec, root), diff, progress)
-        report = job.run()
+        external = _external(spec, root, notes.append)
+        pool = (lambda: _pool(spec, stack)) if own and spec.jobs != 1 else None
+        report = Scan(spec, walk, limit, judge, rules, cache, external, diff, pool, progress).run()
     report = replace(report, notes=[*notes, *report.notes])
     if known is not None:
         from shrew.scan import baseline
 
         report = baseline.apply(report, known)
     return report
+
+
+def _pool(spec: ScanSpec, stack: ExitStack) -> "Pool | None":
+    """Workers that are closed with the scan; None where one process is all there can be."""
+    from shrew import machine
+    from shrew.scan import pool
+
+    jobs = spec.jobs or machine.usable_cores()
+    if jobs == 1 or not pool.possible():
+        return None
+    made = pool.Pool(jobs, spec.rules, _folder(spec.detector))
+    stack.callback(made.close)
+    return made
 
 
 def _walk(paths: list[str], root: str, spec: ScanSpec) -> Walk:
@@ -132,12 +151,14 @@ def _baseline(spec: ScanSpec) -> "list[Known] | None":
     return baseline.read(Path(spec.baseline))
 
 
-def _external(spec: ScanSpec, root: str) -> "dict[str, list[Finding]]":
+def _external(
+    spec: ScanSpec, root: str, say: Callable[[str], None]
+) -> "dict[str, list[Finding]]":
     if not spec.findings:
         return {}
     from shrew.scan.others import read_findings
 
-    return by_file([item for name in spec.findings for item in read_findings(Path(name))], root)
+    return by_file([item for name in spec.findings for item in read_findings(Path(name), say)], root)
 
 
 def _cache(spec: ScanSpec, judge: Judge, rules: Matcher, say: Callable[[str], None]) -> "Cache":

@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from shrew.errors import DataError
 from shrew.scan import config
 from shrew.scan.cwe import SEVERITIES
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from shrew.scan.rules import Finding
 
 LOGITS = ("grams", "detector")
@@ -44,23 +44,27 @@ def combined(
     logits: Sequence[float | None],
     grams: Sequence[float],
     findings: "Sequence[Sequence[Finding]]",
-) -> np.ndarray:
+) -> "np.ndarray":
     """float64 [n] probabilities. `logits` has None for what the detector was not asked about."""
-    chances = np.empty(len(logits))
-    for place, (logit, gram, found) in enumerate(zip(logits, grams, findings, strict=True)):
-        table = combine["without" if logit is None else "with"]
-        values = features(logit, gram, found)
-        total = table["bias"] + math.fsum(table["weights"].get(name, 0.0) * value for name, value in values.items())
-        chances[place] = (1 + math.tanh(total / 2)) / 2
-    return chances
+    import numpy as np
+
+    return np.array([chance(combine, *row) for row in zip(logits, grams, findings, strict=True)], np.float64)
+
+
+def chance(combine: Mapping[str, Any], logit: float | None, gram: float, findings: "Sequence[Finding]") -> float:
+    """The probability of one function. (Without numpy, which takes longer to load than a scan that knows it all.)"""
+    table = combine["without" if logit is None else "with"]
+    values = features(logit, gram, findings)
+    total = table["bias"] + math.fsum(table["weights"].get(name, 0.0) * value for name, value in values.items())
+    return (1 + math.tanh(total / 2)) / 2
 
 
 def fit(
     logits: Sequence[float],
     grams: Sequence[float],
     findings: "Sequence[Sequence[Finding]]",
-    labels: Sequence[int] | np.ndarray,
-    importance: np.ndarray | None = None,
+    labels: "Sequence[int] | np.ndarray",
+    importance: "np.ndarray | None" = None,
     cost: float = COST,
 ) -> dict[str, Any]:
     """The coefficients, from scores of texts that neither the detector nor the n-grams were trained on.
@@ -69,6 +73,8 @@ def fit(
     by their spread first. A probability is right where texts come as they did here: give ordinary functions the
     importance that makes them as frequent as they are.
     """
+    import numpy as np
+
     truth = np.asarray(labels, np.float64)
     if len(set(truth.tolist())) < 2:
         raise DataError("what is combined needs scores of both kinds of functions, vulnerable and not.")
@@ -86,13 +92,15 @@ def fit(
     return made
 
 
-def _newton(table: np.ndarray, truth: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, float]:
+def _newton(table: "np.ndarray", truth: "np.ndarray", cost: "np.ndarray") -> "tuple[np.ndarray, float]":
     """[k] weights and the free bias with the least |w|**2 / 2 + sum(cost * logistic loss), by damped Newton steps."""
+    import numpy as np
+
     wide = np.hstack([table, np.ones((len(table), 1))])
     kept = np.append(np.ones(table.shape[1]), 0.0)
     point = np.zeros(wide.shape[1])
 
-    def loss(point: np.ndarray) -> float:
+    def loss(point: "np.ndarray") -> float:
         logits = wide @ point
         return float((kept * point**2).sum() / 2 + cost @ (np.logaddexp(0, logits) - truth * logits))
 
@@ -111,9 +119,11 @@ def _newton(table: np.ndarray, truth: np.ndarray, cost: np.ndarray) -> tuple[np.
     return point[:-1], float(point[-1])
 
 
-def points(ordinary: np.ndarray, wanted: Mapping[str, float] = POINTS) -> dict[str, dict[str, float]]:
+def points(ordinary: "np.ndarray", wanted: Mapping[str, float] = POINTS) -> dict[str, dict[str, float]]:
     """The operating points: for each name the lowest threshold with at most so many alerts per 1,000 of the [n]
     probabilities of ordinary functions, which nothing was trained or fitted on, and the alerts that it then has."""
+    import numpy as np
+
     found = {}
     for name, alerts in wanted.items():
         allowed = math.floor(alerts / 1000 * len(ordinary) + 1e-9)

@@ -61,7 +61,7 @@ class ScanSpec:
     max_file_size: str = doc("leave out files larger than this", "2MB")
     cache: bool = doc("look again only at what changed", True)
     jobs: Annotated[int, Meta(ge=1, le=256)] | None = doc(
-        "functions that the detector judges at a time; one a core unless said", None)  # fmt: skip
+        "files parsed, and functions judged by the detector, at a time; one a core unless said", None)  # fmt: skip
     ignore: list[Ignore] = doc("what is held back (in a settings file only)", default_factory=list)
 
 
@@ -96,7 +96,9 @@ def from_flags(args: argparse.Namespace, root: str) -> ScanSpec:
 def _kept(root: Path) -> tuple[dict[str, Any], str]:
     """The table [scan] of .shrew.toml, else [tool.shrew.scan] of pyproject.toml, and its name in errors."""
     own, project = root / ".shrew.toml", root / "pyproject.toml"
-    if own.is_file():
+    if os.path.lexists(own):
+        if not own.is_file():
+            raise SpecError(f"{own} is no file, so no settings can be read from it; rename it, or make it a TOML file.")
         values, where = spec.read_toml(own), f"{own.name} [scan]"
         if strange := set(values) - {"scan"}:
             raise SpecError(f"{own.name}: unknown table '{min(strange)}'; known: scan.")

@@ -22,8 +22,11 @@ __all__ = ["LANGUAGES", "MODULE", "Function", "Source", "cut", "functions", "mod
 
 MODULE = "<module>"
 ANONYMOUS = "<anonymous>"
-PARSE_SECONDS = 10.0  # of one file; what takes longer was made to take long
-AT_ONCE = 1 << 16  # bytes that are parsed in no time, so without looking at the clock
+PARSE_SECONDS = 10.0  # of the processor for one file at most; what takes longer was made to take long
+LEAST_SECONDS, RATE = 0.5, 2e5  # what any file may take, and bytes a second beyond: 7e6 are ordinary
+OPEN = 300  # type parameters that begin and do not end in a statement: Java's parser takes the square of them at once
+AT_ONCE = 1 << 12  # bytes that are parsed in no time, so without looking at the clock
+PIECE = 1 << 16  # bytes that the parser is given at a time where the clock is looked at
 SCOPES_SHOWN = 8  # innermost scopes in a name: thousands nest where someone wants them to
 NAME_LENGTH = 120
 
@@ -119,6 +122,7 @@ _GRAMMARS = {
 }  # fmt: skip
 LANGUAGES = tuple(_GRAMMARS)
 
+_STATEMENT = re.compile(rb"[;{}()]")
 # Calls that only say what a file is made of.
 _DECLARE = re.compile(
     rb"(require|require_relative|load|attr_\w+|include|extend|private|public|protected|module_function)\b"
@@ -140,7 +144,8 @@ def _parser(language: str) -> "Parser":
 
 
 def parse(source: Source) -> "Tree":
-    """The syntax tree of a file, errors and all. Raises DataError where that takes longer than PARSE_SECONDS."""
+    """The syntax tree of a file, errors and all. Raises DataError where that takes far longer than files of its length
+    do."""
     return _parse(source.data, source.language)
 
 
@@ -148,14 +153,17 @@ def _parse(data: bytes, language: str) -> "Tree":
     parser = _parser(language)
     if len(data) <= AT_ONCE:
         return parser.parse(data)
-    until = time.monotonic() + PARSE_SECONDS
+    if language == "java" and any(part.count(b"<") - part.count(b">") > OPEN for part in _STATEMENT.split(data)):
+        raise DataError(f"more than {OPEN} '<' in a statement that are not closed, which would not be parsed in time")
+    limit = min(PARSE_SECONDS, LEAST_SECONDS + len(data) / RATE)
+    until = time.thread_time() + limit
     try:
         return parser.parse(
-            lambda at, _: data[at : at + AT_ONCE], progress_callback=lambda *_: time.monotonic() > until
+            lambda at, _: data[at : at + PIECE], progress_callback=lambda *_: time.thread_time() > until
         )
     except ValueError:
         parser.reset()  # else the next file would go on where this one was left
-        raise DataError(f"not parsed within {PARSE_SECONDS:.0f} seconds") from None
+        raise DataError(f"not parsed within {limit:.2g} seconds") from None
 
 
 def normalise(text: str, language: str) -> str:

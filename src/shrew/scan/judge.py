@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BUILT_IN", "Judge", "Point"]
 
 BUILT_IN = Path(__file__).parents[1] / "models" / "scan"
-LONGEST = 200  # lines of a function whose lines are told apart by leaving each out
+LONGEST, LARGEST = 200, 2_000_000  # lines of a function that are told apart by leaving each out; characters in all
 DIGITS = 4  # of what the detector says: how texts are put into batches shows in the digits after these
 RULES_ALONE = {"low": 0.25, "medium": 0.5, "high": 0.75}  # an order, no measurement: nothing was calibrated
 
@@ -116,7 +116,7 @@ class Judge:
     def lines(self, text: str, language: str) -> tuple[float, ...]:
         """How much the first stage's logit falls without each line; () where there is no first stage, or no end."""
         lines = text.split("\n")
-        if self._grams is None or len(lines) > LONGEST:
+        if self._grams is None or len(lines) > LONGEST or len(lines) * len(text) > LARGEST:
             return ()
         without = ["\n".join([*lines[:at], "", *lines[at + 1 :]]) for at in range(len(lines))]
         whole, *rest = self.grams([text, *without], [language] * (len(lines) + 1))
@@ -127,10 +127,10 @@ class Judge:
         """Calibrated, where there is a model; else an order by the rules' severities."""
         if not self.has_model:
             return max((RULES_ALONE.get(finding.severity, 0.0) for finding in findings), default=0.0)
-        from shrew.scan.combine import combined
+        from shrew.scan.combine import chance
 
-        (chance,) = combined(self._settings.combine, [score.logit if score else None], [gram or 0.0], [list(findings)])
-        return round(float(chance), DIGITS + 2)  # thresholds can be small
+        found = chance(self._settings.combine, score.logit if score else None, gram or 0.0, findings)
+        return round(found, DIGITS + 2)  # thresholds can be small
 
     def severity(self, probability: float, findings: "Sequence[Finding]") -> str:
         """The worst that a rule says; where only the model speaks, by the strictest point that it passes."""

@@ -6,7 +6,7 @@ Which it is shows in the file. Nothing in it is believed before it is checked, a
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -31,10 +31,12 @@ _LEVELS = {
 _FORMS = "SARIF 2.1.0, or the JSON of bandit or semgrep, the CSV of flawfinder, the XML of cppcheck (version 2)"
 
 
-def read_findings(path: Path | str) -> list[Finding]:
+def read_findings(path: Path | str, say: Callable[[str], None] = lambda line: None) -> list[Finding]:
     """The findings of a file that another tool wrote, in its order, without those that it says are none.
 
-    Paths are as the tool gave them, with / between parts. Raises DataError for a file that is none of these.
+    Paths are as the tool gave them, with / between parts, of a file: address its path. Findings that name no file that
+    can be, such as one of a damaged address, are left out, and `say` is told how many. Raises DataError for a file that
+    is none of these.
     """
     path = Path(path)
     try:
@@ -55,9 +57,13 @@ def read_findings(path: Path | str) -> list[Finding]:
             found = _flawfinder(text)
         else:
             raise ValueError("its beginning is that of none of the forms that are known")
-        return [item for _, item in zip(range(MOST), found, strict=False)]
+        items = [item for _, item in zip(range(MOST), found, strict=False)]
     except (ValueError, RecursionError, expat.ExpatError, csv.Error) as error:
         raise DataError(f"{path} holds no findings that can be read ({_plain(str(error))}); give {_FORMS}.") from None
+    placed = [item for item in items if item.path]
+    if lost := len(items) - len(placed):
+        say(f"{path}: {lost:,} of {len(items):,} findings left out, since they name no file that can be.")
+    return placed
 
 
 def _json(raw: Any) -> Iterator[Finding]:
@@ -118,11 +124,10 @@ def _result(
         physical = _table(location, "physicalLocation")
         artifact, region = _table(physical, "artifactLocation"), _table(physical, "region")
         where = _path(artifact.get("uri"), bases.get(str(artifact.get("uriBaseId")), ""))
-        if where:
-            start = _line(region.get("startLine"), 1)
-            end = _line(region.get("endLine"), start)
-            column = _line(region.get("startColumn"), 1)
-            yield Finding(name, cwe, severity, message, where, start, max(start, end), column, tool)
+        start = _line(region.get("startLine"), 1)
+        end = _line(region.get("endLine"), start)
+        column = _line(region.get("startColumn"), 1)
+        yield Finding(name, cwe, severity, message, where, start, max(start, end), column, tool)
 
 
 def _sarif_cwe(result: dict[str, Any], rule: dict[str, Any], message: str) -> str:
@@ -150,9 +155,9 @@ def _by_score(score: Any) -> str:
 
 def _bandit(results: list[Any]) -> Iterator[Finding]:
     for item in _tables(results):
-        where = _path(item.get("filename"))
-        if not where or "test_id" not in item:
+        if "test_id" not in item:
             continue
+        where = _path(item.get("filename"))
         start = _line(item.get("line_number"), 1)
         lines = [line for line in item.get("line_range") or [] if isinstance(line, int)]
         number = _table(item, "issue_cwe").get("id")
@@ -166,7 +171,7 @@ def _bandit(results: list[Any]) -> Iterator[Finding]:
 def _semgrep(results: list[Any]) -> Iterator[Finding]:
     for item in _tables(results):
         where, extra = _path(item.get("path")), _table(item, "extra")
-        if not where or extra.get("is_ignored") is True:
+        if extra.get("is_ignored") is True:
             continue
         start = _line(_table(item, "start").get("line"), 1)
         end = _line(_table(item, "end").get("line"), start)
@@ -181,8 +186,6 @@ def _semgrep(results: list[Any]) -> Iterator[Finding]:
 def _flawfinder(text: str) -> Iterator[Finding]:
     for row in csv.DictReader(io.StringIO(text, newline="")):
         where = _path(row.get("File"))
-        if not where:
-            continue
         start, level = _line(row.get("Line"), 1), _line(row.get("Level"), 1)
         yield Finding(
             _plain(row.get("RuleId") or row.get("Name"), 200), _cwe([row.get("CWEs"), row.get("Warning")]),
@@ -207,7 +210,7 @@ def _cppcheck(text: str) -> Iterator[Finding]:
             error = values
         elif name == "location" and error and error.get("severity") != "information":
             where, line = _path(values.get("file")), _line(values.get("line"), 1)
-            if where and len(found) < MOST:
+            if len(found) < MOST:
                 number = error.get("cwe", "")
                 found.append(Finding(
                     _plain(error.get("id"), 200), weaknesses.normal(number) if number.isdecimal() else "",
@@ -277,13 +280,17 @@ def _cwe(words: Any, depth: int = 0) -> str:
 
 
 def _path(text: Any, base: str = "") -> str:
-    """A path with / between its parts; of a file: address its path, below `base` where that is one."""
+    """A path with / between its parts; of a file: address its path, below `base` where that is one. "" for what is no
+    place of a file here."""
     if not isinstance(text, str) or not text or len(text) > 4096 or not text.isprintable():
         return ""
     if base and not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:|/", text):
         text = base.rstrip("/") + "/" + text
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        parts = urlsplit(text)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/|file:", text):
+        try:
+            parts = urlsplit(text)
+        except ValueError:  # such as a bracket that is not closed
+            return ""
         if parts.scheme != "file":
             return ""
         text = re.sub(r"^/([A-Za-z]:)", r"\1", unquote(parts.path))

@@ -1,6 +1,8 @@
 """A scan, file by file: read, parse, match rules, ask the first stage; then the detector about the rest, in batches.
 
-What was seen before comes from the cache at each of these steps. Memory holds a batch and the alerts, never the tree.
+What was seen before comes from the cache at each of these steps. Where much is new, worker processes analyse the files
+that come next; they are taken in their order all the same. Memory holds what is ahead, a batch and the alerts, never
+the tree.
 """
 
 import hashlib
@@ -8,13 +10,14 @@ import os
 import re
 import time
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import unquote, urlparse
+
+import msgspec
 
 from shrew.errors import DataError
 from shrew.scan import cwe as weaknesses
@@ -27,11 +30,16 @@ from shrew.scan.judge import Judge
 from shrew.scan.sources import Entry, Walk, decode, read, shown
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from shrew.scan.pool import Pool
     from shrew.scan.rules import Finding
 
-__all__ = ["Matcher", "Scan", "analyse", "by_file"]
+__all__ = ["Matcher", "Scan", "Task", "analyse", "analysed", "by_file"]
 
 BATCH = 64  # functions that the detector is given at once
+POOLED = 1 << 20  # bytes of new files from which on workers pay for their start
+AHEAD, AHEAD_BYTES = 256, 1 << 24  # files that are begun before the first of them is taken, and what they may hold
 ODD_SHOWN = 20
 
 
@@ -71,9 +79,38 @@ class _File:
         return Function(self.source, fact.name, fact.start, fact.end, self.text(fact), fact.key, fact.spans)
 
 
+class Task(msgspec.Struct, array_like=True, frozen=True):
+    """What `analyse` takes of a file."""
+
+    data: bytes
+    hash: bytes
+    language: str
+    path: str
+    lines: list[int]
+
+
+@dataclass
+class _Begun:
+    """A file with its facts, or with what they will be made of."""
+
+    entry: Entry
+    facts: Facts | None
+    task: Task | None = None
+    answer: "Future[Facts | None] | None" = None
+
+    @property
+    def size(self) -> int:
+        return 0 if self.task is None else len(self.task.data)
+
+    def send(self, pool: "Pool") -> None:
+        if self.task is not None:
+            self.answer = pool.submit(self.task)
+
+
 @dataclass
 class Scan:
-    """One scan. `external`: what other tools found, by file. `progress(files, functions)` is told where it is."""
+    """One scan. `external`: what other tools found, by file. `pool` makes the workers, if any may be started; whoever
+    gives it closes it. `progress(files, functions)` is told where it is."""
 
     spec: ScanSpec
     walk: Walk
@@ -83,6 +120,7 @@ class Scan:
     cache: Cache
     external: "dict[str, list[Finding]]" = field(default_factory=dict)
     diff: changes.Diff | None = None
+    pool: "Callable[[], Pool | None] | None" = None
     progress: Callable[[int, int], None] = lambda files, functions: None
 
     def __post_init__(self) -> None:
@@ -144,39 +182,69 @@ class Scan:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _known(self) -> Iterator[_File]:
+        """The files with their facts, in the order of the walk."""
+        waiting: deque[_Begun] = deque()
+        fresh = held = 0  # bytes of new files: all, and those in `waiting`
+        pool: Pool | None = None
         for entry in self.walk:
-            try:
-                if self.diff is not None and self.diff.same(entry.path, read(entry, self.limit)[0]):
-                    self._ranked.add(entry.shown)
-                    continue
-                facts = self._facts(entry)
-            except DataError as error:
-                self._skipped.append((entry.shown, str(error)))
+            if (begun := self._begun(entry)) is None:
                 continue
-            if facts is not None:
-                yield _File(entry, facts, Held(entry.shown, self.spec.ignore, facts.ignores), self.limit)
+            waiting.append(begun)
+            fresh, held = fresh + begun.size, held + begun.size
+            if pool is not None:
+                begun.send(pool)
+            elif self.pool is not None and fresh > POOLED:
+                if (pool := self.pool()) is None:
+                    self.pool = None
+                else:
+                    for each in waiting:
+                        each.send(pool)
+            while waiting and (self.pool is None or len(waiting) > AHEAD or held > AHEAD_BYTES):
+                held -= waiting[0].size
+                yield from self._done(waiting.popleft())
+        for begun in waiting:
+            yield from self._done(begun)
 
-    def _facts(self, entry: Entry) -> Facts | None:
-        """What is in a file; None where it is in no language that is known. Raises DataError: why it is not scanned."""
+    def _begun(self, entry: Entry) -> _Begun | None:
+        """A file with what is known of it; None where it is not scanned, of which the reason is kept."""
+        try:
+            if self.diff is not None and self.diff.same(entry.path, read(entry, self.limit)[0]):
+                self._ranked.add(entry.shown)
+                return None
+            return self._looked(entry)
+        except DataError as error:
+            self._skipped.append((entry.shown, str(error)))
+            return None
+
+    def _looked(self, entry: Entry) -> _Begun | None:
         more = self.external.get(entry.shown, [])
         if more:
             self._ranked.add(entry.shown)  # such a file is looked at anew, since the findings may be outside functions
         elif entry.stamp[0] <= self.limit and (facts := self.cache.file(entry)) is not None:
-            return facts
+            return _Begun(entry, facts)
         data, language = read(entry, self.limit)
         if not language:
             return None
         hash = _hash(data, language)
         if not more and (facts := self.cache.content(hash)) is not None:
             self.cache.keep_file(entry, facts, new=False)
-            return facts
-        try:
-            facts = analyse(data, hash, language, entry.shown, self.rules, self.judge, more)
-        except (RecursionError, MemoryError) as error:
-            raise DataError(f"too much for the parser ({type(error).__name__})") from None
-        if not more:
-            self.cache.keep_file(entry, facts, new=True)
-        return facts
+            return _Begun(entry, facts)
+        return _Begun(entry, None, Task(data, hash, language, entry.shown, [item.start for item in more]))
+
+    def _done(self, begun: _Begun) -> Iterator[_File]:
+        """The file, if it can be scanned."""
+        entry, facts = begun.entry, begun.facts
+        if facts is None:
+            assert begun.task is not None
+            try:
+                facts = begun.answer.result() if begun.answer is not None else None
+                facts = facts or analysed(begun.task, self.rules, self.judge)
+            except DataError as error:
+                self._skipped.append((entry.shown, str(error)))
+                return
+            if not begun.task.lines:
+                self.cache.keep_file(entry, facts, new=True)
+        yield _File(entry, facts, Held(entry.shown, self.spec.ignore, facts.ignores), self.limit)
 
     def _take(self, file: _File) -> None:
         """Queue the functions of a file that somebody should judge."""
@@ -246,18 +314,36 @@ class Scan:
             cwe,
             self.judge.severity(probability, counted),
             tuple(counted),
-            score.lines if score else self.judge.lines(file.text(fact), file.facts.language),
+            score.lines if score else self._lines(file, fact),
             said,
             suppressed=own if active or not whys else whys[0],
         )
 
+    def _lines(self, file: _File, fact: Fact) -> tuple[float, ...]:
+        """What each line adds to the first stage's logit: kept, since it takes as many looks as there are lines."""
+        digest = hashlib.sha256(b"lines\0" + fact.digest).digest()
+        if (known := self.cache.score(digest)) is not None and len(known.lines) <= _lines(fact):
+            return known.lines
+        lines = self.judge.lines(file.text(fact), file.facts.language)
+        if file.source.text:
+            self.cache.keep_score(digest, Score(0.0, lines, {}))
+        return lines
+
+
+def analysed(task: Task, rules: Matcher, judge: Judge) -> Facts:
+    """`analyse`, with DataError for all that may be wrong with a file."""
+    try:
+        return analyse(task.data, task.hash, task.language, task.path, rules, judge, task.lines)
+    except (RecursionError, MemoryError) as error:
+        raise DataError(f"too much for the parser ({type(error).__name__})") from None
+
 
 def analyse(
-    data: bytes, hash: bytes, language: str, path: str, rules: Matcher, judge: Judge, more: "Sequence[Finding]" = ()
+    data: bytes, hash: bytes, language: str, path: str, rules: Matcher, judge: Judge, lines: Sequence[int] = ()
 ) -> Facts:
     """What is in a file: its functions, with the first stage's logits and the findings of the rules.
 
-    Code outside functions is one of them where it does something, or where a finding (one of `more`, too) is in it.
+    Code outside functions is one of them where it does something, or where a finding is in it, or one of `lines`.
     Raises DataError for what is no text or takes too long.
     """
     text, odd = decode(data)
@@ -268,7 +354,7 @@ def analyse(
     findings = rules.match(source, tree, stopped)
     odd = ", ".join(filter(None, [odd, *(why for _, why in stopped)]))
     places = [(each.start, each.end) for each in found if each.name != MODULE]
-    outside = any(_place(places, item.start) is None for item in [*findings, *more])
+    outside = any(_place(places, line) is None for line in [*(item.start for item in findings), *lines])
     if outside and len(places) == len(found) and (rest := module(source, found)) is not None:
         found.append(rest)
     logits = judge.grams([each.text for each in found], [language] * len(found))
@@ -356,11 +442,10 @@ def _weakness(findings: "Sequence[Finding]", score: Score | None) -> str:
 
 
 def by_file(findings: "Iterable[Finding]", root: str) -> "dict[str, list[Finding]]":
-    """The findings of other tools by the file's name in this scan: paths of theirs may be absolute, URIs, or begin
-    with ./ ."""
+    """The findings of other tools by the file's name in this scan: paths of theirs may be absolute, or begin with
+    ./ ."""
     found: dict[str, list[Finding]] = {}
     for item in findings:
-        path = unquote(urlparse(item.path).path) if item.path.startswith("file:") else item.path
-        full = os.path.normpath(os.path.join(root, path))  # noqa: PTH118
+        full = os.path.normpath(os.path.join(root, item.path))  # noqa: PTH118
         found.setdefault(shown(full, root), []).append(item)
     return found

@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from shrew.errors import SpecError
 from shrew.scan.cwe import SEVERITIES
 from shrew.scan.functions import AT_ONCE, Source, parse
 from shrew.scan.rules import expressions
-from shrew.scan.rules.flow import File, Flow, Value, assigning
+from shrew.scan.rules.flow import File, Flow, Value
 from shrew.scan.rules.query import Captures, Query, Spent, Steps
 from shrew.scan.rules.rule import Condition, Rule, Stated, read
 from shrew.scan.rules.sequence import after
-from shrew.scan.rules.syntax import LANGUAGES, Names, callee, imports, is_called, tail, text_of
+from shrew.scan.rules.syntax import LANGUAGES, LONGEST, Names, callee, imports, is_called, nodes_of, tail, text_of
 
 if TYPE_CHECKING:
     from tree_sitter import Language, Node, Tree
@@ -73,57 +73,28 @@ class _Table:
     """The rules of one language, found by what a node calls or is."""
 
     def __init__(self, language: str, grammar: "Language", own: Iterable[Stated], others: list[Stated]) -> None:
-        from tree_sitter import Query as Native
-
         self.syntax = LANGUAGES[language]
         self.calls: dict[str, list[tuple[str, Rule, bool]]] = {}
-        self.kinds: dict[str, list[tuple[Rule, bool]]] = {}
+        self.kinds: dict[str, list[tuple[Rule, Query, bool]]] = {}
         for stated, foreign in [*((item, False) for item in own), *((item, True) for item in others)]:
             if language not in stated.written.languages:
                 continue
             rule = stated.ready(language, grammar)
             for name in rule.written.calls:
                 self.calls.setdefault(tail(name), []).append((name, rule, foreign))
-            for kind in rule.query.roots if rule.query is not None else ():
-                self.kinds.setdefault(kind, []).append((rule, foreign))
+            if rule.query is not None:
+                for kind in rule.query.roots:
+                    self.kinds.setdefault(kind, []).append((rule, rule.query, foreign))
         self.imports = _IMPORTS.get(language, ())
-        self.grammar, self.native = grammar, Native
-        self.wanted = self.query({*self.kinds, *self.syntax.calls, *self.imports})
-        self.assigns = self.query(assigning(self.syntax))
-        self.called = self.query(set(self.syntax.calls))
+        self.wanted = frozenset({*self.kinds, *self.syntax.calls, *self.imports})
+        self.called = frozenset(self.syntax.calls)
 
-    def query(self, kinds: Iterable[str]) -> "_Kinds":
-        known = frozenset(kind for kind in kinds if self.grammar.id_for_node_kind(kind, True) is not None)
-        return _Kinds(self.native(self.grammar, f"[{' '.join(f'({kind})' for kind in sorted(known))}] @node"), known)
-
-
-class _Kinds(NamedTuple):
-    """A query for nodes of these kinds."""
-
-    query: object
-    kinds: frozenset[str]
-
-
-def _nodes(wanted: _Kinds, node: "Node") -> "list[Node]":
-    """The nodes of the wanted kinds in a node, in their order.
-
-    tree-sitter looks for them quickly, but a long run of tokens without a name (brackets that are never closed) takes
-    it time that grows with its square. So in what is long they are looked for here, with the same result.
-    """
-    from tree_sitter import QueryCursor
-
-    if node.end_byte - node.start_byte <= AT_ONCE:
-        return QueryCursor(wanted.query).captures(node).get("node", [])  # type: ignore[arg-type]
-    found, cursor = list[Any](), node.walk()
-    while True:
-        here: Any = cursor.node
-        if here.is_named and here.type in wanted.kinds:
-            found.append(here)
-        if cursor.goto_first_child():
-            continue
-        while not cursor.goto_next_sibling():
-            if not cursor.goto_parent():
-                return found
+    def fitting(self, data: bytes) -> dict[str, list[tuple[Rule, Query, bool]]]:
+        """`kinds` without the rules that fit nowhere in a file."""
+        return {
+            kind: [row for row in rows if row[1].possible(data) and (row[0].then is None or row[0].then.possible(data))]
+            for kind, rows in self.kinds.items()
+        }
 
 
 class Rules:
@@ -197,13 +168,13 @@ class _Work:
 
     @cached_property
     def file(self) -> File:
-        assigns = _nodes(self.table.assigns, self.tree.root_node)
-        return File(self.tree, self.source.language, self.imported, assigns)
+        return File(self.tree, self.source.language, self.imported)
 
     def candidates(self, steps: Steps, foreign: Steps) -> Iterator[tuple[Rule, "Node", Captures, bool]]:
         """Rules with the nodes that they look at, before their conditions."""
         table = self.table
-        nodes = _nodes(table.wanted, self.tree.root_node)
+        kinds = table.fitting(self.source.data)
+        nodes = nodes_of(table.wanted, self.tree.root_node)
         for node in nodes:
             if node.type in table.imports:
                 self.imported |= imports(node, self.source.language)
@@ -215,13 +186,14 @@ class _Work:
                 if last in table.calls or last in renamed:
                     name = self._name(node)
                     for pattern, rule, stranger in table.calls.get(tail(name), ()):
-                        if is_called(name, pattern):
+                        if is_called(name, pattern) and (foreign if stranger else steps).paid(_cost(node)):
                             yield rule, node, {}, stranger
-            for rule, stranger in table.kinds.get(kind, ()):
-                if rule.query is None:
+            for rule, query, stranger in kinds.get(kind, ()):
+                left = foreign if stranger else steps
+                if left.left < 0:
                     continue
                 try:
-                    matches = list(rule.query.matches(node, foreign if stranger else steps))
+                    matches = list(query.matches(node, left))
                 except Spent:
                     continue
                 for captures in matches:
@@ -231,10 +203,12 @@ class _Work:
         called = node.child_by_field_name(self.syntax.calls[kind][0])
         if called is None:
             return ""
+        if kind not in _NEW and called.type in self.syntax.members:
+            called = called.child_by_field_name(self.syntax.members[called.type][1])
+        if called is None or called.end_byte - called.start_byte > LONGEST:  # a chain of calls, of which each is asked
+            return ""
         if kind in _NEW:
             return tail("new " + text_of(called).partition("<")[0])
-        if called.type in self.syntax.members:
-            called = called.child_by_field_name(self.syntax.members[called.type][1])
         return text_of(called).rpartition("::")[2]
 
     def _name(self, node: "Node") -> str:
@@ -306,11 +280,11 @@ class _Work:
     def _calls_one(self, names: Names, function: "Node") -> bool:
         return bool(names.by_tail) and any(
             self._tail(call, call.type) in names.by_tail and names.hold(self._name(call))
-            for call in _nodes(self.table.called, function)
+            for call in nodes_of(self.table.called, function)
         )
 
     def _fits_in(self, query: Query, function: "Node", steps: Steps) -> bool:
-        nodes = _nodes(self.table.query(query.roots), function)
+        nodes = nodes_of(query.roots, function)
         return any(True for node in nodes for _ in query.matches(node, steps))
 
     def _finding(self, rule: Rule, node: "Node") -> Finding:
@@ -321,6 +295,11 @@ class _Work:
             written.id, written.cwe, written.severity, written.message, self.source.path,
             row + 1, node.end_point[0] + 1, len(line) + 1,
         )  # fmt: skip
+
+
+def _cost(node: "Node") -> int:
+    """The steps that questions about a node may cost by its length alone: its text is copied for some."""
+    return (node.end_byte - node.start_byte) >> 8
 
 
 def _fits(condition: Condition, node: "Node", flow: Flow) -> bool:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 from shrew.scan.rules.query import Steps
 from shrew.scan.rules.syntax import (
     LANGUAGES,
+    Around,
     Names,
     Syntax,
     callee,
     first_child,
     is_name,
     name_of,
+    nodes_of,
     tail,
     text_of,
     words,
@@ -44,7 +46,12 @@ _WRITES = words("sprintf snprintf strcpy strncpy strcat strncat strlcpy strlcat 
 _OPERATORS = frozenset(("+", "%", "<<", "."))
 _NUMERIC = re.compile(r"%[-+ #0-9.*]*(?:ll|l|h|z|j|t)?([a-zA-Z%])")
 _NUMBER_TYPES = words("int float bool long short double boolean int64 int32 uint uint64 uint32 float64 integer")
-_ROUTES = re.compile(r"@[\w.]+\.(route|get|post|put|delete|patch|websocket|api_route)\(")
+_ROUTES = re.compile(
+    r"@[\w.]+\.(route|get|post|put|delete|patch|head|options|websocket|api_route|errorhandler)\("
+    r"|@(route|get|post|put|delete|view_config)\(|@(cherrypy\.)?expose\b"
+)
+_METHODS = words("get post put delete patch head options")  # of classes that answer requests
+_ANSWERS = re.compile(r"(Handler|Resource|MethodView|APIView|HTTPEndpoint|Endpoint|Controller)\b")
 
 
 @dataclass
@@ -65,8 +72,10 @@ class Binding:
 class Scope:
     """The names of a function, or of a file."""
 
-    def __init__(self, node: "Node", syntax: Syntax, assigns: "list[Node]", outer: "Scope | None") -> None:
-        self.node, self.syntax, self.outer = node, syntax, outer
+    def __init__(
+        self, node: "Node", syntax: Syntax, assigns: "list[Node]", outer: "Scope | None", blocks: Around
+    ) -> None:
+        self.node, self.syntax, self.outer, self.blocks = node, syntax, outer, blocks
         self.bindings: dict[str, list[Binding]] = {}
         self.parameters: dict[str, str] = {} if outer is None else self._parameters()
         for assign in assigns:
@@ -102,7 +111,15 @@ class Scope:
                 if child.type == "decorator" and _ROUTES.match(text_of(child)[:200]):
                     return True
         names = [text_of(item).partition(":")[0] for item in declared.named_children[:2]]
-        return "request" in names
+        if "request" in names:
+            return True
+        if text_of(self.node.child_by_field_name("name")) not in _METHODS:
+            return False
+        if above is not None and above.type == "decorated_definition":
+            above = above.parent
+        owner = None if above is None else above.parent
+        bases = None if owner is None else owner.child_by_field_name("superclasses")
+        return bases is not None and _ANSWERS.search(text_of(bases)[:400]) is not None
 
     def _bind(self, assign: "Node") -> None:
         block = self._block(assign)
@@ -145,10 +162,9 @@ class Scope:
             self.bindings.setdefault(written, []).append(Binding(call.start_byte, arguments, adds, block))
 
     def _block(self, node: "Node") -> tuple[int, int]:
-        above = node.parent
-        while above is not None and above.type not in self.syntax.blocks and above.id != self.node.id:
-            above = above.parent
-        above = above or self.node
+        above, own = self.blocks(node), self.node
+        if above is None or above.start_byte < own.start_byte or above.end_byte > own.end_byte:
+            above = own
         return above.start_byte, above.end_byte
 
     def reaching(self, name: str, at: int) -> tuple[list[Binding], bool]:
@@ -194,9 +210,9 @@ def _targets(node: "Node") -> list[str]:
     return found
 
 
-def assigning(syntax: Syntax) -> set[str]:
+def assigning(syntax: Syntax) -> frozenset[str]:
     """The kinds of node that may give a name a value."""
-    return {*syntax.assigns, *syntax.calls, *(syntax.joins if syntax is LANGUAGES["ruby"] else ())}
+    return frozenset({*syntax.assigns, *syntax.calls, *(syntax.joins if syntax is LANGUAGES["ruby"] else ())})
 
 
 def _assigns(node: "Node", syntax: Syntax) -> bool:
@@ -207,13 +223,16 @@ def _assigns(node: "Node", syntax: Syntax) -> bool:
 
 
 class File:
-    """One parsed file and its scopes, made when they are asked for. `assigns` may hold more than what assigns."""
+    """One parsed file and its scopes, made when they are asked for."""
 
-    def __init__(self, tree: "Tree", language: str, imported: dict[str, str], assigns: "list[Node]") -> None:
+    def __init__(self, tree: "Tree", language: str, imported: dict[str, str]) -> None:
         self.root, self.language, self.imported = tree.root_node, language, imported
-        self.syntax = LANGUAGES[language]
-        assigns = [node for node in assigns if _assigns(node, self.syntax)]
-        self.assigns = sorted(assigns, key=lambda node: node.start_byte)
+        self.syntax = syntax = LANGUAGES[language]
+        kinds = assigning(syntax)
+        found = nodes_of(kinds | syntax.functions | syntax.blocks, self.root)
+        self.assigns = [node for node in found if node.type in kinds and _assigns(node, syntax)]
+        self.functions = Around([node for node in found if node.type in syntax.functions], same=False)
+        self.blocks = Around([node for node in found if node.type in syntax.blocks], same=True)
         self.starts = [node.start_byte for node in self.assigns]
         self.scopes: dict[int, Scope] = {}
 
@@ -226,10 +245,7 @@ class File:
 
     def function(self, node: "Node") -> "Node":
         """The function that a node stands in, else the file."""
-        above = node.parent
-        while above is not None and above.type not in self.syntax.functions:
-            above = above.parent
-        return above or self.root
+        return self.functions(node) or self.root
 
     def scope(self, node: "Node") -> Scope:
         """The scope that a node's names are looked up in."""
@@ -240,7 +256,7 @@ class File:
             inside = self.assigns[first:last]
             if outer is None:  # what functions assign is theirs
                 inside = [item for item in inside if self.function(item).id == owner.id]
-            self.scopes[owner.id] = Scope(owner, self.syntax, inside, outer)
+            self.scopes[owner.id] = Scope(owner, self.syntax, inside, outer, self.blocks)
         return self.scopes[owner.id]
 
 
@@ -359,7 +375,7 @@ class Flow:
         inner = node.child_by_field_name(first)
         last = tail(place)
         if inner is not None and not (last.isupper() and len(last) > 1):
-            if text_of(inner) in ("self", "this", "cls"):
+            if is_name(inner) and text_of(inner) in ("self", "this", "cls"):
                 value.labels.add("unknown")
             else:
                 self._look(inner, value, depth + 1, scope)

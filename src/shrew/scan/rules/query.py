@@ -38,10 +38,15 @@ class Steps:
 
     left: int
 
-    def take(self) -> None:
-        self.left -= 1
+    def take(self, count: int = 1) -> None:
+        self.left -= count
         if self.left < 0:
             raise Spent
+
+    def paid(self, count: int) -> bool:
+        """Take steps, if there are so many."""
+        self.left -= count
+        return self.left >= 0
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,20 @@ class Query:
     def captures(self) -> frozenset[str]:
         return frozenset(_captures(self.part))
 
+    @cached_property
+    def words(self) -> tuple[tuple[bytes, ...], ...]:
+        """Of each of these one must stand in a file, or the pattern fits nowhere in it."""
+        sure = _sure(self.part)
+        found = [item.words for item in self.predicates if item.words and not item.negated and item.capture in sure]
+        return tuple(tuple(word.encode() for word in sorted(words)) for words in found)
+
+    def possible(self, data: bytes) -> bool:
+        """Whether the pattern may fit somewhere in a file."""
+        return all(any(word in data for word in words) for words in self.words)
+
     def matches(self, node: "Node", steps: Steps) -> Iterator[Captures]:
         """Every way in which the pattern fits at this node. Raises Spent."""
+        steps.take((node.end_byte - node.start_byte) >> 10)  # its text may be copied
         for found in _fit(self.part, node, {}, _Run(steps, self.checks)):
             if all(predicate.holds(found) for predicate in self.predicates):
                 yield found
@@ -126,6 +143,16 @@ def _captures(part: Part) -> Iterator[str]:
     yield from part.captures
     for inner in (*part.choices, *(child for _, child, _ in part.children)):
         yield from _captures(inner)
+
+
+def _sure(part: Part) -> set[str]:
+    """The captures that every match has."""
+    found = set(part.captures)
+    for _, child, _ in part.children:
+        found |= _sure(child)
+    if part.choices:
+        found |= set.intersection(*map(_sure, part.choices))
+    return found
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -126,14 +127,25 @@ class Stated:
         return Rule(
             rule,
             self.conditions,
-            Names(rule.sources),
-            Names(rule.cleaners),
-            Names(rule.unless_calls),
+            _names(rule.sources),
+            _names(rule.cleaners),
+            _names(rule.unless_calls),
             tuple(item for item in unless if item is not None),
             known("query", rule.query, captured) or known("first", rule.first, (*named, *captured)),
             known("then", rule.then, named),
             known("reset", rule.reset, named),
         )
+
+
+@cache
+def _names(names: tuple[str, ...]) -> Names:
+    """One for all rules that share a list."""
+    return Names(names)
+
+
+@cache
+def _is_name(name: str) -> bool:
+    return re.fullmatch(r"(new )?(\*\.)?[^\s*]+", name) is not None
 
 
 def read(path: Path) -> list[Stated]:
@@ -180,7 +192,7 @@ def _one(path: Path, number: int, values: dict[str, Any], lists: dict[str, list[
         raise SpecError(f"{where}: give calls, or query, or first and then (with or without reset).")
     for names in (rule.calls, rule.sources, rule.cleaners, rule.unless_calls):
         for item in names:
-            if not re.fullmatch(r"(new )?(\*\.)?[^\s*]+", item):
+            if not _is_name(item):
                 raise SpecError(f"{where}: '{item[:60]}' is no name; write a.b.c, *.c or new C.")
     return Stated(rule, where, tuple(_condition(where, item, bool(rule.calls)) for item in rule.where))
 
@@ -193,7 +205,9 @@ def _expanded(where: str, value: Any, lists: dict[str, list[str]]) -> Any:
     for item in value:
         if isinstance(item, str) and item.startswith("@"):
             if item[1:] not in lists:
-                raise SpecError(f"{where}: there is no list '{item[1:61]}'; {nearest(item[1:61], lists)}")
+                hint = nearest(item[1:61], lists) if lists else "this file has no table [lists]."
+                raise SpecError(f"{where}: '{item[:61]}' stands for a list of names, but [lists] of this file has none "
+                                f"called '{item[1:61]}'; {hint}")  # fmt: skip
             found += lists[item[1:]]
         else:
             found.append(item)

@@ -16,17 +16,18 @@ from shrew.scan.rules.syntax import callee, first_child, name_of
 if TYPE_CHECKING:
     from tree_sitter import Node
 
+ORDINARY = 60  # levels between a statement's part and its function that cost nothing
 _LEAVE = words("exit _exit abort err errx die _Exit longjmp sys.exit os.exit panic")
 
 
 def after(file: File, rule: Rule, captures: Captures, steps: Steps) -> Iterator["Node"]:
     """The first node that fits `then` where it may follow what `captures` found. Raises Spent."""
-    if rule.then is None:
+    begun = captures.get("name")
+    if rule.then is None or begun is None:
         return
-    begun = captures["name"]
     name = _name(begun, file)
     function = file.function(begun)
-    reach = _reach(captures.get("at", begun), function, file)
+    reach = _reach(captures.get("at", begun), function, file, steps)
     start = captures.get("at", begun).end_byte
     resets = list(_places(rule.reset, function, name, start, file, steps)) if rule.reset is not None else []
     for node, at in sorted(_places(rule.then, function, name, start, file, steps), key=lambda item: item[1]):
@@ -54,17 +55,19 @@ def _places(
             continue
         if node.type in query.roots:
             for captures in query.matches(node, steps):
-                named = captures["name"]
-                if named.start_byte >= start and _name(named, file) == name:
+                named = captures.get("name")  # in one alternative and not in another, perhaps
+                if named is not None and named.start_byte >= start and _name(named, file) == name:
                     yield captures.get("at", node), named.start_byte
         waiting += node.children
 
 
-def _reach(node: "Node", function: "Node", file: File) -> list[tuple[int, int]]:
-    """The byte ranges that may run after `node`."""
+def _reach(node: "Node", function: "Node", file: File, steps: Steps) -> list[tuple[int, int]]:
+    """The byte ranges that may run after `node`. Raises Spent."""
     ranges: list[tuple[int, int]] = []
-    start = node.end_byte
+    start, up = node.end_byte, 0
     while node.id != function.id and (above := node.parent) is not None:
+        up += 1
+        steps.take(up if up > ORDINARY else 0)  # tree-sitter finds a parent from the root down
         if above.type in file.syntax.blocks or above.type == "block_body":
             ranges.append((start, above.end_byte))
             if _leaves(above, start, file):

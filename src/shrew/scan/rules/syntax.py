@@ -1,8 +1,9 @@
 """What the parts of a language are called in its grammar, and the dotted names of things."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shrew.scan.functions import words
 
@@ -134,6 +135,52 @@ LANGUAGES = {
 
 def text_of(node: "Node | None") -> str:
     return "" if node is None else (node.text or b"").decode("utf-8", "replace")
+
+
+def nodes_of(wanted: frozenset[str], node: "Node") -> "list[Node]":
+    """The nodes of the wanted kinds in a node, in their order.
+
+    (tree-sitter's own queries are no faster, and take time that grows with the square of a long run of tokens without a
+    name, such as brackets that are never closed.)
+    """
+    found, cursor = list[Any](), node.walk()
+    while True:
+        here: Any = cursor.node
+        if here.type in wanted and here.is_named:
+            found.append(here)
+        if cursor.goto_first_child():
+            continue
+        while not cursor.goto_next_sibling():
+            if not cursor.goto_parent():
+                return found
+
+
+class Around:
+    """Which of some nodes of a tree is the innermost around another one. (tree-sitter finds a parent from the root
+    down, so going up from what is deep takes long.) `same`: also one that has the same place."""
+
+    def __init__(self, nodes: "list[Node]", same: bool) -> None:
+        """`nodes` in their order."""
+        self._nodes, self._same = nodes, same
+        self._starts = [node.start_byte for node in nodes]
+        self._ends = [node.end_byte for node in nodes]
+        self._outer: list[int] = []  # index of the next one out, -1 for none
+        above: list[int] = []
+        for at, start in enumerate(self._starts):
+            while above and self._ends[above[-1]] <= start:
+                above.pop()
+            self._outer.append(above[-1] if above else -1)
+            above.append(at)
+
+    def __call__(self, node: "Node") -> "Node | None":
+        start, end = node.start_byte, node.end_byte
+        at = bisect_right(self._starts, start) - 1
+        while at >= 0:
+            larger = self._ends[at] - self._starts[at] > end - start
+            if self._ends[at] >= end and (larger or (self._same and self._nodes[at].id != node.id)):
+                return self._nodes[at]
+            at = self._outer[at]
+        return None
 
 
 def first_child(node: "Node") -> "Node | None":
