@@ -136,8 +136,9 @@ class Cache:
         try:
             row = self._base.execute(query, keys).fetchone()
             return None if row is None else _DECODERS[kind].decode(row[0])
-        except (sqlite3.Error, msgspec.MsgspecError, TypeError) as error:
-            self._failed(msgspec.ValidationError(str(error)) if isinstance(error, TypeError) else error)
+        except (sqlite3.Error, msgspec.MsgspecError, TypeError, ValueError) as error:  # ValueError: text that is none
+            known = isinstance(error, (sqlite3.Error, msgspec.MsgspecError))
+            self._failed(error if known else msgspec.ValidationError(str(error)))
             return None
 
     def _put(self, table: str, *row: Any) -> None:

@@ -345,9 +345,10 @@ class Graph:
         """The product with codes, of so many rows and no bias, that one factor of `giver` is and nothing else reads."""
         for name in giver.input if giver.op_type == "Mul" else ():
             found = made.get(name)
-            if found is not None and found.op_type == "MatMulNBits" and uses[name] == 1 and not found.input[BIAS]:
-                if any(item.name == "N" and item.i == rows for item in found.attribute):
-                    return found
+            if found is None or found.op_type != "MatMulNBits" or uses[name] > 1 or found.input[BIAS]:
+                continue
+            if any(item.name == "N" and item.i == rows for item in found.attribute):
+                return found
         return None
 
     def _tensor(self, name: str, place: tuple[int, int] | None) -> Any:
