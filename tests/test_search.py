@@ -26,6 +26,7 @@ from shrew.search.allocate import Group, allocate, extend
 from shrew.search.families import family
 from shrew.search.gate import Verdict, fixed_sequence, judge
 from shrew.search.kinds import Kind, widths
+from shrew.search.orders import PLAIN
 from shrew.search.propose import BARE, BRIEF, LEAST, MOST, Candidate, Curve, Family, Rates, Widths, coded, inherited
 from shrew.search.repair import repaired
 from shrew.search.wanted import ALONE, ShrinkSpec
@@ -75,12 +76,19 @@ def test_allocation_with_nothing_to_spare() -> None:
 
 
 def test_damage_at_unmeasured_widths_quarters_with_each_bit() -> None:
-    every = widths(64, True).bits
+    every = {bits: 4.0**-bits for bits in BITS}
     found = extend({2: 1.0, 3: 0.3, 4: 0.08}, every)
     assert [found[bits] for bits in (2, 3, 4)] == [1.0, 0.3, 0.08]
     assert [found[bits] / 0.08 for bits in (5, 6, 8)] == pytest.approx([1 / 4, 1 / 16, 1 / 256])
     assert set(found) == set(BITS)
     assert min(extend({2: 0.0, 3: -1e-7, 4: 0.0}, every).values()) > 0  # a gain is noise, and logarithms follow
+
+
+def test_damage_between_two_measured_grids_follows_the_power_that_they_show() -> None:
+    errors: dict[Kind, float] = {"a": 1.0, "b": 10.0, "c": 100.0, "d": 1000.0, "e": 0.1}
+    found = extend({"a": 0.02, "c": 0.0002 * 100**1.5}, errors)  # a power of 1 / 2
+    assert found["b"] == pytest.approx((found["a"] * found["c"]) ** 0.5)
+    assert [found["d"] / found["c"], found["a"] / found["e"]] == pytest.approx([10, 10])  # and of 1 beyond
 
 
 @settings(deadline=None, max_examples=40)
@@ -148,7 +156,7 @@ def family_of(
     loaded = Loaded(make_model(kind), make_tokenizer())
     draw = np.random.default_rng(0)
     damages: dict[str, dict[Kind, float]]
-    damages = {item.name: {bits: float(draw.uniform(0.5, 2)) * 4.0 ** (2 - bits) for bits in (2, 3, 4)}
+    damages = {item.name: {bits: float(draw.uniform(0.5, 2)) * 4.0 ** (2 - bits) for bits in BITS}
                for item in trial.groups(loaded)}  # fmt: skip
     folder.save(loaded, work / "original")
     source = Source(model=str(work / "original"), text=[str(words)], threads=1)
@@ -224,7 +232,7 @@ def test_predicted_size_is_near_the_real_one(
     assert found.flops < 1 if moves else found.flops == 1
     ladder = found.ladder()
     for item in (ladder[1], ladder[len(ladder) // 2], ladder[-1]):
-        tables = item.moves(None)
+        tables = PLAIN.moves(item, None)
         assert tables[: len(moves)] == moves
         loaded = folder.load(cut)
         parse_moves([{**tables[-1], "method": "rtn"}], "test")[0].apply(loaded, context_for(tmp_path))
@@ -241,7 +249,7 @@ def test_the_size_predicted_of_a_rate_is_near_the_real_one(
     original, _, context = trial.opened(json.dumps(spec.dump(source)))
     assert original.path is not None
     for item in found.ladder()[10:30:10]:
-        path = apply_moves(original.path, parse_moves(item.moves(None), "test"), source, context)
+        path = apply_moves(original.path, parse_moves(PLAIN.moves(item, None), "test"), source, context)
         header = 200 * len(folder.load(path).packed)  # what lists rows' and columns' steps, much in a model so small
         assert item.bytes * 0.97 < trial.weight_bytes(path) < item.bytes * 1.005 + header
 
@@ -258,8 +266,8 @@ def test_damage_is_what_the_moves_do(words: Path, tmp_path: Path) -> None:
 
 def test_dropped_layers_are_renumbered() -> None:
     damages: dict[str, dict[Kind, float]]
-    damages = {f"m.layers.{n}.{part}": {2: float(n), 3: 0.1, 4: 0.01} for n in range(5) for part in ("attn", "mlp")}
-    damages["embed"] = {2: 9.0, 3: 1.0, 4: 0.1}
+    damages = {f"m.layers.{n}.{part}": dict.fromkeys(BITS, float(n)) for n in range(5) for part in ("attn", "mlp")}
+    damages["embed"] = dict.fromkeys(BITS, 9.0)
     weights = dict.fromkeys(damages, 10)
 
     def sized(*names: str) -> list[Group]:
@@ -267,7 +275,7 @@ def test_dropped_layers_are_renumbered() -> None:
 
     names = [f"m.layers.{n}.{part}" for n in range(3) for part in ("attn", "mlp")]
     found = inherited(sized(*names, "embed"), damages, weights, [1, 3], "m.layers", PALETTE)
-    assert [item[2] for item in found] == [1e-9, 1e-9, 2.0, 2.0, 4.0, 4.0, 9.0]
+    assert [item[2] for item in found] == [0.0, 0.0, 2.0, 2.0, 4.0, 4.0, 9.0]
     # A part that had no such name before: the mean a weight, of 29 on 110 weights, times its 20.
     (new,) = inherited(sized("elsewhere"), damages, weights, [], "m.layers", PALETTE)
     assert new[2] == pytest.approx(29 / 110 * 20)
@@ -356,7 +364,7 @@ def test_any_trial_leaves_the_curve_usable(points: list[tuple[float, float, int]
 def parts_of(alone: list[float]) -> Widths:
     """Groups of 100 weights each, with so much damage at 2 bits."""
     groups = tuple(Group(f"g{n}", ((f"w{n}", 10, 10),)) for n in range(len(alone)))
-    damages = tuple(extend({2: value}, {2: 2, 4: 4}) for value in alone)
+    damages = tuple({2: value, 4: value / 16} for value in alone)
     return Widths(groups, damages, PALETTE)
 
 

@@ -1,11 +1,14 @@
 """What benchmarks/compression.py compares, fixed before anything was measured: each peer's settings, and ours."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 ADAPTERS = {"llama.cpp": "llamacpp", "AutoRound": "autoround", "llm-compressor": "llmcompressor", "HQQ": "hqq",
             "torchao": "torchao", "ModelOpt": "modelopt", "Shrew": "shrew"}  # fmt: skip
 OURS = "Shrew"
+MIXES = Path(__file__).with_name("mixes.json")  # what benchmarks/mixes.py chose for the starter
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,10 @@ def stock() -> list[Arm]:
     for label, (bits, grid, head) in kinds.items():
         move = {"name": "quantize", "grid": grid, "embeddings": True, "tensors": {"model.embed_tokens.weight": head}}
         found.append(Arm(OURS, f"GGUF {label}", bits, {"moves": [move], "gguf": True}, alone=False, stock=True))
-    return found
+    mixes = json.loads(MIXES.read_text("utf-8")) if MIXES.exists() else {}
+    return found + [Arm(OURS, f"GGUF mixed, bytes of {name}", int(name[1]),
+                        {"moves": [mix["move"]], "gguf": True}, alone=False, stock=True)
+                    for name, mix in mixes.items()]  # fmt: skip
 
 
 ARMS = [*llamacpp(), *autoround(), *llmcompressor(), *hqq(), *torchao(), *modelopt(), *shrew()]

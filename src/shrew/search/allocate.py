@@ -1,7 +1,9 @@
 """Which grid for which weights: an exact multiple-choice knapsack over measured damage. Pure arithmetic."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,12 +32,21 @@ class Group:
         return tuple(kind for kind in palette.bits if all(kind in each for each in fit))
 
 
-def extend(damage: Mapping[Kind, float], bits: Mapping[Kind, int]) -> dict[Kind, float]:
-    """Damage on every grid of `bits` from that measured on some: a bit more halves the step, so it quarters the
-    damage, which is second-order in the step."""
-    known = {kind: max(value, 1e-9) for kind, value in damage.items()}
-    top = max(known, key=lambda kind: (bits[kind], -known[kind]))
-    return {kind: known.get(kind, known[top] * 4.0 ** (bits[top] - wide)) for kind, wide in bits.items()}
+def extend(damage: Mapping[Kind, float], errors: Mapping[Kind, float]) -> dict[Kind, float]:
+    """Damage on every grid of `errors`, the squared errors of rounding to them, from that measured on some: damage is
+    proportional to the error, and between two measured grids to the power of it that they show."""
+    errors = {kind: max(error, 1e-30) for kind, error in errors.items()}
+    known = sorted((errors[kind], max(value, 1e-9)) for kind, value in damage.items())
+
+    def at(error: float) -> float:
+        (low, less), (high, more) = known[0], known[-1]
+        for one, other in pairwise(known):
+            if one[0] < error < other[0]:
+                (low, less), (high, more) = one, other
+                return less * (more / less) ** (math.log(error / low) / math.log(high / low))
+        return less * error / low if error <= low else more * error / high
+
+    return {kind: max(damage[kind], 1e-9) if kind in damage else at(error) for kind, error in errors.items()}
 
 
 def allocate(

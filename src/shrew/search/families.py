@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shrew.search import trial
-from shrew.search.allocate import Group
+from shrew.search.allocate import Group, extend
 from shrew.search.kinds import Kind
 from shrew.search.propose import MEASURED_RATES, Choices, Family, Rates, Widths, coded, inherited
 from shrew.search.repair import repaired
@@ -21,30 +21,47 @@ Cuts = dict[str, tuple[Moves, list[int]]]  # moves, and the layers that they lea
 Store = Callable[[tuple[Group, ...], Sequence[int]], Choices]
 
 
-def find(run: "Run") -> list[Family]:
-    """The uncut model, then its cuts, the least damage for the bytes that it saves first."""
-    plain = run.executor.submit(trial.cut, run.json, [], run.wanted.gguf)
-    single = run.executor.submit(trial.layer_damages, run.json)
-    base = plain.result()
-    store = rates(run) if run.wanted.coded else widths(run, base)
-    proposed = cuts(run, single.result())
-    futures = {name: run.executor.submit(trial.cut, run.json, moves, run.wanted.gguf)
-               for name, (moves, _) in proposed.items()}  # fmt: skip
-    found, refused = [family("no cut", [], base, store, [], base)], []
-    for name, (moves, dropped) in proposed.items():
-        made = futures[name].result()
-        if "refused" in made:
-            refused.append(f"{name}: {made['refused']}")
-        elif name == TRIMMED and weights_of(made) > (1 - TRIM) * weights_of(base):
-            refused.append(f"{name}: it would save less than {TRIM:.0%} of the weights")
-        else:
-            found.append(family(name, moves, made, store, dropped, base))
-    run.tried = [item.name for item in found] + [f"not {reason}" for reason in refused]
-    for reason in refused:
-        run.say(f"  not tried: {reason}")
-    whole = found[0].choices.ends()[0] + found[0].rest
-    found[1:] = sorted(found[1:], key=lambda item: item.cut / max(whole - item.rest - item.choices.ends()[0], 1))
-    return fast_enough(run, found)
+class Shelf:
+    """`found`: the uncut model, then its cuts, the least damage for the bytes that it saves first. More can be made."""
+
+    def __init__(self, run: "Run") -> None:
+        self.run = run
+        plain = run.executor.submit(trial.cut, run.json, [], run.wanted.gguf)
+        single = run.executor.submit(trial.layer_damages, run.json)
+        self.base = plain.result()
+        self.store = rates(run) if run.wanted.coded else widths(run, self.base)
+        self.proposed = cuts(run, single.result())
+        futures = {name: run.executor.submit(trial.cut, run.json, moves, run.wanted.gguf)
+                   for name, (moves, _) in self.proposed.items()}  # fmt: skip
+        uncut = family("no cut", [], self.base, self.store, [], self.base)
+        self.found = [uncut, *(item for name, future in futures.items() if (item := self._made(name, future.result())))]
+        whole = size_of(uncut)
+        self.found[1:] = sorted(self.found[1:], key=lambda item: item.cut / max(whole - size_of(item), 1))
+        told = ", ".join(f"{item.name} {item.cut:.3g} ({1 - size_of(item) / whole:.0%})" for item in self.found[1:])
+        if told:
+            run.say(f"  Damage of cuts alone in nats a prediction, and what they save: {told}.")
+        self.found = fast_enough(run, self.found)
+
+    def both(self, name: str, moves: Moves, like: str) -> Family | None:
+        """A family of its own that leaves out the layers that another does."""
+        self.proposed[name] = moves, self.proposed[like][1]
+        future = self.run.executor.submit(trial.cut, self.run.json, moves, self.run.wanted.gguf)
+        return self._made(name, future.result())
+
+    def _made(self, name: str, found: dict[str, Any]) -> Family | None:
+        moves, dropped = self.proposed[name]
+        reason = found.get("refused", "")
+        if not reason and name == TRIMMED and weights_of(found) > (1 - TRIM) * weights_of(self.base):
+            reason = f"it would save less than {TRIM:.0%} of the weights"
+        if reason:
+            self.run.say(f"  not tried: {name}: {reason}")
+        self.run.tried.append(f"not {name}: {reason}" if reason else name)
+        return None if reason else family(name, moves, found, self.store, dropped, self.base)
+
+
+def size_of(item: Family) -> int:
+    """Bytes of the weights file at its largest."""
+    return item.rest + item.choices.ends()[0]
 
 
 def widths(run: "Run", base: dict[str, Any]) -> Store:
@@ -54,9 +71,11 @@ def widths(run: "Run", base: dict[str, Any]) -> Store:
     parts = groups_of(base)
     cells = [(item, kind) for item in parts for kind in item.kinds(palette) if kind in palette.measured]
     alone = measure(run, [{name: kind for name, _, _ in item.tensors} for item, kind in cells])
-    damages: dict[str, dict[Kind, float]] = {}
+    measured: dict[str, dict[Kind, float]] = {}
     for (item, kind), value in zip(cells, alone, strict=True):
-        damages.setdefault(item.name, {})[kind] = value
+        measured.setdefault(item.name, {})[kind] = value
+    damages = {name: extend(found, each) for (name, found), each in
+               zip(measured.items(), errors(run, list(measured)), strict=True)}  # fmt: skip
     prefix = trial.find_layers(run.original.model)[0]
     weights = {item.name: item.weights() for item in parts}
 
@@ -85,10 +104,24 @@ def measure(run: "Run", asked: Sequence[Mapping[str, Kind]]) -> list[float]:
     return [value for future in futures for value in future.result()]
 
 
+def errors(run: "Run", names: list[str]) -> list[dict[Kind, float]]:
+    """Squared errors of rounding each group to every grid of the palette: a bit more halves the step. Where the kinds
+    of grid differ, that of the weights themselves."""
+    palette = run.palette
+    if not palette.by_tensor:
+        return [{kind: 4.0**-bits for kind, bits in palette.bits.items()}] * len(names)
+    found = run.executor.submit(trial.errors, run.json, names, list(palette.bits)).result()
+    return [dict(item) for item in found]
+
+
 def rates(run: "Run") -> Store:
-    """A rate for all coded weights, by the damage that some rates do; cuts are taken to change that little."""
-    futures = {rate: run.executor.submit(trial.damage, run.json, [coded(rate)]) for rate in MEASURED_RATES}
-    damages = {rate: float(future.result()) for rate, future in futures.items()}
+    """A rate for all coded weights, by the damage that two rates do, the second on the side where the floor is likely
+    to be; cuts are taken to change that little."""
+    low, middle, high = MEASURED_RATES
+    damages: dict[float, float] = {}
+    for _ in range(2):
+        rate = middle if not damages else high if damages[middle] > run.allowed() else low
+        damages[rate] = float(run.executor.submit(trial.damage, run.json, [coded(rate)]).result())
     told = ", ".join(f"{value:.3g} at {rate:g}" for rate, value in damages.items())
     run.say(f"  Damage in nats a prediction by bits a weight, coded and not healed: {told}.")
     return lambda parts, dropped: Rates(sum(item.weights() for item in parts), damages)
@@ -99,6 +132,8 @@ def cuts(run: "Run", scores: list[float]) -> Cuts:
     narrow: dict[float, Moves] = {share: [{"name": "narrow", "mlp": share}] for share in (0.75, 0.5)}
     found: Cuts = {TRIMMED: ([{"name": "trim-vocab"}], [])}
     found |= {f"MLP {share:.0%}": (moves, []) for share, moves in narrow.items()}
+    if not run.original.is_classifier and not run.wanted.gguf and len(scores) > 1:  # what our own blocks alone can say
+        found |= {"a layer run twice": ([{"name": "share"}], []), "projections factored": ([{"name": "factor"}], [])}
     counts = {1}
     if run.goals["faster"]:
         counts.add(math.ceil(len(scores) * (1 - 1 / run.goals["faster"])))

@@ -20,8 +20,8 @@ BLOCKS: dict[int, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Palette:
-    """Grids to choose from: `bits` of each kind, those whose damage is `measured` (of others it follows), and what
-    the move `quantize` is told besides."""
+    """Grids to choose from: `bits` of each kind, those whose damage is `measured` (that of others follows from their
+    errors), and what the move `quantize` is told besides."""
 
     bits: Mapping[Kind, int]
     measured: tuple[Kind, ...]
@@ -73,4 +73,4 @@ def widths(group: int, symmetric: bool) -> Palette:
 def blocks() -> Palette:
     """GGUF's block types."""
     bits: dict[Kind, int] = {kind: TYPES[kind].bits for kind in dict.fromkeys(sum(BLOCKS.values(), ()))}
-    return Palette(bits, tuple(kind for kind, wide in bits.items() if wide <= 4), {}, by_tensor=True)
+    return Palette(bits, ("q2_k", "q4_k", "iq4_nl"), {}, by_tensor=True)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shrew.search.allocate import Group, allocate, extend
+from shrew.search.allocate import Group, allocate
 from shrew.search.kinds import Kind, Palette
 
 LADDER = 40  # byte budgets between the largest and the smallest way to store the weights
 MOST, LEAST = 600, 100  # hundredths of a bit a weight: the ends of what is tried of coded weights
-MEASURED_RATES = (1.0, 2.0, 3.0)  # bits a weight whose damage is measured
+MEASURED_RATES = (1.0, 2.0, 3.0)  # bits a weight: the damage of two neighbouring ones is measured
 BARE, BRIEF, FULL = range(3)  # how much a trial was healed
 LEFT = (0.6, 0.8)  # shares of what is lost that full healing is supposed to leave, until trials say otherwise
 STIFF = 0.05  # how much spread of log damages it takes to believe a measured power as much as a power of 1
@@ -152,10 +152,6 @@ class Candidate:
     bytes: int  # predicted size of the weights file
     damage: float  # predicted KL to the original before healing, nats a prediction
 
-    def moves(self, heal: dict[str, Any] | None) -> list[dict[str, Any]]:
-        """The recipe tables: cuts, quantization, healing."""
-        return [*self.family.moves, self.quantize, *([heal] if heal else [])]
-
 
 def inherited(groups: Sequence[Group], damages: dict[str, dict[Kind, float]], weights: dict[str, int],
               dropped: Sequence[int], prefix: str, palette: Palette) -> tuple[dict[Kind, float], ...]:  # fmt: skip
@@ -163,15 +159,11 @@ def inherited(groups: Sequence[Group], damages: dict[str, dict[Kind, float]], we
     were left out; of parts that have another name since, the mean by their number of `weights`."""
     before = {_renumber(name, prefix, dropped): damage for name, damage in damages.items()}
     total = max(sum(weights.values()), 1)
-    mean = {kind: sum(damage.get(kind, 0.0) for damage in damages.values()) / total for kind in palette.measured}
+    mean = {kind: sum(damage.get(kind, 0.0) for damage in damages.values()) / total for kind in palette.bits}
 
     def known(item: Group) -> dict[Kind, float]:
-        kinds = item.kinds(palette)
-        found = before.get(item.name, {})
-        if not any(kind in found for kind in kinds):
-            found = {kind: each * item.weights() for kind, each in mean.items()}
-        return extend({kind: value for kind, value in found.items() if kind in kinds},
-                      {kind: palette.bits[kind] for kind in kinds})  # fmt: skip
+        found = before.get(item.name) or {kind: each * item.weights() for kind, each in mean.items()}
+        return {kind: found[kind] for kind in item.kinds(palette)}
 
     return tuple(map(known, groups))
 

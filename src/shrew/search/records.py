@@ -38,6 +38,8 @@ def emit(run: "Run", chosen: "Trial | None", verdicts: dict[str, Verdict], order
     found += _references(run, name)
     for item in run.trials:
         found += _trial(run, name, item)
+    found += [Record(run=name, model=told["trial"], metric="order", value=told["retention"], task=_task(run, "search"),
+                     detail=told) for told in run.orders]  # fmt: skip
     best = chosen
     if best is None and verdicts:
         label = max(verdicts, key=lambda key: verdicts[key].lower_bound)

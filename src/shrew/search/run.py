@@ -20,12 +20,12 @@ from shrew.folder import Loaded
 from shrew.measure import cost, statistics
 from shrew.moves.source import Source, context_of, open_task
 from shrew.record import Record
-from shrew.search import families, trial
+from shrew.search import families, orders, trial
 from shrew.search.executor import LocalExecutor
 from shrew.search.gate import Verdict, fixed_sequence, judge
-from shrew.search.propose import BARE, BRIEF, FULL, LEAST, MOST, Candidate, Curve, Family
+from shrew.search.propose import BARE, BRIEF, FULL, LEAST, LEFT, MOST, Candidate, Curve, Family
 from shrew.search.records import emit
-from shrew.search.wanted import ShrinkSpec
+from shrew.search.wanted import ALONE, ShrinkSpec
 from shrew.tasks import Scores, likelihood, read
 from shrew.tasks.fairness import Fairness
 
@@ -77,6 +77,7 @@ class Run:
         self.trials: list[Trial] = []
         self.tried: list[str] = []
         self.repaired = ""
+        self.order, self.orders = orders.PLAIN, list[dict[str, Any]]()
         self.openings = 0
         self.references: dict[str, Scores] = {}
         self.curve = Curve(1.0)
@@ -131,13 +132,14 @@ class Run:
         return item
 
     def finish_all(self, started: list[Started], full: bool) -> list[Trial]:
-        """Wait for healed candidates, then score each without its healing too, which costs next to nothing as it is in
-        the cache: where little was lost, healing can do harm. The better of the two counts."""
+        """Wait for healed candidates, then score each without its healing too, which costs next to nothing where it is
+        in the cache: where little was lost, healing can do harm. The better of the two counts."""
         healed = [self.finish(future, moves, candidate, full) for candidate, moves, future in started]
         if not self.heal(self.wanted.heal):
             return [item for item in healed if item is not None]
-        plain = [(candidate, moves[:-1], self.start(moves[:-1])) for candidate, moves, _ in started]
-        bare = [self.finish(future, moves, candidate, full) for candidate, moves, future in plain]
+        plain = [(candidate, self.order.moves(candidate, None)) for candidate, _, _ in started]
+        waiting = [(candidate, moves, self.start(moves)) for candidate, moves in plain]
+        bare = [self.finish(future, moves, candidate, full) for candidate, moves, future in waiting]
         better = []
         for pair in zip(healed, bare, strict=True):
             known = sorted((item for item in pair if item is not None), key=lambda item: -item.retention)
@@ -182,7 +184,7 @@ class Run:
             control = self.baseline()
             live = self.rank(self.families())
             self.control(control)
-            self.close_in(live)
+            self.close_in(orders.learn(self, live))
             chosen, verdicts, order = self.final()
             records = emit(self, chosen, verdicts, order)
         except BrokenProcessPool:
@@ -224,7 +226,7 @@ class Run:
         self.provable = statistics.highest_keep(scores, lightly.scores if lightly else None)
         share = (scores.n / max(len(self.task.examples("final")), 1)) ** 0.5
         self.provable = 1 - (1 - self.provable) * min(share, 1.0)
-        rounds = 1 + CUTS + 4
+        rounds = PROBES + 1 + CUTS + len(orders.HEALINGS) + 3
         self.say(f"The original: {scores.metric.replace('_', ' ')} {scores.value():.4f} on {scores.n} units, "
                  f"{self.original_bytes / 1e6:.2f} MB. The highest --keep that this much text can prove is about "
                  f"{self.provable:.4f}. About {rounds} trials follow, {self.estimate(found['seconds']):.0f} minutes "
@@ -239,7 +241,8 @@ class Run:
         tokens = sum(map(len, self.original.tokenizer(texts, verbose=False)["input_ids"]))
         healing = self.wanted.heal * self.wanted.rows * self.source.window * 3 * scoring / max(tokens, 1)
         final = len(self.task.examples("final")) / max(len(self.task.examples("search")), 1)
-        work = (1 + CUTS) * (healing / 4 + scoring) + 5 * (healing + scoring) + 10 * scoring + 5 * final * scoring
+        brief = 1 + CUTS + len(orders.HEALINGS)
+        work = brief * (healing / 4 + scoring) + 3 * (healing + scoring) + 12 * scoring + 5 * final * scoring
         return work / self.jobs / 60 + 0.5
 
     def control(self, future: "Future[dict[str, Any]] | None") -> None:
@@ -259,7 +262,12 @@ class Run:
 
     def families(self) -> list[Family]:
         """The uncut model and its cuts, each with the ways to store its weights and their measured damage."""
-        return families.find(self)
+        self.shelf = families.Shelf(self)
+        return self.shelf.found
+
+    def allowed(self) -> float:
+        """Damage in nats a prediction that may be done before healing, as far as the trials so far can tell."""
+        return self.curve.loss * (1 / (self.goals["keep"] or ALONE) - 1) / LEFT[BARE]
 
     def likely_size(self, family: Family) -> int:
         """The smallest size at which a family is likely to keep enough, as far as the trials so far can tell."""
@@ -278,7 +286,7 @@ class Run:
             candidate = families[0].candidate(probe)
             if candidate is None:
                 break
-            bare = candidate.moves(None)
+            bare = self.order.moves(candidate, None)
             self.finish(self.start(bare), bare, candidate, False)
             size = self.likely_size(families[0])
             if abs(math.log(size / probe)) < NEAR:
@@ -289,7 +297,7 @@ class Run:
         for item in families[: 1 + CUTS]:
             candidate = item.candidate(size)
             if candidate is not None:
-                moves = candidate.moves(brief)
+                moves = self.order.moves(candidate, brief)
                 found.append((candidate, moves, self.start(moves)))
         done = self.finish_all(found, False)
         if not done:
@@ -314,7 +322,7 @@ class Run:
             if not picked:
                 break
             asked.update(key_of(item) for item in picked)
-            started = [(item, item.moves(heal)) for item in picked]
+            started = [(item, self.order.moves(item, heal)) for item in picked]
             self.finish_all([(item, moves, self.start(moves)) for item, moves in started], True)
 
     def next_candidates(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from shrew import files, folder, spec
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
-from shrew.folder.grids import dequantize
+from shrew.folder.grids import Grid, Steps, dequantize
 from shrew.folder.packed import from_rows, to_rows
 from shrew.measure import cost
 from shrew.moves import Context, apply_moves, parse_moves
@@ -37,6 +37,8 @@ VERSION = 3  # of what is cached; raised when a trial's meaning changes
 GGUF = "model.gguf"
 PROFILE_TOKENS = 4096
 PROFILE_VALUES = 1 << 25
+SAMPLE = 128  # rows of a weight whose rounding errors are compared
+KEPT = 1 << 27  # codes that a worker keeps while it measures choices
 
 
 @lru_cache(maxsize=2)
@@ -135,6 +137,25 @@ def profile(source_json: str, items: list[dict[str, Kind]], settings: dict[str, 
     ]  # fmt: skip
 
 
+def errors(source_json: str, names: list[str], kinds: list[str]) -> list[dict[str, float]]:
+    """Squared error of rounding some rows of each weight to the nearest on each grid that fits it."""
+    original = opened(source_json)[0]
+    targets, palette = quantizable(original.model)[0], Palette({}, (), {})
+
+    def compute() -> dict[str, Any]:
+        found: dict[str, dict[str, float]] = {}
+        for name in names:
+            rows = to_rows(targets[name].weight.detach().float(), targets[name].transposed)
+            rows = rows[:: -(-len(rows) // SAMPLE)]
+            grids = {kind: palette.grid(kind, rows.shape[1]) for kind in kinds}
+            found[name] = {kind: float((dequantize(*nearest(rows, grid), grid) - rows).square().sum())
+                           for kind, grid in grids.items() if rows.shape[1] % max(grid.span, 1) == 0}  # fmt: skip
+        return found
+
+    found = cached("errors", [_base_key(source_json), names, kinds], compute)
+    return [found[name] for name in names]
+
+
 def layer_damages(source_json: str) -> list[float]:
     """KL of leaving out each layer; infinite where the architecture does not let it go."""
     original, _, context = opened(source_json)
@@ -228,12 +249,24 @@ def _damage(source_json: str, item: dict[str, Kind], settings: dict[str, Any]) -
         for name, target in targets.items():
             rows = to_rows(target.weight.detach(), target.transposed)
             grid = palette.grid(item[name], rows.shape[1])
-            rounded = dequantize(*nearest(rows, grid), grid)
+            rounded = dequantize(*_nearest((_base_key(source_json), name, grid), rows), grid)
             target.weight.copy_(from_rows(rounded, tuple(target.weight.shape), target.transposed))
         return divergence(original, original, context, wanted)
     finally:
         for name, weight in kept.items():
             targets[name].weight.copy_(weight)
+
+
+_made: dict[tuple[str, str, Grid], tuple[torch.Tensor, Steps]] = {}
+
+
+def _nearest(key: tuple[str, str, Grid], rows: torch.Tensor) -> tuple[torch.Tensor, Steps]:
+    """Codes and steps of a weight on a grid, remembered as long as they are few: most choices share most of them."""
+    if key not in _made:
+        if sum(codes.numel() for codes, _ in _made.values()) + rows.numel() > KEPT:
+            _made.clear()
+        _made[key] = nearest(rows, key[2])
+    return _made[key]
 
 
 @torch.inference_mode()
