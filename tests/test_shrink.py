@@ -22,8 +22,8 @@ from shrew import folder, record, spec
 from shrew.__main__ import main
 from shrew.measure import cost
 from shrew.moves.source import Source
+from shrew.search import families, trial
 from shrew.search import run as search_run
-from shrew.search import trial
 
 FLAGS = ["--keep", "0.8", "--heal", "4", "--lr", "1e-4", "--jobs", "1", "--candidates", "2", "--group", "32"]
 
@@ -303,8 +303,8 @@ def test_unused_tokens_are_dropped(
     source = spec.dump(Source(model=str(tmp_path / "wide"), text=[str(stories)], threads=1))
     alone = trial.cut(json.dumps(source), [{"name": "trim-vocab"}])
     assert alone["damage"] == pytest.approx(0, abs=1e-4)  # to the original without those tokens, whatever their numbers
-    cuts = search_run.Run.cuts
-    monkeypatch.setattr(search_run.Run, "cuts", lambda run, scores: dict([next(iter(cuts(run, scores).items()))]))
+    cuts = families.cuts
+    monkeypatch.setattr(families, "cuts", lambda run, scores: dict([next(iter(cuts(run, scores).items()))]))
     flags = ["--keep", "0.8", "--heal", "1", "--lr", "1e-4", "--jobs", "1"]
     code, said = shrink(tmp_path / "wide", "--text", stories, "--out", tmp_path / "out", *flags)
     assert code == 0, said

@@ -1,6 +1,8 @@
 """What benchmarks/compression.py compares, fixed before anything was measured: each peer's settings, and ours."""
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 ADAPTERS = {"llama.cpp": "llamacpp", "AutoRound": "autoround", "llm-compressor": "llmcompressor", "HQQ": "hqq",
@@ -10,6 +12,7 @@ SECONDS = {"llama.cpp": 35, "AutoRound": 110, "llm-compressor": 50, "HQQ": 50, "
            "Shrew": 70}  # an arm takes about so long on one core, the judging included; told until one was measured
 HEALING = 200  # seconds more of an arm that heals
 HEAL = {"name": "distil", "steps": 128, "rows": 4, "lr": 5e-4, "teacher": 1.0}  # the same for everybody
+MIXES = Path(__file__).with_name("mixes.json")  # what benchmarks/mixes.py chose for the starter
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,9 @@ def stock() -> list[Arm]:
         moves = [{"name": "quantize", "grid": grid, "embeddings": True}]
         settings = {"moves": moves, "types": types, "gguf": True}
         found.append(Arm(OURS, f"GGUF {label}", bits, settings, alone=False, stock=True, extra=label == "q4_0"))
-    return found
+    mixes = json.loads(MIXES.read_text("utf-8")) if MIXES.exists() else {}
+    return found + [Arm(OURS, f"GGUF mixed, bytes of {name}", int(name[1]), {"moves": [mix["move"]], "gguf": True},
+                        alone=False, stock=True) for name, mix in mixes.items()]  # fmt: skip
 
 
 def healed(arms: list[Arm]) -> list[Arm]:

@@ -36,6 +36,7 @@ Structure. `value` is None and `model` "" where the table says nothing.
                                             "splits": {name: {"documents": n, "tokens": n, "bytes": n}},
                                             "provable_keep": the highest floor this data can prove
     trial    "trial 7"      CPU-seconds     "moves": [{"name": "quantize", "bits": 3, ...}], "reused": bool
+    order    "trial 4"      retention       "order": what was tried, "kept": bool, "text": a sentence; task as above
     move     "chosen" or    retention after "step": 1.., "move": {"name": ...}, "bytes": after this move and all before;
              a trial        this move       low, high, n and task as for retention
     band     "original",    loss; unit,     "band": 0.. (rarest first), "label": text, "before": the original's loss;

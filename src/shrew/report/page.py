@@ -15,7 +15,7 @@ def page(view: View) -> str:
     """The whole HTML document."""
     told = sentence(view)
     title = told.partition(";")[0] if told else f"Measured: {', '.join(view.columns)}"
-    parts = [_frontier, _models, _moves, _samples, forgotten.section, _tensors, _recipe, _tools, _method]
+    parts = [_frontier, _models, _moves, _orders, _samples, forgotten.section, _tensors, _recipe, _tools, _method]
     body = "".join(part(view) for part in parts)
     return document(title, f"<main>\n{_header(view, told)}{body}</main>\n{_footer(view)}")
 
@@ -150,6 +150,16 @@ def _moves(view: View) -> str:
         before, kept_before = total, share if share is not None else kept_before
     note = f"Weights on disk and quality after each move, in the order of the recipe{_on(steps[0][0])}."
     return section("What each move bought", note, f'<ol class="rows">\n{"".join(rows)}</ol>\n')
+
+
+def _orders(view: View) -> str:
+    """What came of each order of moves: a sentence each."""
+    told = [(words.text_in(item.detail.get("text")), item) for item in view.of("order")]
+    rows = "".join(f"<li>{escape(text)}.</li>\n" for text, _ in told if text)
+    if not rows:
+        return ""
+    note = f"Tried on one candidate with as much healing each, and the best kept{_on(told[0][1])}."
+    return section("Which order pays", note, f"<ul>\n{rows}</ul>\n")
 
 
 def _on(record: Record) -> str:

@@ -11,7 +11,7 @@ ORIGINAL, HEALED, CHOSEN = "original", "healed original", "chosen"
 
 # Records that feed a section of their own; every other metric is a number for the table.
 FORGOTTEN = {"band", "tail", "document", "flips", "changed", "class", "bias"}
-STRUCTURE = {"plan", "trial", "move", "sample", "tensor", "recipe", "use", "verdict"} | FORGOTTEN
+STRUCTURE = {"plan", "trial", "order", "move", "sample", "tensor", "recipe", "use", "verdict"} | FORGOTTEN
 
 
 def split_of(record: Record) -> str:

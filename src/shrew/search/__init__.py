@@ -60,5 +60,3 @@ def main(argv: list[str]) -> int:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-

@@ -3,16 +3,20 @@ correct."""
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from shrew.search.allocate import BITS, Group, allocate, extend
+from shrew.search.allocate import Group, allocate
+from shrew.search.kinds import Kind, Palette
 
 LADDER = 40  # byte budgets between the largest and the smallest way to store the weights
 MOST, LEAST = 600, 100  # hundredths of a bit a weight: the ends of what is tried of coded weights
-MEASURED_RATES = (1.0, 2.0, 3.0)  # bits a weight whose damage is measured
-PRIOR = 0.6  # healing is supposed to leave this share of the damage until a trial says otherwise
+MEASURED_RATES = (1.0, 2.0, 3.0)  # bits a weight: the damage of two neighbouring ones is measured
+BARE, BRIEF, FULL = range(3)  # how much a trial was healed
+LEFT = (0.6, 0.8)  # shares of what is lost that full healing is supposed to leave, until trials say otherwise
+STIFF = 0.05  # how much spread of log damages it takes to believe a measured power as much as a power of 1
 
 
 @dataclass(frozen=True)
@@ -34,37 +38,44 @@ class Choices(Protocol):
     def within(self, budget: int) -> Stored | None:
         """The way of at most `budget` bytes that does the least damage; None if nothing fits."""
 
+    def made(self) -> list[int]:
+        """Bytes of the weights of wholes that were made for measuring."""
+
 
 @dataclass(frozen=True)
 class Widths:
-    """A whole number of bits for each group of weights, chosen by measured damage."""
+    """A grid of a palette for each group of weights, chosen by measured damage."""
 
     groups: tuple[Group, ...]
-    damages: tuple[dict[int, float], ...]  # of each group, at every width
-    group: int
-    symmetric: bool
+    damages: tuple[dict[Kind, float], ...]  # of each group, on every grid that fits it
+    palette: Palette
+
+    def sizes(self) -> list[dict[Kind, int]]:
+        return [{kind: item.bytes(kind, self.palette) for kind in damage}
+                for item, damage in zip(self.groups, self.damages, strict=True)]  # fmt: skip
 
     def ends(self) -> tuple[int, int]:
-        top, low = (sum(item.bytes(bits, self.group, self.symmetric) for item in self.groups) for bits in (8, 2))
-        return top, low
+        sizes = self.sizes()
+        return sum(max(item.values()) for item in sizes), sum(min(item.values()) for item in sizes)
+
+    def made(self) -> list[int]:
+        return []
+
+    def pick(self, budget: int) -> list[Kind] | None:
+        return allocate(self.sizes(), self.damages, budget)
 
     def within(self, budget: int) -> Stored | None:
-        sizes = [{bits: item.bytes(bits, self.group, self.symmetric) for bits in BITS} for item in self.groups]
-        picked = allocate(sizes, self.damages, budget)
+        picked = self.pick(budget)
         if picked is None:
             return None
-        size = sum(table[bits] for table, bits in zip(sizes, picked, strict=True))
-        damage = sum(table[bits] for table, bits in zip(self.damages, picked, strict=True))
-        counts = [item.weights() for item in self.groups]
-        mean = sum(bits * count for bits, count in zip(picked, counts, strict=True)) / sum(counts)
-        return Stored(self._move(picked), mean, size, damage)
+        size = sum(table[kind] for table, kind in zip(self.sizes(), picked, strict=True))
+        damage = sum(table[kind] for table, kind in zip(self.damages, picked, strict=True))
+        count = sum(item.weights() for item in self.groups)
+        return Stored(self.palette.move(self.named(picked)), 8 * size / count, size, damage)
 
-    def _move(self, picked: Sequence[int]) -> dict[str, Any]:
-        widths = {name: bits for item, bits in zip(self.groups, picked, strict=True) for name, _, _ in item.tensors}
-        common = max(set(widths.values()), key=lambda bits: sum(value == bits for value in widths.values()))
-        others = {name: bits for name, bits in widths.items() if bits != common}
-        return {"name": "quantize", "bits": common, "group": self.group, "symmetric": self.symmetric,
-                "embeddings": True, "tensors": others}  # fmt: skip
+    def named(self, picked: Sequence[Kind]) -> dict[str, Kind]:
+        """The kind of every weight by its name."""
+        return {name: kind for item, kind in zip(self.groups, picked, strict=True) for name, _, _ in item.tensors}
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,9 @@ class Rates:
             return None
         rate = hundredths / 100
         return Stored(coded(rate), rate, self._bytes(hundredths), self.damage(rate))
+
+    def made(self) -> list[int]:
+        return [self._bytes(round(100 * rate)) for rate in self.damages]
 
     def damage(self, rate: float) -> float:
         """Between two measured rates each bit divides the damage by the same factor, and beyond them by the nearest
@@ -138,16 +152,20 @@ class Candidate:
     bytes: int  # predicted size of the weights file
     damage: float  # predicted KL to the original before healing, nats a prediction
 
-    def moves(self, heal: dict[str, Any] | None) -> list[dict[str, Any]]:
-        """The recipe tables: cuts, quantization, healing."""
-        return [*self.family.moves, self.quantize, *([heal] if heal else [])]
 
+def inherited(groups: Sequence[Group], damages: dict[str, dict[Kind, float]], weights: dict[str, int],
+              dropped: Sequence[int], prefix: str, palette: Palette) -> tuple[dict[Kind, float], ...]:  # fmt: skip
+    """Damages of the groups of a cut model on every grid that fits: those of the same parts before the layers `dropped`
+    were left out; of parts that have another name since, the mean by their number of `weights`."""
+    before = {_renumber(name, prefix, dropped): damage for name, damage in damages.items()}
+    total = max(sum(weights.values()), 1)
+    mean = {kind: sum(damage.get(kind, 0.0) for damage in damages.values()) / total for kind in palette.bits}
 
-def inherited(groups: Sequence[Group], damages: dict[str, dict[int, float]], dropped: Sequence[int],
-              prefix: str) -> tuple[dict[int, float], ...]:  # fmt: skip
-    """Damages of the groups of a cut model: those of the same parts before the layers `dropped` were left out."""
-    before = {_renumber(name, prefix, dropped): extend(damage) for name, damage in damages.items()}
-    return tuple(before[item.name] for item in groups)
+    def known(item: Group) -> dict[Kind, float]:
+        found = before.get(item.name) or {kind: each * item.weights() for kind, each in mean.items()}
+        return {kind: found[kind] for kind in item.kinds(palette)}
+
+    return tuple(map(known, groups))
 
 
 def _renumber(name: str, prefix: str, dropped: Sequence[int]) -> str | None:
@@ -161,34 +179,68 @@ def _renumber(name: str, prefix: str, dropped: Sequence[int]) -> str | None:
 
 @dataclass
 class Curve:
-    """How much of a predicted damage is left after healing, learnt from trials: excess = a * damage ^ p in a family.
+    """What predicted damage comes to, learnt from trials of the whole model: excess = a * damage ^ p, where `a` is a
+    family's own for each amount of healing, and `p` is what all families show together.
 
     `loss` is the original's loss in nats a prediction; retention = loss / (loss + excess), which for bits per byte is
     exact when the excess is, and for other metrics a shape that trials scale.
     """
 
     loss: float
-    seen: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # family -> (damage, excess)
+    # (family, how much it was healed) -> {damage: excess}
+    seen: dict[tuple[str, int], dict[float, float]] = field(default_factory=lambda: defaultdict(dict))
 
-    def learn(self, candidate: Candidate, retention: float) -> None:
-        """Note a trial; of two at the same damage (healed and not) the better one stays."""
-        excess = max(self.loss * (1 / max(retention, 1e-3) - 1), 1e-5)
-        known = dict(self.seen.get(candidate.family.name, []))
-        known[candidate.damage] = min(excess, known.get(candidate.damage, excess))
-        self.seen[candidate.family.name] = list(known.items())
-
-    def forget(self, family: Family) -> None:
-        self.seen.pop(family.name, None)
+    def learn(self, candidate: Candidate, retention: float, healed: int = FULL) -> None:
+        """Note a trial. Whatever was lost with less healing need not be lost with more: the better one is taken."""
+        name, damage, excess = candidate.family.name, candidate.damage, self.loss * (1 / max(retention, 1e-3) - 1)
+        lower = [self.seen[name, level].get(damage, math.inf) for level in range(healed + 1)]
+        self.seen[name, healed][damage] = excess = max(min(excess, *lower), 1e-5)
+        for level in range(healed + 1, FULL + 1):
+            if damage in self.seen[name, level]:
+                self.seen[name, level][damage] = min(self.seen[name, level][damage], excess)
 
     def predict(self, candidate: Candidate) -> float:
-        """Predicted retention."""
-        points = sorted(self.seen.get(candidate.family.name, []))
-        if not points:
-            shares = sorted(excess / damage for found in self.seen.values() for damage, excess in found)
-            share = shares[len(shares) // 2] if shares else PRIOR
-            return self.loss / (self.loss + share * candidate.damage)
-        near = sorted(points, key=lambda point: abs(math.log(point[0] / candidate.damage)))[:2]
-        (damage, excess), power = near[0], 1.0
-        if len(near) == 2 and abs(math.log(near[0][0] / near[1][0])) > 0.05:
-            power = math.log(near[0][1] / near[1][1]) / math.log(near[0][0] / near[1][0])
-        return self.loss / (self.loss + excess * (candidate.damage / damage) ** min(max(power, 0.5), 2.0))
+        """Predicted retention after full healing."""
+        return self.loss / (self.loss + self._excess(candidate))
+
+    def _excess(self, candidate: Candidate) -> float:
+        own = [level for level in (FULL, BRIEF, BARE) if self.seen.get((candidate.family.name, level))]
+        if not own:
+            found = [excess / damage * self._left(level) for (_, level), points in self.seen.items()
+                     for damage, excess in points.items()]  # fmt: skip
+            return _middle(found, LEFT[BARE]) * candidate.damage
+        points = sorted(self.seen[candidate.family.name, own[0]].items())
+        damage, excess = min(points, key=lambda point: abs(math.log(point[0] / candidate.damage)))
+        # Between two trials the power is theirs, beyond them what all trials show.
+        below = [point for point in points if point[0] <= candidate.damage]
+        above = [point for point in points if point[0] > candidate.damage]
+        power = self._power(candidate.family.name)
+        if below and above and math.log(above[0][0] / below[-1][0]) > 0.02:
+            power = math.log(above[0][1] / below[-1][1]) / math.log(above[0][0] / below[-1][0])
+        return self._left(own[0]) * excess * (candidate.damage / damage) ** min(max(power, 0.3), 3.0)
+
+    def _left(self, level: int) -> float:
+        """What full healing leaves of the excess at a lower level, by trials of the same candidates."""
+        if level == FULL:
+            return 1.0
+        found = [points[damage] / excess for (name, other), points in self.seen.items() if other == FULL
+                 for damage, excess in self.seen.get((name, level), {}).items() if damage in points]  # fmt: skip
+        return min(_middle(found, LEFT[level]), 1.0)
+
+    def _power(self, name: str) -> float:
+        """The slope of log excess over log damage: one line for each family and amount of healing, all parallel, with
+        a few thought points on a power of 1. A family's own trials count ten times."""
+        up, across = STIFF, STIFF
+        for (family, _), points in self.seen.items():
+            if not points:
+                continue
+            logs = [(math.log(damage), math.log(excess)) for damage, excess in points.items()]
+            x, y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
+            trust = 1.0 if family == name else 0.1
+            up += trust * sum((a - x) * (b - y) for a, b in logs)
+            across += trust * sum((a - x) ** 2 for a, _ in logs)
+        return up / across
+
+
+def _middle(found: Sequence[float], otherwise: float) -> float:
+    return sorted(found)[len(found) // 2] if found else otherwise

@@ -38,6 +38,8 @@ def emit(run: "Run", chosen: "Trial | None", verdicts: dict[str, Verdict], order
     found += _references(run, name)
     for item in run.trials:
         found += _trial(run, name, item)
+    found += [Record(run=name, model=told["trial"], metric="order", value=told["retention"], task=_task(run, "search"),
+                     detail=told) for told in run.orders]  # fmt: skip
     best = chosen
     if best is None and verdicts:
         label = max(verdicts, key=lambda key: verdicts[key].lower_bound)
@@ -70,10 +72,15 @@ def _plan(run: "Run", name: str) -> Record:
         splits[split] = {"documents": len(items)} | ({"bytes": sum(sizes)} if any(sizes) else {})
     return Record(run=name, model="", metric="plan", value=None, seed=run.source.seed, detail={
         "model": run.source.model, "command": run.command, "goals": run.goals, "tried": run.tried,
-        "settings": spec.dump(run.wanted) | _evaluated(run), "versions": folder.versions(),
+        "settings": spec.dump(run.wanted) | _evaluated(run) | _checked(run), "versions": folder.versions(),
         "threads": run.source.threads, "candidates": run.wanted.candidates, "splits": splits,
         "provable_keep": run.provable, "final_split_opened": run.openings,
     })  # fmt: skip
+
+
+def _checked(run: "Run") -> dict[str, str]:
+    """Whether the parts' damages added up, where bits were chosen by them."""
+    return {"damage of the likely choice, not healed": run.repaired} if run.repaired else {}
 
 
 def _evaluated(run: "Run") -> dict[str, str]:
@@ -163,8 +170,9 @@ def _details(run: "Run", name: str, label: str, item: "Trial", verdicts: dict[st
     found += _final(run, name, label, item.label, verdicts)
     found += _forgotten(run, name, label, item, loaded)
     for record in cost_records(name, label, loaded):
-        detail = {**record.detail, "trial": item.label} if record.metric == "bytes" and met else record.detail
-        found.append(Record(**{**vars(record), "detail": detail}))
+        changed: dict[str, Any] = {"value": item.bytes} if record.metric == "bytes" else {}
+        changed |= {"detail": {**record.detail, "trial": item.label}} if changed and met else {}
+        found.append(Record(**{**vars(record), **changed}))
     found += speed_records(name, ["original", label], [run.original, loaded], rounds=5)
     if not loaded.is_classifier and run.task.metric == "bits_per_byte":
         found += _agreement(run, common, item)
@@ -250,10 +258,15 @@ def uses(run: "Run", loaded: Loaded) -> list[dict[str, str]]:
     layout = loaded.lineage.get("layout", "dense")
     python = f'from transformers import {auto}\nmodel = {auto}.from_pretrained("{run.out.name}")'
     plain = {"tool": "transformers", "how": python, "note": ""}
+    found = []
+    if run.wanted.gguf:
+        note = "the same values as in model.safetensors; sizes on this page are of this file"
+        found.append({"tool": "llama.cpp", "how": f"llama-cli -m {run.out.name}/{trial.GGUF} -p TEXT", "note": note})
     if layout == "compressed-tensors":
-        return [{**plain, "note": "with the compressed-tensors package installed"}]
+        return [*found, {**plain, "note": "with the compressed-tensors package installed"}]
     if layout == "dense":
-        return [{**plain, "note": "nothing else is needed"}]
-    return [{"tool": "transformers with shrew", "how": f"import shrew\n{python}",
+        return [*found, {**plain, "note": "nothing else is needed"}]
+    return [*found,
+            {"tool": "transformers with shrew", "how": f"import shrew\n{python}",
              "note": "packed weights are unpacked on loading; importing shrew teaches transformers how"},
             {"tool": "shrew", "how": f"shrew measure {run.source.model} {run.out.name}", "note": ""}]  # fmt: skip

@@ -20,32 +20,18 @@ from shrew.folder import Loaded
 from shrew.measure import cost, statistics
 from shrew.moves.source import Source, context_of, open_task
 from shrew.record import Record
-from shrew.search import trial
-from shrew.search.allocate import Group
+from shrew.search import families, orders, trial
 from shrew.search.executor import LocalExecutor
 from shrew.search.gate import Verdict, fixed_sequence, judge
-from shrew.search.propose import (
-    LEAST,
-    MEASURED_RATES,
-    MOST,
-    Candidate,
-    Choices,
-    Curve,
-    Family,
-    Rates,
-    Widths,
-    coded,
-    inherited,
-)
+from shrew.search.propose import BARE, BRIEF, FULL, LEAST, LEFT, MOST, Candidate, Curve, Family
 from shrew.search.records import emit
-from shrew.search.wanted import ShrinkSpec
+from shrew.search.wanted import ALONE, ShrinkSpec
 from shrew.tasks import Scores, likelihood, read
 from shrew.tasks.fairness import Fairness
 
-MEASURED = (2, 3, 4)  # widths whose damage is measured; wider ones follow
 ROUNDS = 8
 CUTS = 3  # structural families tried beside the uncut model
-TRIMMED, TRIM = "unused tokens dropped", 0.05  # tried where it saves at least this share of the weights
+PROBES, NEAR = 2, 0.25  # trials without healing to find the size to rank at; how far, in logs, is near enough
 
 
 @dataclass
@@ -66,8 +52,6 @@ class Trial:
     full: bool = True
 
 
-# Ways to store the weights of a model of these groups, from which these layers are gone.
-Store = Callable[[tuple[Group, ...], Sequence[int]], Choices]
 Started = tuple[Candidate, list[dict[str, Any]], "Future[dict[str, Any]]"]
 
 
@@ -86,9 +70,14 @@ class Run:
         self.json = json.dumps(spec.dump(self.source), sort_keys=True)
         self.task = open_task(self.source, self.original)
         self.context = context_of(self.source, self.original, self.task, say)
+        self.palette = wanted.palette()
+        if wanted.gguf:
+            trial.gguf_bytes(self.original)  # what llama.cpp cannot hold is refused before any work
         self.pairs = open_pairs(wanted.fairness, self.original)
         self.trials: list[Trial] = []
         self.tried: list[str] = []
+        self.repaired = ""
+        self.order, self.orders = orders.PLAIN, list[dict[str, Any]]()
         self.openings = 0
         self.references: dict[str, Scores] = {}
         self.curve = Curve(1.0)
@@ -111,7 +100,7 @@ class Run:
         return table if teacher is None else {**table, "teacher": teacher}
 
     def start(self, moves: list[dict[str, Any]], split: str = "search") -> "Future[dict[str, Any]]":
-        return self.executor.submit(trial.run_trial, self.json, moves, split)
+        return self.executor.submit(trial.run_trial, self.json, moves, split, self.wanted.gguf)
 
     def finish(self, future: "Future[dict[str, Any]]", moves: list[dict[str, Any]], candidate: Candidate | None,
                full: bool) -> Trial | None:  # fmt: skip
@@ -130,14 +119,12 @@ class Run:
                      candidate, full=full)  # fmt: skip
         item.retention = min(statistics.retention(reference, scores) for reference in self.references.values())
         self.trials.append(item)
-        if candidate is not None:
-            if full and not any(old.full and old.candidate and old.candidate.family is candidate.family
-                                for old in self.trials[:-1]):  # fmt: skip
-                self.curve.forget(candidate.family)  # what brief healing left says little about full healing
-            self.curve.learn(candidate, item.retention)
-        stored = "bits a weight, coded" if self.wanted.coded else "bits"
-        name = f"{candidate.family.name}, {candidate.bits:.2f} {stored}" if candidate else "8 bits"
         steps = sum(int(move.get("steps", 0)) for move in moves)
+        if candidate is not None:
+            healing = self.heal(self.wanted.heal) is not None
+            self.curve.learn(candidate, item.retention, BARE if healing and not steps else FULL if full else BRIEF)
+        stored = "bits a weight, coded" if self.wanted.coded else "bits a weight"
+        name = f"{candidate.family.name}, {candidate.bits:.2f} {stored}" if candidate else "8 bits"
         name += f", healed {steps} steps" if steps else ", not healed"
         again = ", from the cache" if item.reused else f", {item.seconds:.0f} CPU-s"
         self.say(f"{item.label}: {name}: {item.bytes / 1e6:.2f} MB keeps {item.retention:.2%}{again}; "
@@ -145,13 +132,14 @@ class Run:
         return item
 
     def finish_all(self, started: list[Started], full: bool) -> list[Trial]:
-        """Wait for healed candidates, then score each without its healing too, which costs next to nothing as it is in
-        the cache: where little was lost, healing can do harm. The better of the two counts."""
+        """Wait for healed candidates, then score each without its healing too, which costs next to nothing where it is
+        in the cache: where little was lost, healing can do harm. The better of the two counts."""
         healed = [self.finish(future, moves, candidate, full) for candidate, moves, future in started]
         if not self.heal(self.wanted.heal):
             return [item for item in healed if item is not None]
-        plain = [(candidate, moves[:-1], self.start(moves[:-1])) for candidate, moves, _ in started]
-        bare = [self.finish(future, moves, candidate, full) for candidate, moves, future in plain]
+        plain = [(candidate, self.order.moves(candidate, None)) for candidate, _, _ in started]
+        waiting = [(candidate, moves, self.start(moves)) for candidate, moves in plain]
+        bare = [self.finish(future, moves, candidate, full) for candidate, moves, future in waiting]
         better = []
         for pair in zip(healed, bare, strict=True):
             known = sorted((item for item in pair if item is not None), key=lambda item: -item.retention)
@@ -194,10 +182,9 @@ class Run:
         self.executor = LocalExecutor(self.jobs, self.source.threads)
         try:
             control = self.baseline()
-            families = self.families()
-            live = self.rank(families)
+            live = self.rank(self.families())
             self.control(control)
-            self.close_in(live)
+            self.close_in(orders.learn(self, live))
             chosen, verdicts, order = self.final()
             records = emit(self, chosen, verdicts, order)
         except BrokenProcessPool:
@@ -218,14 +205,15 @@ class Run:
         self.say(f"  {len(self.context.calibration)} calibration and {len(self.context.healing)} healing windows; "
                  f"{self.jobs} trial(s) at a time; {self.threads}.")  # fmt: skip
         ways = (f"rates ({LEAST / 100:g} to {MOST / 100:g} bits a weight, coded)" if self.wanted.coded
-                else "bits (2 to 8, by measured damage)")  # fmt: skip
+                else f"{'block types' if self.wanted.gguf else 'bits'} ({', '.join(map(str, self.palette.bits))}, by "
+                "measured damage)")  # fmt: skip
         self.say(f"  Cuts (layers, channels, tokens) x {ways}, each healed for {self.wanted.heal // 4} steps to rank "
                  f"and {self.wanted.heal} to finish; no new trial after {self.wanted.minutes:g} minutes.")  # fmt: skip
 
     def baseline(self) -> "Future[dict[str, Any]] | None":
         """Score the original; start its twin that is trained on the healing text; try plain 8 bits."""
         first = self.start([])
-        safe = {"name": "quantize", "bits": 8, "group": self.wanted.group, "method": "rtn", "embeddings": True}
+        safe = self.palette.safest()
         anchor = self.start([safe])
         self.twin = self.heal(self.wanted.heal, teacher=0.0)
         control = self.start([self.twin]) if self.twin else None
@@ -238,7 +226,7 @@ class Run:
         self.provable = statistics.highest_keep(scores, lightly.scores if lightly else None)
         share = (scores.n / max(len(self.task.examples("final")), 1)) ** 0.5
         self.provable = 1 - (1 - self.provable) * min(share, 1.0)
-        rounds = 1 + CUTS + 4
+        rounds = PROBES + 1 + CUTS + len(orders.HEALINGS) + 3
         self.say(f"The original: {scores.metric.replace('_', ' ')} {scores.value():.4f} on {scores.n} units, "
                  f"{self.original_bytes / 1e6:.2f} MB. The highest --keep that this much text can prove is about "
                  f"{self.provable:.4f}. About {rounds} trials follow, {self.estimate(found['seconds']):.0f} minutes "
@@ -253,7 +241,8 @@ class Run:
         tokens = sum(map(len, self.original.tokenizer(texts, verbose=False)["input_ids"]))
         healing = self.wanted.heal * self.wanted.rows * self.source.window * 3 * scoring / max(tokens, 1)
         final = len(self.task.examples("final")) / max(len(self.task.examples("search")), 1)
-        work = (1 + CUTS) * (healing / 4 + scoring) + 5 * (healing + scoring) + 10 * scoring + 5 * final * scoring
+        brief = 1 + CUTS + len(orders.HEALINGS)
+        work = brief * (healing / 4 + scoring) + 3 * (healing + scoring) + 12 * scoring + 5 * final * scoring
         return work / self.jobs / 60 + 0.5
 
     def control(self, future: "Future[dict[str, Any]] | None") -> None:
@@ -273,91 +262,42 @@ class Run:
 
     def families(self) -> list[Family]:
         """The uncut model and its cuts, each with the ways to store its weights and their measured damage."""
-        plain = self.executor.submit(trial.cut, self.json, [])
-        single = self.executor.submit(trial.layer_damages, self.json)
-        store = self.rates() if self.wanted.coded else self.widths()
-        cuts = self.cuts(single.result())
-        futures = {name: self.executor.submit(trial.cut, self.json, moves) for name, (moves, _) in cuts.items()}
-        base = plain.result()
-        families = [family("no cut", [], base, store, [], base)]
-        refused = []
-        for name, (moves, dropped) in cuts.items():
-            found = futures[name].result()
-            if "refused" in found:
-                refused.append(f"{name}: {found['refused']}")
-            elif name == TRIMMED and weights_of(found) > (1 - TRIM) * weights_of(base):
-                refused.append(f"{name}: it would save less than {TRIM:.0%} of the weights")
-            else:
-                families.append(family(name, moves, found, store, dropped, base))
-        self.tried = [item.name for item in families] + [f"not {reason}" for reason in refused]
-        for reason in refused:
-            self.say(f"  not tried: {reason}")
-        return self.fast_enough(families)
+        self.shelf = families.Shelf(self)
+        return self.shelf.found
 
-    def widths(self) -> Store:
-        """Bits for each part of each layer, by the damage that each does alone."""
-        wanted, parts = self.wanted, trial.groups(self.original)
-        cells = [(item, bits) for item in parts for bits in MEASURED]
-        items = [{"tensors": [name for name, _, _ in item.tensors], "bits": bits} for item, bits in cells]
-        share = -(-len(items) // max(self.jobs, 1))
-        profiles = [self.executor.submit(trial.profile, self.json, items[low : low + share], wanted.group,
-                                         wanted.symmetric) for low in range(0, len(items), share)]  # fmt: skip
-        measured = [value for future in profiles for value in future.result()]
-        damages: dict[str, dict[int, float]] = {}
-        for (item, bits), value in zip(cells, measured, strict=True):
-            damages.setdefault(item.name, {})[bits] = value
-        prefix = trial.find_layers(self.original.model)[0]
-        return lambda parts, dropped: Widths(parts, inherited(parts, damages, dropped, prefix), wanted.group,
-                                             wanted.symmetric)  # fmt: skip
+    def allowed(self) -> float:
+        """Damage in nats a prediction that may be done before healing, as far as the trials so far can tell."""
+        return self.curve.loss * (1 / (self.goals["keep"] or ALONE) - 1) / LEFT[BARE]
 
-    def rates(self) -> Store:
-        """A rate for all coded weights, by the damage that some rates do; cuts are taken to change that little."""
-        futures = {rate: self.executor.submit(trial.damage, self.json, [coded(rate)]) for rate in MEASURED_RATES}
-        damages = {rate: float(future.result()) for rate, future in futures.items()}
-        told = ", ".join(f"{value:.3g} at {rate:g}" for rate, value in damages.items())
-        self.say(f"  Damage in nats a prediction by bits a weight, coded and not healed: {told}.")
-        return lambda parts, dropped: Rates(sum(item.weights() for item in parts), damages)
-
-    def cuts(self, scores: list[float]) -> dict[str, tuple[list[dict[str, Any]], list[int]]]:
-        """Structural cuts to try: moves, and the layers that they leave out, the least important first."""
-        narrow = {share: [{"name": "narrow", "mlp": share}] for share in (0.75, 0.5)}
-        found: dict[str, tuple[list[dict[str, Any]], list[int]]] = {}
-        found[TRIMMED] = ([{"name": "trim-vocab"}], [])
-        found |= {f"MLP {share:.0%}": (moves, []) for share, moves in narrow.items()}
-        counts = {1}
-        if self.goals["faster"]:
-            counts.add(math.ceil(len(scores) * (1 - 1 / self.goals["faster"])))
-        for count in sorted(counts):
-            least = sorted(range(len(scores)), key=scores.__getitem__)[:count]
-            if count < 1 or count > len(scores) - 2 or any(math.isinf(scores[number]) for number in least):
-                continue
-            drop: list[dict[str, Any]] = [{"name": "drop-layers", "layers": sorted(least)}]
-            name = f"{count} layer{'s' if count > 1 else ''} less"
-            found[name] = (drop, least)
-            share = 0.75 if count == 1 else 0.5
-            found[f"{name}, MLP {share:.0%}"] = ([*drop, *narrow[share]], least)
-        return found
-
-    def fast_enough(self, families: list[Family]) -> list[Family]:
-        """With --faster, only the cuts that compute little enough: quantization alone speeds nothing up in torch."""
-        if self.goals["faster"] is None:
-            return families
-        fast = [item for item in families if item.flops * self.goals["faster"] <= 1.25]
-        return fast or [min(families, key=lambda item: item.flops)]
+    def likely_size(self, family: Family) -> int:
+        """The smallest size at which a family is likely to keep enough, as far as the trials so far can tell."""
+        keep, ladder = self.goals["keep"], family.ladder()
+        floor = keep + (self.margin(self.trials[-1].scores) if self.trials else 0.0) if keep else 0.0
+        likely = [item for item in ladder if self.curve.predict(item) >= floor] if keep else []
+        return int(min((likely or ladder)[-1 if likely else 0].bytes, self.goals["under"] or ladder[0].bytes))
 
     def rank(self, families: list[Family]) -> list[Family]:
-        """Heal one candidate of each family briefly at one size; the families worth going on with, best first."""
-        keep = self.goals["keep"] or 0.0
-        ladder = families[0].ladder()
-        likely = [item for item in ladder if self.curve.predict(item) >= keep] if keep else []
-        size = min((likely or ladder)[-1 if likely else 0].bytes, int(self.goals["under"] or ladder[0].bytes))
-        cuts = sorted(families[1:], key=lambda item: item.cut)[:CUTS]
+        """Heal one candidate of each family briefly at one size; the families worth going on with, best first. What the
+        size is follows from the whole, not healed, since parts, rates and other text tell too little."""
+        keep, size = self.goals["keep"] or 0.0, self.likely_size(families[0])
+        sizes = [families[0].rest + made for made in families[0].choices.made()]  # these cost their scoring alone
+        probe = min(sizes or [size], key=lambda each: abs(math.log(each / size)))
+        for _ in range(PROBES if keep else 0):
+            candidate = families[0].candidate(probe)
+            if candidate is None:
+                break
+            bare = self.order.moves(candidate, None)
+            self.finish(self.start(bare), bare, candidate, False)
+            size = self.likely_size(families[0])
+            if abs(math.log(size / probe)) < NEAR:
+                break
+            probe = size
         brief = self.heal(max(self.wanted.heal // 4, 1) if self.wanted.heal else 0)
         found: list[Started] = []
-        for item in [families[0], *cuts]:
+        for item in families[: 1 + CUTS]:
             candidate = item.candidate(size)
             if candidate is not None:
-                moves = candidate.moves(brief)
+                moves = self.order.moves(candidate, brief)
                 found.append((candidate, moves, self.start(moves)))
         done = self.finish_all(found, False)
         if not done:
@@ -382,7 +322,7 @@ class Run:
             if not picked:
                 break
             asked.update(key_of(item) for item in picked)
-            started = [(item, item.moves(heal)) for item in picked]
+            started = [(item, self.order.moves(item, heal)) for item in picked]
             self.finish_all([(item, moves, self.start(moves)) for item, moves in started], True)
 
     def next_candidates(
@@ -409,7 +349,7 @@ class Run:
             likely = [new for new in fresh if self.curve.predict(new) >= keep + margin]
             if likely:
                 at = fresh.index(likely[-1])
-            elif floor or not holding:  # the prediction is used up: halve what is left between failing and holding
+            elif not holding:  # the prediction is used up: halve what is left above what fails
                 at = len(fresh) // 2
             else:
                 continue
@@ -497,6 +437,8 @@ class Run:
                 for item in chosen.folder.iterdir():
                     shutil.copyfile(item, temporary / item.name)
                 (temporary / "recipe.toml").write_text(self.recipe(chosen), "utf-8")
+                if self.wanted.gguf:
+                    trial.as_gguf(folder.load(chosen.folder), temporary / trial.GGUF)
             else:
                 (temporary / folder.LINEAGE).write_text(json.dumps({"format": 1, "verdict": "not met"}) + "\n")
             (temporary / "records.jsonl").write_bytes(record.lines(records))
@@ -538,11 +480,6 @@ def repeated(scores: Scores, index: np.ndarray) -> Scores:
     return replace(scores, units=[f"{number}" for number in range(len(index))], columns=columns)
 
 
-def weights_of(found: dict[str, Any]) -> int:
-    """How many weights there are to store in a model that `trial.cut` told of."""
-    return sum(rows * cols for _, tensors in found["groups"] for _, rows, cols in tensors)
-
-
 def key_of(item: Candidate) -> str:
     return f"{item.family.name} {item.quantize}"
 
@@ -552,11 +489,3 @@ def loss_of(scores: Scores) -> float:
     if scores.metric != "bits_per_byte":
         return 1.0
     return scores.ratio("bits", "tokens") * 0.6931471805599453
-
-
-def family(name: str, moves: list[dict[str, Any]], found: dict[str, Any], store: Store, dropped: Sequence[int],
-           base: dict[str, Any]) -> Family:  # fmt: skip
-    parts = tuple(Group(part, tuple((tensor, rows, cols) for tensor, rows, cols in tensors))
-                  for part, tensors in found["groups"])  # fmt: skip
-    return Family(name, tuple(moves), store(parts, dropped), found["damage"], found["rest"],
-                  found["active"] / base["active"])  # fmt: skip

@@ -5,8 +5,11 @@ asking again, in this run or the next, reads it back.
 """
 
 import json
+import math
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 from shrew import files, folder, spec
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
-from shrew.folder.grids import Uniform, dequantize
+from shrew.folder.grids import Grid, Steps, dequantize
 from shrew.folder.packed import from_rows, to_rows
 from shrew.measure import cost
 from shrew.moves import Context, apply_moves, parse_moves
@@ -27,11 +30,15 @@ from shrew.moves.grids import nearest
 from shrew.moves.quantize import quantizable
 from shrew.moves.source import Source, context_of, fingerprint, open_task, suited
 from shrew.search.allocate import Group
+from shrew.search.kinds import Kind, Palette, blocks
 from shrew.tasks import Task
 
-VERSION = 2  # of what is cached; raised when a trial's meaning changes
+VERSION = 3  # of what is cached; raised when a trial's meaning changes
+GGUF = "model.gguf"
 PROFILE_TOKENS = 4096
 PROFILE_VALUES = 1 << 25
+SAMPLE = 128  # rows of a weight whose rounding errors are compared
+KEPT = 1 << 27  # codes that a worker keeps while it measures choices
 
 
 @lru_cache(maxsize=2)
@@ -53,16 +60,17 @@ def cached(kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[s
     return {**result, "reused": False}
 
 
-def run_trial(source_json: str, moves: list[dict[str, Any]], split: str) -> dict[str, Any]:
+def run_trial(source_json: str, moves: list[dict[str, Any]], split: str, gguf: bool = False) -> dict[str, Any]:
     """Apply moves to the original (none: the original itself) and score the saved folder on a split.
 
-    Returns folder, bytes (of the weights file), parameters, scores and the CPU-seconds that it took.
+    Returns folder, bytes (of the weights file, or of the file that `as_gguf` writes), parameters, scores and the
+    CPU-seconds that it took.
     """
     original, task, context = opened(source_json)
     source = spec.parse(Source, json.loads(source_json), "source")
     assert original.path is not None
     base = fingerprint(source, original.path, context)
-    key = [base, moves, task_key(task, split)]
+    key = [base, moves, task_key(task, split), gguf]
     place = files.cache_folder() / "trials" / f"{spec.digest([VERSION, folder.versions(), key])[:32]}.json"
     if place.exists():
         found = json.loads(place.read_text("utf-8"))
@@ -73,8 +81,9 @@ def run_trial(source_json: str, moves: list[dict[str, Any]], split: str) -> dict
     loaded = folder.load(path) if moves else original
     scores = task.score(loaded, split)
     total, active = cost.parameters(loaded.model)
+    size = gguf_bytes(loaded) if gguf else weight_bytes(path)
     result = {
-        "folder": str(path), "bytes": weight_bytes(path), "parameters": total, "active_parameters": active,
+        "folder": str(path), "bytes": size, "parameters": total, "active_parameters": active,
         "scores": scores.dump(), "seconds": time.process_time() - begun,
     }  # fmt: skip
     files.write_text(place, json.dumps(result))
@@ -85,31 +94,66 @@ def weight_bytes(path: Path) -> int:
     return sum(item.stat().st_size for item in folder.weight_files(path))
 
 
+def as_gguf(loaded: Loaded, out: Path) -> dict[str, Any]:
+    """Write a model for llama.cpp, every packed weight in the blocks that it was given. Raises UnsupportedError for
+    what the format cannot hold so."""
+    from shrew.packers import gguf  # its library is an extra
+
+    made = gguf.write(loaded, out, gguf.Options(), lambda text: None, out.stem)
+    for name, reason in made["misfits"].items():
+        raise UnsupportedError(f"GGUF has no blocks for '{name}': {reason}.")
+    return made
+
+
+def gguf_bytes(loaded: Loaded) -> int:
+    with tempfile.TemporaryDirectory() as work:
+        return int(as_gguf(loaded, Path(work) / "model.gguf")["bytes"])
+
+
 def task_key(task: Task, split: str) -> str:
     return spec.digest([task.label, split, getattr(task, "labels", ()), [vars(item) for item in task.examples(split)]])
 
 
-def groups(loaded: Loaded) -> list[Group]:
-    """Quantizable weights in groups that share their bits: each part (attention, feed-forward, ...) of each layer, and
-    every weight outside the layers alone."""
+def groups(loaded: Loaded, apart: bool = False) -> list[Group]:
+    """Quantizable weights in groups that share their grid: each part (attention, feed-forward, ...) of each layer, and
+    every weight outside the layers alone; or each weight `apart`."""
     prefix = find_layers(loaded.model)[0]
     found: dict[str, list[tuple[str, int, int]]] = {}
     for name, target in quantizable(loaded.model)[0].items():
         inside = name.removeprefix(prefix + ".").split(".") if name.startswith(prefix + ".") else []
-        key = f"{prefix}.{inside[0]}.{inside[1]}" if len(inside) > 2 else name
+        key = f"{prefix}.{inside[0]}.{inside[1]}" if len(inside) > 2 and not apart else name
         rows = to_rows(target.weight, target.transposed)
         found.setdefault(key, []).append((name, rows.shape[0], rows.shape[1]))
     return [Group(name, tuple(tensors)) for name, tensors in found.items()]
 
 
-def profile(source_json: str, items: list[dict[str, Any]], group: int, symmetric: bool) -> list[float]:
-    """Damage of each item {"tensors": [names], "bits": n} alone, rounded to nearest: KL(original || changed) in nats a
-    prediction on calibration text."""
+def profile(source_json: str, items: list[dict[str, Kind]], settings: dict[str, Any]) -> list[float]:
+    """Damage of each choice {weight: its grid}, rounded to nearest, other weights as they are: KL(original || changed)
+    in nats a prediction on calibration text. `settings`: the palette's."""
     return [
-        cached("profile", [_base_key(source_json), item, group, symmetric],
-               lambda item=item: {"damage": _damage(source_json, item, group, symmetric)})["damage"]  # type: ignore[misc]
+        cached("profile", [_base_key(source_json), sorted(item.items()), settings],
+               lambda item=item: {"damage": _damage(source_json, item, settings)})["damage"]  # type: ignore[misc]
         for item in items
     ]  # fmt: skip
+
+
+def errors(source_json: str, names: list[str], kinds: list[str]) -> list[dict[str, float]]:
+    """Squared error of rounding some rows of each weight to the nearest on each grid that fits it."""
+    original = opened(source_json)[0]
+    targets, palette = quantizable(original.model)[0], Palette({}, (), {})
+
+    def compute() -> dict[str, Any]:
+        found: dict[str, dict[str, float]] = {}
+        for name in names:
+            rows = to_rows(targets[name].weight.detach().float(), targets[name].transposed)
+            rows = rows[:: -(-len(rows) // SAMPLE)]
+            grids = {kind: palette.grid(kind, rows.shape[1]) for kind in kinds}
+            found[name] = {kind: float((dequantize(*nearest(rows, grid), grid) - rows).square().sum())
+                           for kind, grid in grids.items() if rows.shape[1] % max(grid.span, 1) == 0}  # fmt: skip
+        return found
+
+    found = cached("errors", [_base_key(source_json), names, kinds], compute)
+    return [found[name] for name in names]
 
 
 def layer_damages(source_json: str) -> list[float]:
@@ -121,7 +165,7 @@ def layer_damages(source_json: str) -> list[float]:
 
 
 def damage(source_json: str, moves: list[dict[str, Any]]) -> float:
-    """KL(original || changed) of moves in nats a prediction on calibration text."""
+    """KL(original || changed) of moves in nats a prediction, on text that none of them has calibrated on."""
     original, _, context = opened(source_json)
     source = spec.parse(Source, json.loads(source_json), "source")
 
@@ -133,9 +177,10 @@ def damage(source_json: str, moves: list[dict[str, Any]]) -> float:
     return float(cached("damages", [_base_key(source_json), moves], compute)["damage"])
 
 
-def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
+def cut(source_json: str, moves: list[dict[str, Any]], gguf: bool = False) -> dict[str, Any]:
     """What structural moves leave: the groups of the cut model, its damage before healing, the bytes that stay
-    unquantized, and its active parameters. {"refused": reason} where the architecture does not allow them."""
+    unquantized, and its active parameters. {"refused": reason} where the architecture does not allow them, or `gguf`
+    cannot hold what they make."""
     original, _, context = opened(source_json)
     source = spec.parse(Source, json.loads(source_json), "source")
     assert original.path is not None
@@ -144,21 +189,46 @@ def cut(source_json: str, moves: list[dict[str, Any]]) -> dict[str, Any]:
         assert original.path is not None
         try:
             path = apply_moves(original.path, parse_moves(moves, "cut"), source, context)
+            changed = folder.load(path) if moves else original
+            found, rest = _in_gguf(changed) if gguf else _in_folder(changed, path)
         except UnsupportedError as error:
             return {"refused": str(error)}
-        changed = folder.load(path) if moves else original
-        found = groups(changed)
-        weights = sum(rows * cols for item in found for _, rows, cols in item.tensors)
-        # Of a packed weight the header lists scales beside the codes: a second entry, of about this length.
-        header = sum(len(name) + 80 for item in found for name, _, _ in item.tensors)
         active = cost.parameters(changed.model)[1]
-        element = torch.empty(0, dtype=changed.dtype).element_size()
-        rest = weight_bytes(path) - weights * element + header
         damage = _away(changed, context, source) if moves else 0.0
         return {"groups": [[item.name, item.tensors] for item in found], "damage": damage, "rest": rest,
                 "active": active}  # fmt: skip
 
-    return cached("cuts", [_base_key(source_json), moves], compute)
+    return cached("cuts", [_base_key(source_json), moves, gguf], compute)
+
+
+def _in_folder(loaded: Loaded, path: Path) -> tuple[list[Group], int]:
+    """The groups of a dense model, and the bytes that its weights file has besides when they are packed."""
+    found = groups(loaded)
+    # Of a packed weight the header lists scales beside the codes: a second entry, of about this length.
+    header = sum(len(name) + 80 for item in found for name, _, _ in item.tensors)
+    element = torch.empty(0, dtype=loaded.dtype).element_size()
+    return found, weight_bytes(path) - sum(item.weights() for item in found) * element + header
+
+
+def _in_gguf(loaded: Loaded) -> tuple[list[Group], int]:
+    """The same of its GGUF file, which may hold a weight twice: then it has twice as many rows here."""
+    with tempfile.TemporaryDirectory() as work:
+        made = as_gguf(loaded, Path(work) / "model.gguf")
+    elements: dict[str, int] = {}
+    for item in made["tensors"]:
+        elements[item["source"]] = elements.get(item["source"], 0) + math.prod(item["shape"])
+    known, palette = groups(loaded, apart=True), blocks()
+    for item in known:
+        for name, _, cols in item.tensors:
+            try:
+                palette.fitting(cols)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"'{name}': {error}.") from None
+    found = [Group(item.name, tuple((name, elements.get(name, rows * cols) // cols, cols)
+                                    for name, rows, cols in item.tensors)) for item in known]  # fmt: skip
+    own = {name for item in known for name, _, _ in item.tensors}
+    held = sum(item["bytes"] for item in made["tensors"] if item["source"] in own)
+    return found, made["bytes"] - held
 
 
 @lru_cache(maxsize=2)
@@ -169,30 +239,44 @@ def _base_key(source_json: str) -> str:
 
 
 @torch.inference_mode()
-def _damage(source_json: str, item: dict[str, Any], group: int, symmetric: bool) -> float:
+def _damage(source_json: str, item: dict[str, Kind], settings: dict[str, Any]) -> float:
     original, _, context = opened(source_json)
-    found = quantizable(original.model)[0]
-    targets = [found[name] for name in item["tensors"]]
-    kept = [target.weight.detach().clone() for target in targets]
+    found, palette = quantizable(original.model)[0], Palette({}, (), settings)
+    targets = {name: found[name] for name in item}
+    kept = {name: target.weight.detach().clone() for name, target in targets.items()}
     wanted = reference(source_json)
     try:
-        for target in targets:
+        for name, target in targets.items():
             rows = to_rows(target.weight.detach(), target.transposed)
-            grid = Uniform(item["bits"], group if group < rows.shape[1] else 0, symmetric)
-            rounded = dequantize(*nearest(rows, grid), grid)
+            grid = palette.grid(item[name], rows.shape[1])
+            rounded = dequantize(*_nearest((_base_key(source_json), name, grid), rows), grid)
             target.weight.copy_(from_rows(rounded, tuple(target.weight.shape), target.transposed))
         return divergence(original, original, context, wanted)
     finally:
-        for target, weight in zip(targets, kept, strict=True):
-            target.weight.copy_(weight)
+        for name, weight in kept.items():
+            targets[name].weight.copy_(weight)
+
+
+_made: dict[tuple[str, str, Grid], tuple[torch.Tensor, Steps]] = {}
+
+
+def _nearest(key: tuple[str, str, Grid], rows: torch.Tensor) -> tuple[torch.Tensor, Steps]:
+    """Codes and steps of a weight on a grid, remembered as long as they are few: most choices share most of them."""
+    if key not in _made:
+        if sum(codes.numel() for codes, _ in _made.values()) + rows.numel() > KEPT:
+            _made.clear()
+        _made[key] = nearest(rows, key[2])
+    return _made[key]
 
 
 @torch.inference_mode()
 def _away(changed: Loaded, context: Context, source: Source) -> float:
-    """Divergence of a changed model from the original; where it has lost tokens, from the original without them."""
+    """Divergence of a changed model from the original; where it has lost tokens, from the original without them. On
+    the last of the healing text, if there is any: what was calibrated on tells too little (a quarter, of low rates)."""
     there = suited(context, changed, source)
     assert there.teacher is not None
-    return divergence(there.teacher, changed, there)
+    unseen = there.healing[::-1] or there.calibration
+    return divergence(there.teacher, changed, replace(there, calibration=unseen))
 
 
 def _profile_batches(loaded: Loaded, context: Context) -> list[torch.Tensor]:

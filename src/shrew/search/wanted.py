@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shrew import spec
+from shrew.errors import SpecError
+from shrew.search.kinds import Palette, blocks, widths
 from shrew.spec import Meta, doc
 
 Share = Annotated[float, Meta(gt=0, le=1)]
@@ -30,8 +32,21 @@ class ShrinkSpec:
         "only Shrew's own folder holds them, and in memory they are as large as 8 bits",
         False,
     )
+    gguf: bool = doc(
+        "choose among GGUF's block types for each weight instead of bits and groups, and write model.gguf beside the "
+        "model: what llama.cpp runs; sizes are of that file",
+        False,
+    )
     candidates: Annotated[int, Meta(ge=1, le=8)] = doc("models that may be tried on the final split", 3)
     jobs: Annotated[int, Meta(ge=0)] = doc("trials at a time; 0: one a core", 0)
+
+    def __post_init__(self) -> None:
+        if self.gguf and self.coded:
+            raise SpecError("--gguf and --coded exclude each other: GGUF holds no coded weights; leave one out.")
+
+    def palette(self) -> Palette:
+        """What weights may be stored as, where they are not coded."""
+        return blocks() if self.gguf else widths(self.group, self.symmetric)
 
     def goals(self) -> dict[str, float | None]:
         """The wanted numbers. Raises SpecError for sizes and factors that are none."""

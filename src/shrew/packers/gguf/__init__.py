@@ -113,7 +113,8 @@ def write(
         raise ShrewError(f"{out} could not be written ({error}); make room and run again.") from None
     listed = [{"name": part.name, "source": part.source, "type": part.type.name, "shape": list(part.shape),
                "bytes": part.bytes} for part in parts]  # fmt: skip
-    return {"architecture": architecture.name, "bytes": out.stat().st_size, "notes": notes, "tensors": listed}
+    return {"architecture": architecture.name, "bytes": out.stat().st_size, "notes": notes, "misfits": misfits,
+            "tensors": listed}  # fmt: skip
 
 
 def _first(*given: Any) -> int | None:

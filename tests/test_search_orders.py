@@ -1,0 +1,128 @@
+"""Orders of moves: what each comes to, which one the search keeps, and that it says why."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_shrink import FLAGS, light
+
+from shrew import record
+from shrew.__main__ import main
+from shrew.search import orders
+from shrew.search.orders import HEALINGS, PLAIN, Contest, Order
+from shrew.search.propose import Candidate, Family, Rates
+
+HEAL = {"name": "distil", "steps": 6, "lr": 1e-4}
+QUANTIZE = {"name": "quantize", "bits": 3}
+CUT = {"name": "narrow", "mlp": 0.5}
+
+
+def candidate(name: str = "narrow") -> Candidate:
+    return Candidate(Family(name, (CUT,), Rates(1, {}), 0.0, 0, 1.0), QUANTIZE, 3.0, 1000, 0.1)
+
+
+def healed(steps: int, **more: Any) -> dict[str, Any]:
+    return {**HEAL, "steps": steps, **more}
+
+
+@pytest.mark.parametrize(
+    ("order", "wanted"),
+    [
+        (PLAIN, [CUT, QUANTIZE, healed(6)]),
+        (Order("x", before=1.0), [CUT, healed(6), QUANTIZE]),
+        (Order("x", before=0.5), [CUT, healed(3), QUANTIZE, healed(3)]),
+        (Order("x", before=0.25, loss="reverse"),
+         [CUT, healed(2, loss="reverse"), QUANTIZE, healed(4, loss="reverse")]),
+        (Order("x", prepare=({"name": "smooth"},)), [CUT, {"name": "smooth"}, QUANTIZE, healed(6)]),
+    ],
+)  # fmt: skip
+def test_an_order_places_the_same_moves(order: Order, wanted: list[dict[str, Any]]) -> None:
+    assert order.moves(candidate(), HEAL) == wanted
+    bare = [move for move in wanted if move["name"] != "distil"]
+    assert order.moves(candidate(), None) == bare
+    assert sum(move.get("steps", 0) for move in wanted) == HEAL["steps"]
+
+
+def contest(kept: dict[str, float], minutes: float = 0.0) -> Contest:
+    """A contest whose trials keep what is said of the names of their moves, in order."""
+
+    def finish(moves: list[dict[str, Any]], moves_again: Any, what: Candidate, full: bool) -> Any:
+        assert moves is moves_again and not full
+        key = " ".join(f"{move['name']}{move.get('steps', '')}{move.get('loss', '')}" for move in moves)
+        share = kept.get(key)
+        return None if share is None else SimpleNamespace(moves=moves, candidate=what, retention=share, bytes=10**6,
+                                                          label=key)  # fmt: skip
+
+    run: Any = SimpleNamespace(minutes=lambda: minutes, wanted=SimpleNamespace(minutes=10.0), goals={"keep": 0.98},
+                               start=lambda moves: moves, finish=finish)  # fmt: skip
+    best: Any = SimpleNamespace(moves=PLAIN.moves(candidate(), HEAL), candidate=candidate(), retention=0.98,
+                                bytes=10**6, label="trial 4")  # fmt: skip
+    return Contest(run, HEAL, [best])
+
+
+def test_the_best_order_is_kept_and_told() -> None:
+    made = contest({"narrow distil6 quantize": 0.9805, "narrow distil3 quantize distil3": 0.984,
+                    "narrow quantize distil6skewed-forward": 0.983})  # fmt: skip
+    for order in (*HEALINGS, HEALINGS[0]):  # the same moves are not tried twice
+        made.enter(order.name, order, candidate())
+    assert made.order.name == "heal, quantize, heal"
+    told = made.told()
+    assert [item["text"] for item in told] == [
+        "quantize, then heal: 1.00 MB keeps 98.00% after 6 steps of healing",
+        "heal, then quantize: 1.00 MB keeps 98.05% after 6 steps of healing",
+        "heal, quantize, heal: 1.00 MB keeps 98.40% after 6 steps of healing, so it is kept",
+        "quantize, then heal by skewed KL: 1.00 MB keeps 98.30% after 6 steps of healing",
+        "quantize, then heal by reverse KL: it failed",
+    ]
+    assert [item["kept"] for item in told] == [False, False, True, False, False]
+    assert told[2]["retention"] == 0.984 and told[4]["retention"] is None
+
+
+def test_a_hair_is_no_reason_and_neither_is_a_late_hour() -> None:
+    made = contest({"narrow distil6 quantize": 0.98 + 0.04 * 0.02})
+    made.enter(HEALINGS[0].name, HEALINGS[0], candidate())
+    assert made.order is PLAIN
+    late = contest({"narrow distil6 quantize": 0.99}, minutes=6.0)
+    late.enter(HEALINGS[0].name, HEALINGS[0], candidate())
+    assert late.order is PLAIN
+    assert "for want of time" in late.told()[1]["text"]
+
+
+def test_a_cut_that_wins_stays_with_its_name() -> None:
+    made = contest({"narrow quantize distil6": 0.97, "trim-vocab narrow quantize distil6": 0.99})
+    both = candidate("both")
+    both = Candidate(Family("both", ({"name": "trim-vocab"}, CUT), Rates(1, {}), 0.0, 0, 1.0), QUANTIZE, 3.0, 1000, 0.1)
+    made.enter("both", PLAIN, both)
+    assert made.best.candidate is both and made.order is PLAIN
+    assert [item["kept"] for item in made.told()] == [True, True]
+
+
+def test_the_search_explains_its_order(
+    trained_llama_folder: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A whole run in which any gain counts and any preparation is worth a trial."""
+    monkeypatch.setattr(orders, "NOTICED", -100.0)  # whatever comes last is kept
+    monkeypatch.setattr(orders, "PAYS", 100.0)
+    out = tmp_path / "out"
+    flags = ["--keep", "0.8", "--heal", "8", *FLAGS[4:]]
+    with light():
+        assert main(["shrink", str(trained_llama_folder), "--text", str(stories), "--out", str(out), *flags]) == 0
+    said = capsys.readouterr().err
+    records = record.read(out / "records.jsonl")
+    told = [item for item in records if item.metric == "order"]
+    names = [item.detail["order"] for item in told]
+    assert names[0] == PLAIN.name and {item.name for item in HEALINGS} <= set(names)
+    assert any(name.startswith("smooth") for name in names)
+    assert [item.detail["order"] for item in told if item.detail["kept"]][-1] == HEALINGS[-1].name
+    kept = {item.model: item.value for item in records if item.metric == "retention" and item.task.endswith("/search")}
+    tried = [item for item in told if item.value is not None]
+    assert len(tried) > 3
+    assert all(item.value == pytest.approx(kept[item.model], abs=1e-6) for item in tried)
+    page = (out / "report.html").read_text("utf-8")
+    assert "Which order pays" in page
+    assert all(item.detail["text"] in said and item.detail["text"] in page.replace("&#x27;", "'") for item in told)
+    moves = json.loads((out / "shrew.json").read_text("utf-8"))["moves"]
+    assert all(move["loss"] == "reverse" for move in moves if move["name"] == "distil")
