@@ -17,12 +17,12 @@ import numpy as np
 
 from shrew import files
 from shrew.data import python
-from shrew.data.bytes import byte_tokenizer
+from shrew.data.bytes import byte_tokenizer, reads_bytes
 from shrew.data.middle import MARKS, Middle, fill_in_the_middle, rearranged
 from shrew.errors import DataError
 
 __all__ = ["MARKS", "Batches", "Document", "Labelled", "Middle", "Stream", "byte_tokenizer", "documents", "encode",
-           "fill_in_the_middle", "read_jsonl", "split_documents", "tokenize"]  # fmt: skip
+           "fill_in_the_middle", "read_jsonl", "reads_bytes", "split_documents", "tokenize"]  # fmt: skip
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text"}
 

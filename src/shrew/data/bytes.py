@@ -3,6 +3,7 @@
 from typing import Any
 
 END, COUNT = 256, 257
+PROBE = "Aé\n\t~"
 
 
 def byte_tokenizer(marks: tuple[str, ...] = ()) -> Any:
@@ -17,6 +18,12 @@ def byte_tokenizer(marks: tuple[str, ...] = ()) -> Any:
     core.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (end, *marks)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, pad_token=end,
                                    extra_special_tokens=list(marks))  # fmt: skip
+
+
+def reads_bytes(tokenizer: Any) -> bool:
+    """Whether a tokenizer's ids are the bytes of the text themselves."""
+    found: list[int] = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    return found == list(PROBE.encode())
 
 
 def _letters() -> list[str]:

@@ -20,6 +20,7 @@ from shrew.errors import DataError, SpecError, UnsupportedError, UsageError, nea
 from shrew.folder import Loaded, paged
 from shrew.folder.check import fetch
 from shrew.folder.headers import read_json
+from shrew.moves.byteify import Byteify
 from shrew.moves.context import Context
 from shrew.moves.distil import Distil
 from shrew.moves.distil.twin import sentence
@@ -62,6 +63,7 @@ MOVES: dict[str, Any] = {
         PruneExperts,
         Upcycle,
         Linearize,
+        Byteify,
         Distil,
     )
 }

@@ -82,10 +82,16 @@ def context_of(source: Source, original: Loaded, task: Task, say: Callable[[str]
 
 def suited(context: Context, loaded: Loaded, source: Source) -> Context:
     """The context for a model that has lost tokens: the same texts in the tokens that it has, and the teacher without
-    the others. For any other model it is the context itself."""
+    the others. For one that reads bytes by now it is the same texts in bytes, and the teacher as it was. For any other
+    model it is the context itself."""
     teacher = context.teacher
     if teacher is None or loaded.tokenizer is None:
         return context
+    if data.reads_bytes(loaded.tokenizer) and not data.reads_bytes(teacher.tokenizer):
+        if not context.calibration and not context.healing:
+            return context
+        made = context_of(source, loaded, open_task(source, teacher), context.say)
+        return replace(made, teacher=teacher, cache=context.cache)
     known, left = teacher.tokenizer.get_vocab(), loaded.tokenizer.get_vocab()
     rows, fewer = (item.model.get_input_embeddings().weight.shape[0] for item in (teacher, loaded))
     if (known == left and rows == fewer) or not known.keys() >= left.keys():

@@ -90,6 +90,18 @@ def entropies(model: ShrewForCausalLM, bytes: Tensor, lengths: Tensor, reset: bo
 
 def read(path: Path) -> ShrewForCausalLM:
     """The model of bytes in a folder, float32, frozen. Raises FolderError where there is none."""
+    model, ids = opened(path)
+    wrong = problem(model.spec)
+    if not wrong and ids != list(PROBE.encode()):
+        wrong = "its tokens are not the bytes"
+    if wrong:
+        raise FolderError(f"{path} gives no entropies of bytes: {wrong}.")
+    return model
+
+
+def opened(path: Path) -> tuple[ShrewForCausalLM, list[int]]:
+    """The model of a folder in our blocks, float32, frozen, and what its tokenizer makes of PROBE. Raises FolderError
+    where there is none."""
     if not (path / "config.json").is_file():
         raise FolderError(f"There is no model folder at {path}; give one that `shrew train` wrote.")
     try:
@@ -102,15 +114,9 @@ def read(path: Path) -> ShrewForCausalLM:
         raise FolderError(f"{path} holds no model of bytes: {error}") from None
     except Exception as error:  # transformers, safetensors and tokenizers raise their own
         raise FolderError(f"{path} cannot be loaded ({' '.join(str(error).split())[:150]}).") from None
-    wrong = problem(model.spec)
-    if not wrong and ids != list(PROBE.encode()):
-        wrong = "its tokens are not the bytes"
-    if wrong:
-        raise FolderError(f"{path} gives no entropies of bytes: {wrong}.")
     if not all(bool(torch.isfinite(value).all()) for value in model.parameters()):
         raise FolderError(f"{path} contains NaN or infinite weights; use another copy of the model.")
-    frozen: ShrewForCausalLM = model.eval().requires_grad_(False)
-    return frozen
+    return model.eval().requires_grad_(False), ids
 
 
 @contextmanager

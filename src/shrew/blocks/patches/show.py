@@ -41,7 +41,10 @@ class PatchSpec:
     reset: bool = doc("take lines apart: a new one starts a patch, and entropies know their line alone", False)
     shortest: Annotated[int, Meta(ge=1)] = doc("least bytes of a patch", 1)
     longest: Annotated[int, Meta(ge=0)] = doc("most bytes of a patch; 0: no limit", 0)
-    model: str = doc("folder of a model of bytes, which gives the entropies (default: the one that ships)", "")
+    model: str = doc(
+        "folder of a model of bytes, which gives the entropies (default: the one that ships); or one of patches, which "
+        "cuts by its own rule", ""
+    )  # fmt: skip
     most: Annotated[int, Meta(ge=1, le=100_000)] = doc("bytes of the text to read; the rest is left out", 4096)
 
 
@@ -94,6 +97,8 @@ def cut(text: bytes, asked: PatchSpec, left_out: bool = False) -> Shown:
     if by_entropy and not asked.model and not (folder / "config.json").exists():
         raise UsageError("Patches by entropy need a model of bytes, and none ships here; give one with --model, "
                          "or take --rule space.")  # fmt: skip
+    if asked.model and (model := entropy.opened(folder)[0]).spec.patches:
+        return own(model, text, asked, folder.name, left_out)
     row, lengths = torch.tensor([list(text)]), torch.tensor([len(text)])
     about = None
     if by_entropy or asked.model or (folder / "config.json").exists():
@@ -105,6 +110,23 @@ def cut(text: bytes, asked: PatchSpec, left_out: bool = False) -> Shown:
     starts = boundaries(row, lengths, rule, about)[0].nonzero()[:, 0].tolist()
     name = folder.name if about is not None else ""
     return Shown(text, left_out, rule, name, starts, None if about is None else about[0].tolist(), wanted)
+
+
+@torch.no_grad()
+def own(model: Any, text: bytes, asked: PatchSpec, name: str, left_out: bool) -> Shown:
+    """The patches that a model of patches makes of a text, as a document of its own, and the entropies it cuts by."""
+    plain = PatchSpec(model=asked.model, most=asked.most)
+    said = [item.name for item in dataclasses.fields(asked) if getattr(asked, item.name) != getattr(plain, item.name)]
+    if said:
+        raise UsageError(f"{name} is a model of patches and cuts by its own rule; leave out --{said[0]}.")
+    front, begin = model.spec.patches, model.config.bos_token_id
+    head = [] if begin is None else [begin]
+    tokens = torch.tensor([[*head, *(byte + front.first for byte in text)]])
+    first = torch.ones(1, dtype=torch.bool)
+    starts = torch.cat([first, model.model.ends(tokens)[0, :-1]])[len(head) :]
+    about = model.model.entropies(tokens)
+    values = None if about is None else about[0, len(head) :].tolist()
+    return Shown(text, left_out, front.rule, name, starts.nonzero()[:, 0].tolist(), values, None)
 
 
 def _rule(asked: PatchSpec) -> Any:

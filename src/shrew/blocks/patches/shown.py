@@ -74,6 +74,8 @@ def sentence(shown: Shown) -> str:
     most = f", {' and '.join(limits)} bytes each" if limits else ""
     if rule.kind == "static":
         return f"A patch every {rule.size} bytes."
+    if rule.kind == "learned":
+        return f"Patches end where the states of the model take a turn, every {rule.mean:g} bytes or so{most}."
     if rule.kind == "space":
         return f"Patches end with the space-like byte behind a word{most}."
     how = {

@@ -167,6 +167,14 @@ class PatchTrunk(nn.Module):
             x, _ = layer(x, place)
         return self._ends(x, place, None)[0]
 
+    def entropies(self, tokens: Tensor) -> Tensor | None:
+        """[B, T]: how hard each of tokens [B, T] was to tell, in nats, by the model that cuts the patches; None where
+        they are cut without one."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if self.entropy is None:
+            return None
+        return self._entropies(self.entropy, tokens - self.front.first, Place(tokens, positions), None)[:, :-1]
+
     def _ends(self, x: Tensor, place: Place, cache: Cache | None) -> tuple[Tensor, Tensor | None]:
         """bool [B, T], and by a learned rule the chance of it; x [B, T, d] are the encoder's states."""
         state: Any = None if cache is None else cache.layers[-1]

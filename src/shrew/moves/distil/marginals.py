@@ -112,15 +112,16 @@ def byte_divergence(
 ) -> Tensor:  # fmt: skip
     """Sum in nats over these bytes of the divergence between the models' predictions of them; log-probabilities [T, V]
     of the student and [S, W] of the teacher, and the state of each."""
-    left, possible = _marginals(student, [one for one, _ in states], mine)
-    right, common = _marginals(teacher, [two for _, two in states], theirs)
+    left, possible = marginals(student, [one for one, _ in states], mine)
+    right, common = marginals(teacher, [two for _, two in states], theirs)
     common &= possible
     left, right = (item.masked_fill(~common, objectives.LOWEST).log_softmax(-1) for item in (left, right))
     return objectives.divergence(left, right, loss, alpha)
 
 
-def _marginals(logs: Tensor, states: list[State], spelling: Spelling) -> tuple[Tensor, Tensor]:
-    """Logarithms [N, OUTCOMES] of what the tokens of each next byte have, up to a constant, and whether any has it."""
+def marginals(logs: Tensor, states: list[State], spelling: Spelling) -> tuple[Tensor, Tensor]:
+    """Logarithms [N, OUTCOMES] of what the tokens of each next byte have, up to a constant, and whether any has it, of
+    log-probabilities [T, V]: the sum over the tokens that agree with the bytes so far."""
     alike: dict[bytes, list[int]] = {}
     for place, state in enumerate(states):
         alike.setdefault(state.prefix, []).append(place)
