@@ -124,18 +124,23 @@ def resized(table: dict[str, Any], width: int, hidden: int, layers: int) -> dict
     return table | {"width": width, "layers": layers, "mixers": mixers, "ffn": table["ffn"] | {"hidden": hidden}}
 
 
-def to_cost(table: dict[str, Any], length: int, goal: float, **more: Any) -> Cell:
+def to_cost(table: dict[str, Any], length: int, goal: float, *, name: str, **more: Any) -> Cell:
     """The cell nearest to so many FLOPs a byte of reading, by the width and number of the layers of `table`; of two
     that are as near as a hundredth the one whose feed-forward layer is nearer to three times the width."""
-    name = more.pop("name")
     found = []
     for width in range(16, RUNGS[-1][0] + 1, 16):
-        layers = sum(width > other for other, _ in RUNGS) + 2
-        for hidden in range(2 * width // 8 * 8, 4 * width + 1, 8):
+
+        def made(layers: int, hidden: int, width: int = width) -> tuple[float, Cell]:
             item = cell(name, -1, resized(table, width, hidden, layers), length, **more)
-            found.append((round(abs(item.reading / item.size / goal - 1), 2), abs(hidden / width - 3), item))
-            if item.reading / item.size > goal:
-                break  # a larger one is no nearer
-        if found[-1][2].reading / found[-1][2].size > 2 * goal:
+            return item.reading / item.size, item
+
+        usual = sum(width > other for other, _ in RUNGS) + 2
+        for layers in (usual - 1, usual, usual + 1):
+            least, channel = 2 * width, 8  # the cost is a straight line in the channels
+            low, next_up = (made(layers, hidden)[0] for hidden in (least, least + channel))
+            hidden = least + channel * max(0, round((goal - low) / (next_up - low)))
+            cost, item = made(layers, min(hidden, 4 * width))
+            found.append((round(abs(cost / goal - 1), 2), abs(item.model["ffn"]["hidden"] / width - 3), item))
+        if low > 2 * goal:
             break
     return min(found, key=lambda one: one[:2])[2]

@@ -533,11 +533,13 @@ def speed(args: argparse.Namespace) -> list[Record]:
     book = data.documents([str(args.text / "train") if args.text else "python:train"])[0].text.encode()
     found = []
     for size in args.sizes:
-        found += blt.speed(size, book, args.rounds)
+        for length in args.lengths:
+            found += blt.speed(size, book, args.rounds, max(1, blt.BYTES // length), length)
     for item in found:
-        print(f"{item.model}, {item.metric}: {item.value:.2f} ({item.low:.2f} to {item.high:.2f}) of {item.n} rounds, "
-              f"{item.detail['ours_microseconds_per_byte']:.1f} against "
-              f"{item.detail['theirs_microseconds_per_byte']:.1f} microseconds a byte")  # fmt: skip
+        seen = item.detail
+        each = [seen[f"{name}_microseconds_per_byte"] for name in ("ours", "theirs")]
+        print(f"{item.model}, rows of {seen['length']}, {item.metric}: {item.value:.2f} ({item.low:.2f} to "
+              f"{item.high:.2f}) of {item.n} rounds, {each[0]:.1f} against {each[1]:.1f} microseconds a byte")
     return found
 
 
@@ -569,7 +571,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         if verb == "speed":
             one.add_argument("--text", type=Path, help="folder with train/; default: Python's own source")
             one.add_argument("--sizes", nargs="+", choices=list(blt.SIZES), default=list(blt.SIZES))
-            one.add_argument("--rounds", type=int, default=20, help="of training; half as many of decoding")
+            one.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="bytes of a row")
+            one.add_argument("--rounds", type=int, default=20, help="of training; a quarter as many of decoding")
     return parser.parse_args(words)
 
 
