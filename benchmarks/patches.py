@@ -42,6 +42,7 @@ import torch
 from branches import PARTS, branch, excerpt, level_of, newest, steps_of
 from fits import Law, Noise, crossing, laws, mean, spread
 from ladder import Cell, cell
+from patch_tables import AXES, picture, report
 
 from shrew import data, files, folder, record, spec, tasks
 from shrew.blocks.patches.boundaries import SpaceSpec, boundaries, mean_size
@@ -292,9 +293,6 @@ def say(text: str) -> None:
 
 # --- what is told -----------------------------------------------------------------------------------------------------
 
-AXES = {"flops": "FLOPs", "cpu": "CPU-seconds"}
-
-
 def scaling(args: argparse.Namespace) -> list[Record]:
     """All runs, and everything that they say."""
     study = Study(args)
@@ -360,8 +358,8 @@ def facts(study: Study, chosen: dict[str, tuple[Cell, float]]) -> list[Record]:
     found = []
     for arm, items in [(arm, items) for (arm, _), items in runs.items()]:
         for item in items:
-            detail = {key: value for key, value in item.items() if key not in ("scores", "bytes")}
-            detail |= {"bytes": item["bytes"], "length": study.args.length, "rows": study.args.rows}
+            detail = {key: value for key, value in item.items() if key != "scores"}
+            detail |= {"length": study.args.length, "rows": study.args.rows}
             one = interval(final(item))
             found.append(Record(model=arm, metric="bits_per_byte", seed=item["seed"], detail=detail, **common,
                                 **vars(one)))  # fmt: skip
@@ -424,56 +422,6 @@ def _against(old: Law, new: Law, arm: str, detail: dict[str, Any], common: dict[
                   detail=detail | {"cross": place, "cross_low": low, "cross_high": high, "steeper": steeper})
 
 
-def report(found: Sequence[Record]) -> str:
-    """Markdown: bits per byte by budget, what each arm is at the largest, and the laws."""
-    runs = [item for item in found if item.metric == "bits_per_byte"]
-    budgets = sorted({item.detail["budget"] for item in runs})
-    names = list(dict.fromkeys(item.model for item in runs))
-    gaps = {(item.model, item.detail["budget"]): item for item in found if item.metric == "difference"}
-    rows = [f"| arm | {' | '.join(f'{budget:g} FLOPs' for budget in budgets)} | parameters | table bytes | "
-            "bytes a patch | CPU-seconds |", "|---|" + "---|" * (len(budgets) + 4)]  # fmt: skip
-    for name in names:
-        mine = [item for item in runs if item.model == name]
-        cells = []
-        for budget in budgets:
-            values = [float(item.value or 0) for item in mine if item.detail["budget"] == budget]
-            gap = gaps.get((name, budget))
-            told = "" if gap is None else f" ({gap.value:+.3f}, {gap.low:+.3f} to {gap.high:+.3f})"
-            cells.append(f"{middle.fmean(values):.3f}{told}" if values else "diverged")
-        last = mine[-1].detail
-        rows.append(f"| {name} | {' | '.join(cells)} | {last['parameters']:,} | {last['table_bytes']:,} | "
-                    f"{last['patch']:.2f} | {last['cpu']:.0f} |")  # fmt: skip
-    rows.append("")
-    for item in found:
-        axis = AXES.get(item.detail.get("axis", ""), "")
-        span = f"{item.value:+.4f} ({item.low:+.4f} to {item.high:+.4f})" if item.low is not None else ""
-        if item.metric == "slope":
-            rows.append(f"{item.model}, {axis}: slope {span}")
-        elif item.metric == "predicted":
-            rows.append(f"{item.model}, {axis}: {span} predicted, {item.detail['measured']:.4f} measured")
-        elif item.metric == "slope_difference":
-            cross = item.detail["cross"]
-            met = "parallel" if cross is None else f"meets {item.detail['against']} at {cross:.3g} {axis}"
-            rows.append(f"{item.model}, {axis}: slope {span} against {item.detail['against']}'s; {met}")
-    return "\n".join(rows)
-
-
-def picture(found: Sequence[Record]) -> str:
-    """Bits per byte against FLOPs, CPU-seconds and the bytes of the saved model."""
-    runs = [item for item in found if item.metric == "bits_per_byte"]
-    drawn = []
-    for key, label in (("flops", "training FLOPs"), ("cpu", "CPU-seconds, one thread"),
-                       ("bytes", "bytes of the saved model (bf16), tables too")):  # fmt: skip
-        series: dict[str, list[panels.Point]] = {}
-        for name, budget in dict.fromkeys((item.model, item.detail["budget"]) for item in runs):
-            some = [item for item in runs if (item.model, item.detail["budget"]) == (name, budget)]
-            x = middle.fmean(item.detail[key] for item in some)
-            y = middle.fmean(float(item.value or 0) for item in some)
-            series.setdefault(name, []).append(panels.Point(x, y))
-        drawn.append(panels.Panel(label, series))
-    return panels.draw(drawn, "bits per byte, held-out authors")
-
-
 # --- patches of several sizes -----------------------------------------------------------------------------------------
 
 
@@ -504,7 +452,7 @@ def patch_size_study(args: argparse.Namespace) -> list[Record]:
             result = study.result(item, rate, seed, budget)
             if "scores" not in result:
                 continue
-            detail = {key: value for key, value in result.items() if key not in ("scores", "bytes")}
+            detail = {key: value for key, value in result.items() if key != "scores"}
             average = result["patch"] or item.size
             detail |= {"budget": budget, "rate": rate, "unit": average, "parameters": item.parameters,
                        "table_bytes": item.tables, "model": item.model["width"], "goal": goal}  # fmt: skip

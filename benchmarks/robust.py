@@ -153,8 +153,8 @@ def spelt(loaded: Loaded, asked: Sequence[tuple[str, str, str]]) -> np.ndarray:
 
 def models(work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each arm of a study and its largest model."""
-    known = json.loads((work / "chosen.json").read_text())
-    for arm, told in known.items():
+    known = work / "chosen.json"
+    for arm, told in json.loads(known.read_text()).items() if known.exists() else ():
         if (work / told["model"] / "config.json").exists():
             yield arm, told | {"path": work / told["model"]}
 
@@ -244,8 +244,10 @@ def shares(model: Any, length: int) -> tuple[float, float]:
 def dynamic(args: argparse.Namespace) -> list[Record]:
     """FLOPs a byte over a document of easy and hard passages."""
     work = args.work.resolve()
-    told = dict(models(work))[args.arm]
-    loaded = folder.load(told["path"])
+    known = dict(models(work))
+    if args.arm not in known:
+        raise SystemExit(f"{work} holds no model of {args.arm}; run `scaling` first.")
+    loaded = folder.load(known[args.arm]["path"])
     book = json.loads((work / "held.json").read_text())["held"]["final"][0][1]
     parts = passages(book)
     flops, bits = spent(loaded, "".join(parts.values()))

@@ -94,9 +94,8 @@ def test_a_median_stands_in_its_interval(ratios: list[float]) -> None:
 def test_larger_rungs_cost_more_and_entropies_are_read_not_trained(bench: Any) -> None:
     ladder = bench("ladder")
     for arm in ladder.ARMS:
-        costs = [ladder.cell(arm, rung, ladder.table(arm, rung, 5.0), 256).per_byte for rung in range(4)]
-        assert costs == sorted(costs)
-        assert len(set(costs)) == 4
+        costs = [ladder.cell(arm, rung, ladder.table(arm, rung, 5.0), 256).per_byte for rung in range(2)]
+        assert costs[0] < costs[1]
     cut = ladder.cell("entropy-4.5", 1, ladder.table("entropy-4.5", 1, 5.0), 256)
     same = ladder.patches(1, {"kind": "static", "size": 1}, 4.5)
     plain = ladder.cell("static", 1, same, 256)
@@ -105,11 +104,9 @@ def test_larger_rungs_cost_more_and_entropies_are_read_not_trained(bench: Any) -
     assert cut.flops - plain.flops == oracle.flops(128)
     assert plain.flops == 3 * plain.reading
     assert cut.tables == 2 * 4 * 4096 * 24
-    goal = 1.5 * plain.reading
-    for mean in (3.0, 8.0):
-        item = ladder.to_cost(ladder.patches(1, {"kind": "static", "size": 1}, mean), 256, goal, name="it")
-        assert item.reading == pytest.approx(goal, rel=0.02)
-        assert item.model["front"]["width"] == 24
+    item = ladder.to_cost(ladder.patches(0, {"kind": "static", "size": 1}, 8.0), 256, plain.reading, name="it")
+    assert item.reading == pytest.approx(plain.reading, rel=0.02)
+    assert item.model["front"]["width"] == 16
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
@@ -160,20 +157,20 @@ def test_a_study_from_its_runs_to_its_pictures(
         for book in range(books):
             (tmp_path / "text" / part / f"{book}.txt").write_text(sentences(1500, 10 * books + book))
     ladder, robust = bench("ladder"), bench("robust")
-    monkeypatch.setattr(ladder, "RUNGS", ((16, 1), (32, 1)))
+    monkeypatch.setattr(ladder, "RUNGS", ((16, 1),))
     monkeypatch.setattr(ladder, "GRAMS", {"sizes": [2], "rows": 64})
     monkeypatch.setattr(ladder, "DECODER", 1)
     monkeypatch.setattr(ladder, "ENTROPY", ladder.ENTROPY | {"width": 16, "ngrams": {"sizes": [2], "rows": 64}})
     monkeypatch.setattr(patches, "RATES", (4e-3,))
     monkeypatch.setattr(patches, "MIDDLE", 0)
     common = [str(tmp_path / "work"), "--text", str(tmp_path / "text"), "--length", "64", "--rows", "2", "--warmup",
-              "2", "--vocabularies", "270", "--seeds", "1", "--characters", "1500"]  # fmt: skip
-    words = ["scaling", *common, "--arms", "bpe", "entropy-4.5", "--budgets", "1e8", "2e8", "--last", "3e8",
+              "2", "--vocabularies", "270", "--seeds", "1", "--characters", "1200"]  # fmt: skip
+    words = ["scaling", *common, "--arms", "bpe", "entropy-4.5", "--budgets", "1e8", "1.5e8", "--last", "2e8",
              "--plot", str(tmp_path / "it.svg")]  # fmt: skip
     found = patches.scaling(patches.parse(words))
     runs = [item for item in found if item.metric == "bits_per_byte"]
     assert {(item.model, item.detail["budget"]) for item in runs} == {
-        (arm, budget) for arm in ("bpe", "entropy-4.5") for budget in (1e8, 2e8, 3e8)}  # fmt: skip
+        (arm, budget) for arm in ("bpe", "entropy-4.5") for budget in (1e8, 1.5e8, 2e8)}  # fmt: skip
     told = json.loads((tmp_path / "work/entropy/told.json").read_text())
     for item in runs:
         if item.model == "entropy-4.5":
@@ -187,7 +184,7 @@ def test_a_study_from_its_runs_to_its_pictures(
     monkeypatch.setattr(patches, "here", None)  # nothing is left to do
     again = patches.scaling(patches.parse(words))
     assert [item.value for item in again] == [item.value for item in found]
-    args = patches.parse(["noise", str(tmp_path / "work"), "--characters", "700", "--questions", "4"])
+    args = patches.parse(["noise", str(tmp_path / "work"), "--characters", "400", "--questions", "2"])
     heard = robust.noise(args)
     assert {item.detail["text"] for item in heard if item.metric == "bits_per_byte"} >= {*robust.NOISES, "languages"}
     assert {item.detail["chance"] for item in heard if item.metric == "accuracy"} == {0.25, 0.5}
