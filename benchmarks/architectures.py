@@ -33,6 +33,7 @@ for _name, _value in ENVIRONMENT.items():
 import panels  # noqa: E402
 import torch  # noqa: E402 - after the environment is set, as in the command line
 import transformers  # noqa: E402
+from fits import median_ratio  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -194,10 +195,10 @@ def layers(args: argparse.Namespace) -> bool:
 
 
 def _ratio(metric: str, model: str, ratios: list[float], detail: dict[str, Any]) -> Record:
-    """The median of the rounds with the distribution-free interval of a median (order statistics, about 95 %)."""
-    reach = max(0, math.floor((len(ratios) - 1.96 * len(ratios) ** 0.5) / 2))
-    return Record(run="architectures", model=model, metric=metric, value=statistics.median(ratios), unit="ratio",
-                  n=len(ratios), low=ratios[reach], high=ratios[-1 - reach], detail=detail)  # fmt: skip
+    """The median of the rounds with its interval."""
+    value, low, high = median_ratio(ratios)
+    return Record(run="architectures", model=model, metric=metric, value=value, unit="ratio",
+                  n=len(ratios), low=low, high=high, detail=detail)  # fmt: skip
 
 
 # --- a process of its own: cost against length

@@ -30,21 +30,21 @@ import time
 import tomllib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import panels
-import tomli_w
+from branches import beyond, branch, excerpt, level_of, newest, steps_of, work_of
+from fits import Noise, at, mean
 from transformers import AutoTokenizer
 
 from shrew import data, files, folder, record, spec, tasks
 from shrew.blocks.model import ModelSpec, build
 from shrew.data.tokenizer import train_tokenizer
 from shrew.measure import Interval, cost, interval, paired_bootstrap
-from shrew.measure.statistics import student_quantile
 from shrew.record import Record
 from shrew.tasks import Scores
 from shrew.train import flops_per_token
@@ -55,7 +55,6 @@ ARMS = (["dense", "recipes/contest/dense-1m.toml"], ["moe", "recipes/contest/moe
         ["dense+ngrams", "recipes/contest/dense-1m.toml", "ngrams.rows=8192"])  # fmt: skip
 SHARED: dict[str, Any] = {"weight_decay": 0.1, "validation": 0.0, "precision": "fp32", "threads": 1,
                           "checkpoint_every": 100}  # fmt: skip
-PARTS = 5  # the last of so many parts of a budget is its decay
 GROWTH = 2  # by how many rates the list may grow
 RATE = 30e9  # training FLOPs a CPU-second, to plan with where an arm was not timed yet
 COUNTED = ("three times the forward pass: matrix products and attention of every token, head included; not look-ups of "
@@ -89,72 +88,6 @@ def read_arm(words: Sequence[str], length: int, vocabulary: int) -> Arm:
     idle = sum(layer.ffn.idle() for layer in made.model.layers)
     total = sum(p.numel() for p in made.parameters())
     return Arm(name, model, flops_per_token(made, length), total, total - idle)
-
-
-def steps_of(budget: float, flops: int, tokens: int) -> int:
-    """Steps of `tokens` tokens that a budget pays, rounded so that the decay begins at a whole step."""
-    return PARTS * max(1, round(budget / (flops * tokens) / PARTS))
-
-
-def level_of(steps: int) -> int:
-    """The step at which a run of so many begins to decay."""
-    return steps - steps // PARTS
-
-
-def work_of(budgets: Iterable[float], done: Iterable[float] = ()) -> float:
-    """FLOPs of a trunk and its branches to these budgets, of which some are done."""
-    wanted, have = set(budgets), set(done)
-    trunk = max(0.0, max(wanted, default=0.0) - max(have, default=0.0)) * (PARTS - 1) / PARTS
-    return trunk + sum(wanted - have) / PARTS
-
-
-def excerpt(document: data.Document, at: float, characters: int) -> data.Document:
-    """About so many characters of a document from a share of it onward, whole lines."""
-    low = document.text.find("\n", int(len(document.text) * at)) + 1
-    high = document.text.find("\n", low + characters)
-    return data.Document(Path(document.id).stem, document.text[low : high if high > 0 else None])
-
-
-def mean(items: Sequence[Scores]) -> Scores:
-    """Scores of several seeds as one: every document's mean bits."""
-    bits = np.mean([item.columns["bits"] for item in items], axis=0)
-    return replace(items[0], columns={"bits": bits, "bytes": items[0].columns["bytes"]})
-
-
-def at(curve: Sequence[tuple[float, Scores]], x: float) -> Scores:
-    """Scores at x between the points of a curve, each document's bits on log-log axes; x must be inside."""
-    curve = sorted(curve, key=lambda point: point[0])
-    if not curve[0][0] <= x <= curve[-1][0]:
-        raise ValueError(f"{x:g} is outside {curve[0][0]:g} to {curve[-1][0]:g}")
-    rows = np.log([item.columns["bits"] for _, item in curve])
-    where = np.log([place for place, _ in curve])
-    bits = [np.exp(np.interp(np.log(x), where, column)) for column in rows.T]
-    return replace(curve[0][1], columns={"bits": np.array(bits), "bytes": curve[0][1].columns["bytes"]})
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Standard deviation between seeds, from `freedom` degrees of freedom (none: unknown, and taken as zero)."""
-
-    sd: float
-    freedom: int
-
-    @classmethod
-    def pooled(cls, groups: Iterable[Sequence[float]]) -> "Noise":
-        groups = [group for group in groups if len(group) > 1]
-        freedom = sum(len(group) - 1 for group in groups)
-        squares = sum((len(group) - 1) * middle.variance(group) for group in groups)
-        return cls(math.sqrt(squares / freedom) if freedom else 0.0, freedom)
-
-    def around(self, found: Interval, *seeds: int) -> Interval:
-        """A 95 % interval over documents, made one over documents and seeds: each side is the root of the sum of the
-        squares of both. With few documents a bootstrap is too narrow: it is widened by Student's t over the normal
-        quantile and by sqrt(n / (n - 1))."""
-        few = student_quantile(0.975, found.n - 1) / 1.96 * math.sqrt(found.n / (found.n - 1))
-        lucky = self.sd * math.sqrt(sum(1 / count for count in seeds))
-        lucky *= student_quantile(0.975, self.freedom) if self.freedom else 0.0
-        low = found.value - math.hypot(few * (found.value - found.low), lucky)
-        return replace(found, low=low, high=found.value + math.hypot(few * (found.high - found.value), lucky))
 
 
 class Stopped(Exception):
@@ -288,7 +221,7 @@ class Contest:
                 if budget not in done:
                     result = self.branch(arm, rate, seed, budget, lock.fileno())
                     files.write_text(place / f"{budget:g}.json", json.dumps(result))
-                    if run := _newest(place, f"{budget:g}"):
+                    if run := newest(place, f"{budget:g}"):
                         shutil.rmtree(run / "checkpoint")  # the trunk's is what goes on
                     work = work_of([budget], [each for each in done if each < budget])
                     self.tell(arm, rate, seed, budget, result, work)
@@ -299,9 +232,7 @@ class Contest:
         steps = steps_of(budget, arm.flops, self.args.batch_tokens)
         recipe = {"train": self.table | {"lr": rate, "seed": seed}, "model": arm.model}
 
-        def train(out: str, count: int, decay: float) -> str:
-            whole = {**recipe, "train": recipe["train"] | {"out": out, "steps": count, "decay": decay}}
-            files.write_text(place / f"{out}.toml", tomli_w.dumps(whole))
+        def train(out: str) -> str:
             command = [sys.executable, "-m", "shrew", "train", f"{out}.toml"]
             code, words = self.call(command, place, lock)
             if code and "the loss is" in words:
@@ -310,22 +241,13 @@ class Contest:
                 raise SystemExit(f"{place / 'log.txt'}: exit code {code}: {words}")
             return ""
 
-        trunk = _newest(place, "trunk")
-        past = trunk is not None and json.loads((trunk / "checkpoint/state.json").read_text())["step"] > level_of(steps)
-        if _newest(place, name) is None and not past:  # a trunk that is past it is of no use: all from the start
-            if words := train("trunk", level_of(steps), 0.0):
-                return {"diverged": words}
-            trunk = _newest(place, "trunk")
-            branch = trunk.with_name(f"{name}-{trunk.name.rpartition('-')[2]}")
-            files.write_bytes(branch / "log.jsonl", (trunk / "log.jsonl").read_bytes())
-            files.copy_folder(trunk / "checkpoint", branch / "checkpoint", "state.json")
-        if words := train(name, steps, 1 / PARTS):
+        if words := branch(place, recipe, name, steps, train):
             return {"diverged": words}
         this, held = str(Path(__file__).resolve()), str(self.runs / "held.json")
         code, words = self.call([sys.executable, this, "score", name, held, "scores.json"], place, lock)
         if code:
             raise SystemExit(f"{place / 'log.txt'}: exit code {code}: {words}")
-        log = (_newest(place, name) / "log.jsonl").read_text()
+        log = (newest(place, name) / "log.jsonl").read_text()
         seconds = [json.loads(line)["cpu_seconds"] for line in log.splitlines()]
         each = middle.median(np.diff(seconds).tolist() or seconds)
         tokens = steps * self.args.batch_tokens
@@ -439,18 +361,6 @@ class Contest:
         return found
 
 
-def beyond(rates: Sequence[float], best: Iterable[float]) -> list[float]:
-    """The rates to add, each as far from the end as the end is from its neighbour, where a best one is at an end."""
-    if len(rates) < 2:
-        return []
-    found = []
-    if rates[0] in best:
-        found.append(rates[0] ** 2 / rates[1])
-    if rates[-1] in best:
-        found.append(rates[-1] ** 2 / rates[-2])
-    return [float(f"{rate:.3g}") for rate in found]
-
-
 def _compare(here: dict[str, tuple[Scores, int]], noise: Noise, common: dict[str, Any], axis: str,
              where: dict[str, Any]) -> list[Record]:  # fmt: skip
     """Mean of each arm over its seeds, and each pair's difference (the later minus the earlier), with intervals over
@@ -473,12 +383,6 @@ def _record(found: Interval | None, common: dict[str, Any], model: str, metric: 
             seed: int | None = None) -> Record:  # fmt: skip
     values = {"value": None} if found is None else vars(found)
     return Record(model=model, metric=metric, seed=seed, detail=detail, **common, **values)
-
-
-def _newest(place: Path, name: str) -> Any:
-    """The run folder of that name that was last written, if one has a checkpoint."""
-    found = place.glob(f"runs/{name}-*/checkpoint/state.json")
-    return max((path.parents[1] for path in found), key=lambda run: (run / "log.jsonl").stat().st_mtime, default=None)
 
 
 def tables(records: Sequence[Record]) -> str:

@@ -71,7 +71,7 @@ def _panel(panel: Panel, names: Sequence[str], left: float, low: float, high: fl
         return bottom - (value - low) / (high - low) * (bottom - TOP)
 
     parts = []
-    step = 1.0 if powers else _step(high - low)
+    step = 1.0 if powers else even_step(high - low)
     for number in range(math.ceil(low / step), math.floor(high / step) + 1):
         at, told = down(number * step), _short(10.0**number) if powers else f"{number * step:.3g}"
         parts.append(f'<path class="grid" d="M{left:.1f} {at:.1f}H{right:.1f}"/><text x="{left - 6:.1f}" '
@@ -105,7 +105,7 @@ def _mark(number: int, x: float, y: float, told: str = "") -> str:
             f'd="{shapes[number % len(shapes)]}">{title}</path>')  # fmt: skip
 
 
-def _step(span: float) -> float:
+def even_step(span: float) -> float:
     power = 10.0 ** math.floor(math.log10(span / 5))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / 5)
 

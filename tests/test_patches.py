@@ -19,7 +19,7 @@ from shrew import errors, folder, spec
 from shrew.blocks.layers import Place
 from shrew.blocks.model import ModelSpec, ShrewForCausalLM, build
 from shrew.blocks.patches.boundaries import EntropySpec, StaticSpec
-from shrew.blocks.patches.cross import naive_read, read
+from shrew.blocks.patches.cross import Groups, naive_read, read
 from shrew.blocks.patches.learned import Learned, LearnedSpec, smoothed
 from shrew.blocks.patches.packing import ends, lay, members
 from shrew.blocks.specs import BytesSpec, PatchesSpec
@@ -57,7 +57,7 @@ def test_patches_read_their_bytes_by_the_definition() -> None:
     q = torch.randn(4, 2, 3, 5, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(8, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     weight = torch.randn(4, 2, 3, 5)
-    found, wanted = read(q, k, v, patch), naive_read(q, k, v, patch)
+    found, wanted = read(q, k, v, Groups.of(patch, 4)), naive_read(q, k, v, patch)
     torch.testing.assert_close(found, wanted)
     mine, theirs = (torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (found, wanted))
     torch.testing.assert_close(mine, theirs)

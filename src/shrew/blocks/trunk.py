@@ -36,14 +36,15 @@ class Layer(nn.Module):
         return [block for block in (self.mixer, self.ffn, self.router) if block is not None]
 
     def forward(self, x: Tensor, place: Place, state: Any = None) -> tuple[Tensor, Tensor | None]:
-        """x [B, T, d] -> [B, T, d], and the penalty of the ffn and its router, if there is one."""
-        y = self.mixer(self.mixer_norm(x), place, state)
-        x = x + self.scale * (y if self.mixer_after is None else self.mixer_after(y))
+        """x [B, T, d] -> [B, T, d], and the penalty of the ffn and its router, if there is one; where some positions
+        do not count, x is as `place.gathered` gives it, and the mixer alone sees them."""
+        y = place.gathered(self.mixer(place.scattered(self.mixer_norm(x)), place, state))
+        x = x.add(y if self.mixer_after is None else self.mixer_after(y), alpha=self.scale)
         if self.ffn_norm is None:
             return x, None
-        z = self.ffn_norm(place.gathered(x))
+        z = self.ffn_norm(x)
         y, penalty = self.feed(z) if self.router is None else self.router(z, self.feed)
-        return x + self.scale * place.scattered(y), penalty
+        return x.add(y, alpha=self.scale), penalty
 
     def feed(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         y, penalty = self.ffn(z)

@@ -4,6 +4,9 @@ Both are sparse, so neither holds a mask of bytes times patches: patches add the
 at a cost linear in bytes. n bytes, N patches, k vectors a patch, d width, H heads of width D.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,16 +24,85 @@ def naive_read(q: Tensor, k: Tensor, v: Tensor, patch: Tensor) -> Tensor:
     return y
 
 
-def read(q: Tensor, k: Tensor, v: Tensor, patch: Tensor) -> Tensor:
-    """[N, k, H, D]: each patch's softmax attention to its own bytes; arguments as of `naive_read`."""
+@dataclass(frozen=True)
+class Groups:
+    """Bytes by their patch: `patch` [n] of each byte, the bytes in the `order` [n] of their patches, and where in it
+    each patch begins, `first` [N]. Sums over it are the library's for bags: those by index go row by row in a loop."""
+
+    patch: Tensor
+    order: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, patch: Tensor, count: int) -> "Groups":
+        sizes = torch.bincount(patch, minlength=count)
+        ordered = bool((patch[1:] >= patch[:-1]).all())
+        order = torch.arange(len(patch), device=patch.device) if ordered else patch.argsort(stable=True)
+        return cls(patch, order, sizes.cumsum(0) - sizes)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """x [N, ...] of patches -> [n, ...], one for each byte."""
+        y: Tensor = _Spread.apply(x, self)
+        return y
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x [n, ...] of bytes -> [N, ...], summed over each patch."""
+        y: Tensor = _Sum.apply(x, self)
+        return y
+
+    def largest(self, x: Tensor) -> Tensor:
+        """x [n, d] of bytes -> [N, d]: the largest of each channel in each patch; none is without bytes."""
+        y: Tensor = _Largest.apply(x, self)
+        return y
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: Groups) -> Tensor:
+        ctx.groups = groups
+        return x.index_select(0, groups.patch)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grads[0], ctx.groups), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: Groups) -> Tensor:
+        ctx.groups = groups
+        y = nn.functional.embedding_bag(groups.order, x.flatten(1), groups.first, mode="sum")
+        return y.view(-1, *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _Spread.apply(grads[0], ctx.groups), None
+
+
+class _Largest(torch.autograd.Function):
+    """The byte with the largest has the whole gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: Groups) -> Tensor:
+        top, _, _, at = torch.embedding_bag(x, groups.order, groups.first, False, 2)  # 2: the largest
+        ctx.save_for_backward(at)
+        ctx.rows = len(x)
+        return top
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (at,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.rows, grads[0].shape[1]).scatter_(0, at, grads[0]), None
+
+
+def read(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
+    """[N, k, H, D]: each patch's softmax attention to its own bytes; arguments as of `naive_read`, bytes in groups."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.index_select(0, patch) * k[:, None]).sum(-1).to(exact) * q.shape[-1] ** -0.5
-    top = scores.new_full(q.shape[:3], float("-inf"))
-    top = top.scatter_reduce(0, patch[:, None, None].expand_as(scores), scores.detach(), "amax")
-    weights = (scores - top.index_select(0, patch)).exp()
-    total = torch.zeros_like(top).index_add(0, patch, weights)
-    weights = (weights / total.index_select(0, patch)).to(v.dtype)
-    return torch.zeros_like(q, dtype=v.dtype).index_add(0, patch, weights[..., None] * v[:, None])
+    scores = (groups.spread(q) * k[:, None]).sum(-1).to(exact) * q.shape[-1] ** -0.5
+    top = groups.largest(scores.detach().flatten(1)).view(q.shape[:3])
+    weights = (scores - top.index_select(0, groups.patch)).exp()
+    y = groups.sum(weights.to(v.dtype)[..., None] * v[:, None])
+    return y / groups.sum(weights)[..., None].to(v.dtype)
 
 
 class Cross(nn.Module):
@@ -57,22 +129,22 @@ class Cross(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.width // self.heads))
 
-    def read(self, vectors: Tensor, bytes: Tensor, patch: Tensor) -> Tensor:
-        """vectors [N, k, d] of patches, bytes [n, d], `patch` [n] of each byte -> [N, k, d]."""
+    def read(self, vectors: Tensor, bytes: Tensor, groups: Groups) -> Tensor:
+        """vectors [N, k, d] of patches, bytes [n, d] in groups -> [N, k, d]."""
         assert self.q_norm is not None and self.q_proj is not None and self.k_proj is not None
         bytes = self.k_norm(bytes)
         q, k, v = self.q_proj(self.q_norm(vectors)), self.k_proj(bytes), self.v_proj(bytes)
-        y = read(self._split(q), self._split(k), self._split(v), patch).flatten(2)
-        return self.residual * vectors + self.o_proj(y)
+        y = read(self._split(q), self._split(k), self._split(v), groups).flatten(2)
+        return self.o_proj(y).add(vectors, alpha=self.residual)
 
-    def look(self, x: Tensor, vectors: Tensor, patch: Tensor, sure: Tensor | None = None) -> Tensor:
-        """x [B, T, d] of bytes, vectors [N, k, d], `patch` [B, T] that each byte looks at -> [B, T, d]. `sure` [B, T]
-        multiplies what is looked up."""
+    def look(self, x: Tensor, vectors: Tensor, groups: Groups, sure: Tensor | None = None) -> Tensor:
+        """x [B, T, d] of bytes, vectors [N, k, d], `groups` of the B T bytes by the patch that each looks at ->
+        [B, T, d]. `sure` [B, T] multiplies what is looked up."""
         vectors = self.k_norm(vectors)
 
         def found(part: Tensor) -> Tensor:  # [N, k, d] -> [B, T, k, H, D]
-            rows = part.flatten(1).index_select(0, patch.flatten())
-            return rows.view(*patch.shape, part.shape[1], self.heads, self.width // self.heads)
+            rows = groups.spread(part.flatten(1))
+            return rows.view(*x.shape[:2], -1, self.heads, self.width // self.heads)
 
         v = found(self.v_proj(vectors))
         if self.q_norm is None or self.q_proj is None or self.k_proj is None:
@@ -83,7 +155,7 @@ class Cross(nn.Module):
             scores = (q[:, :, None] * k).sum(-1).to(exact) * k.shape[-1] ** -0.5
             y = (scores.softmax(2).to(v.dtype)[..., None] * v).sum(2)
         y = self.o_proj(y.flatten(2))
-        return self.residual * x + (y if sure is None else y * sure[..., None].to(y.dtype))
+        return (y if sure is None else y * sure[..., None].to(y.dtype)).add(x, alpha=self.residual)
 
     def flops(self, queries: float, keys: float, each: int) -> float:
         """Multiply-adds times two per byte, at so many queries and keys a byte; `each` scores a byte."""
@@ -108,10 +180,10 @@ class Pool(nn.Module):
 
     def forward(self, bytes: Tensor, patch: Tensor, count: int) -> Tensor:
         """bytes [n, d], `patch` [n] of each, N -> [N, k, d]. No patch is without bytes."""
-        index = patch[:, None].expand_as(bytes)
-        top = bytes.new_zeros(count, self.width).scatter_reduce(0, index, bytes, "amax", include_self=False)
+        groups = Groups.of(patch, count)
+        top = groups.largest(bytes)
         vectors = self.proj(top).unflatten(-1, (self.queries, self.width))
-        return self.cross.read(vectors, bytes, patch).to(bytes.dtype)
+        return self.cross.read(vectors, bytes, groups).to(bytes.dtype)
 
     def flops(self, size: float) -> float:
         """Multiply-adds times two per byte, at `size` bytes a patch."""

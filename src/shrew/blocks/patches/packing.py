@@ -14,10 +14,12 @@ from shrew.blocks.patches.learned import begins
 
 
 def ends(
-    bytes: Tensor, place: Place, rule: object, entropies: Tensor | None = None, state: Open | None = None
-) -> tuple[Tensor, Open]:
+    bytes: Tensor, place: Place, rule: object, entropies: Tensor | None = None, state: Open | None = None,
+    more: bool = True,
+) -> tuple[Tensor, Open | None]:  # fmt: skip
     """bool [B, T]: whether a patch ends with each of the new bytes [B, T], which a decoder there knows; and the state
-    behind them. entropies [B, T + 1] are about the new bytes and the one to come. Every document is cut as if alone."""
+    behind them, if `more` bytes may come. entropies [B, T + 1] are about the new bytes and the one to come. Every
+    document is cut as if alone."""
     rows, length = bytes.shape
     device = bytes.device
     if place.owner is None:
@@ -25,7 +27,7 @@ def ends(
         whole = torch.full((rows,), length, device=device)
         starts, _ = advance(nn.functional.pad(bytes, (0, 1)), whole + 1, rule, entropies, state)
         then = None if entropies is None else entropies[:, :-1]
-        return starts[:, 1:], advance(bytes, whole, rule, then, state)[1]
+        return starts[:, 1:], advance(bytes, whole, rule, then, state)[1] if more else None
     first = begins(place)
     first[:, 0] = True  # a document that goes on from earlier bytes has a part here too
     row, at = first.nonzero(as_tuple=True)
@@ -41,10 +43,11 @@ def ends(
         index[at == 0] = torch.where(goes_on, len(row) + torch.arange(rows, device=device), index[at == 0])
         parts = both(parts, state).rows(index)
     starts, _ = advance(alone, size + 1, rule, known, parts)
-    _, parts = advance(alone, size, rule, known, parts)
+    if more:
+        _, parts = advance(alone, size, rule, known, parts)
     number = first.flatten().cumsum(0).view(rows, length) - 1
     inside = torch.arange(length, device=device) - at[number]
-    return starts[number, inside + 1], parts.rows(number[:, -1])
+    return starts[number, inside + 1], parts.rows(number[:, -1]) if more else None
 
 
 def both(one: Open, other: Open) -> Open:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from shrew.blocks.embeddings import Ngrams
 from shrew.blocks.layers import Place, RMSNorm, State, runs
 from shrew.blocks.patches.boundaries import NEWLINE
-from shrew.blocks.patches.cross import Cross, Pool
+from shrew.blocks.patches.cross import Cross, Groups, Pool
 from shrew.blocks.patches.hashes import Hashes
 from shrew.blocks.patches.learned import Learned, LearnedSpec, smoothed, sure
 from shrew.blocks.patches.packing import before, ends, lay, members
@@ -132,11 +132,12 @@ class PatchTrunk(nn.Module):
             x = through(layer, x)
         closed, chance = self._ends(x, place, cache)
         vectors, patch = self._patches(x, closed, chance, place, state, penalties)
+        seen = Groups.of(patch.flatten(), len(vectors))
         likely = None if chance is None else sure(closed, chance)
         crosses: list[Any] = list(self.cross)
         for number, layer in enumerate(self.decoder.layers):
             if number < len(crosses):
-                x = crosses[number].look(x, vectors, patch, likely)
+                x = crosses[number].look(x, vectors, seen, likely)
             x = through(layer, x)
         if self.learned is not None and chance is not None and self.training:
             penalties.append(self.learned.penalty(closed, chance))
@@ -182,7 +183,8 @@ class PatchTrunk(nn.Module):
             return self.learned(x, place, state)
         bytes = place.tokens - self.front.first
         about = None if self.entropy is None else self._entropies(self.entropy, bytes, place, cache)
-        closed, then = ends(bytes, place, self.front.rule, about, None if state is None else state.open)
+        held = None if state is None else state.open
+        closed, then = ends(bytes, place, self.front.rule, about, held, more=state is not None)
         if state is not None:
             state.open = then
         return closed, None
@@ -253,8 +255,10 @@ class PatchTrunk(nn.Module):
         each = torch.tensor(counts, device=x.device)
         row = torch.repeat_interleave(torch.arange(len(counts), device=x.device), each)
         layout = lay(counts, owners * len(counts) + row)
+        full = layout.place.real is None
         likely = None if chance is None else layout.laid(chance)
-        return layout.taken(self._run(layout.laid(x), layout.place, likely, None, penalties))
+        y = self._run(layout.laid(x) if full else x[None], layout.place, likely, None, penalties)
+        return layout.taken(y) if full or likely is not None else y[0]
 
     def _decode(
         self, x: Tensor, counts: list[int], owners: Tensor, chance: Tensor | None, state: PatchState
@@ -283,14 +287,16 @@ class PatchTrunk(nn.Module):
     def _run(
         self, x: Tensor, place: Place, chance: Tensor | None, states: list[Any] | None, penalties: list[Tensor]
     ) -> Tensor:
-        """x [R, P, D] through the layers and, by a learned rule, smoothed."""
+        """x [R, P, D], or what counts of it, through the layers and, by a learned rule, all of it smoothed."""
         for number, which in enumerate(self.order):
             state = None if states is None else states[number]
             x, penalty = self.layers[which](x, place, state)
             count(state, place)
             if penalty is not None:
                 penalties.append(penalty)
-        return x if chance is None else smoothed(x, chance, place, None if states is None else states[-1])
+        if chance is None:
+            return x
+        return smoothed(place.scattered(x), chance, place, None if states is None else states[-1])
 
     # --- states and costs --------------------------------------------------------------------------------------------
 
