@@ -302,6 +302,7 @@ class Run:
         done = self.finish_all(found, False)
         if not done:
             return families[:1]
+        done = self.affordable(done) or done  # speed and memory come from the cut: no trial is spent on one too slow
         done.sort(key=lambda item: -item.retention)
         close = [item for item in done if done[0].retention - item.retention < 0.25 * (1 - keep)] if keep else done[:1]
         live = [item.candidate.family for item in close[:2] if item.candidate is not None]
