@@ -133,7 +133,7 @@ def alternated(pair: Pair, draw: random.Random, work: Callable[[str], Any]) -> d
 
 
 def speed(size: str, bytes: bytes, rounds: int, rows: int, length: int, mean: float = 4.5,
-          decoded: int = 48) -> list[Record]:  # fmt: skip
+          decoded: int = 32) -> list[Record]:  # fmt: skip
     """Records of one size: how many CPU-seconds of theirs one of ours is worth, training and decoding."""
     machine.keep_memory()  # as `shrew train` does
     torch.set_num_threads(1)
@@ -144,7 +144,7 @@ def speed(size: str, bytes: bytes, rounds: int, rows: int, length: int, mean: fl
     for model in pair.models.values():
         model.eval()
     for number in range(max(rounds // 4, 3) + 1):  # the first one warms caches
-        ids, written = next(pair.text)[:1, : length // 2], dict[str, Tensor]()
+        ids, written = next(pair.text)[:1, : length // 4], dict[str, Tensor]()
 
         def write(name: str, ids: Tensor = ids, written: dict[str, Tensor] = written) -> None:
             written[name] = decode(pair.models[name], ids, decoded)
