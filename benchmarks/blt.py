@@ -114,8 +114,9 @@ def train(model: Any, optimizer: Any, ids: Tensor) -> None:
 def decode(model: Any, ids: Tensor, count: int) -> Tensor:
     """ids [1, T] and `count` greedy bytes behind them."""
     if not isinstance(model, BltForCausalLM):
+        # their generation config, which comes along, says to use no cache
         found: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
-                                       eos_token_id=None, pad_token_id=0)  # fmt: skip
+                                       eos_token_id=None, pad_token_id=0, use_cache=True)  # fmt: skip
         return found
     for _ in range(count):
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
