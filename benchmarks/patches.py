@@ -22,6 +22,7 @@ the mean that came out. It can be killed at any time; the same command goes on. 
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -480,14 +481,12 @@ def speed(args: argparse.Namespace) -> list[Record]:
     """Training and decoding against transformers' class."""
     book = data.documents([str(args.text / "train") if args.text else "python:train"])[0].text.encode()
     found = []
-    for size in args.sizes:
-        for length in args.lengths:
-            found += blt.speed(size, book, args.rounds, max(1, blt.BYTES // length), length)
-    for item in found:
-        seen = item.detail
-        each = [seen[f"{name}_microseconds_per_byte"] for name in ("ours", "theirs")]
-        print(f"{item.model}, rows of {seen['length']}, {item.metric}: {item.value:.2f} ({item.low:.2f} to "
-              f"{item.high:.2f}) of {item.n} rounds, {each[0]:.1f} against {each[1]:.1f} microseconds a byte")
+    for size, length in itertools.product(args.sizes, args.lengths):
+        for item in blt.speed(size, book, args.rounds, max(1, blt.BYTES // length), length):
+            each = [item.detail[f"{name}_microseconds_per_byte"] for name in ("ours", "theirs")]
+            print(f"{size}, rows of {length}, {item.metric}: {item.value:.2f} ({item.low:.2f} to {item.high:.2f}) of "
+                  f"{item.n} rounds, {each[0]:.1f} against {each[1]:.1f} microseconds a byte", flush=True)
+            found.append(item)
     return found
 
 

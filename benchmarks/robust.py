@@ -208,10 +208,11 @@ def noise(args: argparse.Namespace) -> list[Record]:
 
 def passages(book: str) -> dict[str, str]:
     """Easy and hard text, some 400 bytes each."""
+    book = " ".join(book.split())
     prose = book[:400]
-    sentence = book[400:].partition(". ")[2].partition(". ")[0][:90] + ". "
+    sentence = book[-90:].partition(" ")[2] + " "
     draw = random.Random(0)
-    return {"prose": prose, "one sentence again and again": (sentence * 9)[:400],
+    return {"prose": prose, "the same words again": (sentence * 9)[:400],
             "numbers": " ".join(str(number) for number in range(100, 200)),
             "words by chance": " ".join(draw.sample(prose.split(), len(prose.split())))[:400],
             "letters by chance": "".join(draw.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(400))}  # fmt: skip
