@@ -26,7 +26,9 @@ from shrew.moves.distil import Distil
 from shrew.moves.drop_layers import DropLayers
 from shrew.moves.factor import Factor, Pair, allocate, projections
 from shrew.moves.importance import damped, missed
+from shrew.moves.rotate import Rotate
 from shrew.moves.share import Share
+from shrew.moves.smooth import Smooth
 
 A = AttentionSpec(heads=2, kv_heads=1, bias=True)
 
@@ -199,6 +201,13 @@ def test_what_is_refused(context: Context) -> None:
         Share().apply(small, context)
     with pytest.raises(UnsupportedError, match="no projection"):
         Factor().apply(make(mixers={"A": ConvSpec()}, ffn=NothingSpec()), context)
+
+
+@pytest.mark.parametrize("move", [Smooth(), Rotate(residual=False)])
+def test_what_crosses_projections_comes_before(move: Any, context: Context) -> None:
+    factored = Factor(keep=0.5).apply(make(), context)
+    with pytest.raises(UnsupportedError, match="put the move before factor"):
+        move.apply(factored, context)
 
 
 def test_a_file_for_llama_cpp_is_refused_by_name(context: Context, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from shrew.blocks.attention import Attention as OwnAttention
+from shrew.blocks.layers import Factored
 from shrew.blocks.moe import Moe
+from shrew.errors import UnsupportedError
 from shrew.moves.anatomy import read_anatomy
 
 
@@ -147,7 +149,9 @@ def fed(model: Any, ids: Tensor) -> dict[str, list[Side]]:
 
 
 def seams(model: Any, ids: Tensor) -> list[Seam]:
-    """Every seam of the layers that is known here; `ids` [1, T] is any text."""
+    """Every seam of the layers that is known here; `ids` [1, T] is any text. Raises UnsupportedError as `value_seams`
+    does."""
+    _refuse_factors(model)
     anatomy = read_anatomy(model)
     found = []
     for norm, readers in fed(model, ids).items():
@@ -160,6 +164,11 @@ def seams(model: Any, ids: Tensor) -> list[Seam]:
                 layer = int(norm.removeprefix(anatomy.path + ".").partition(".")[0])
                 found.append(Seam(norm, layer, tuple(writers), tuple(readers), len(module.weight)))
     return found + list(_mlps(model, anatomy)) + list(value_seams(model))
+
+
+def _refuse_factors(model: nn.Module) -> None:
+    if any(isinstance(module, Factored) for module in model.modules()):
+        raise UnsupportedError("the projections of this model are factored; put the move before factor.")
 
 
 def _mlps(model: Any, anatomy: Any) -> Iterator[Seam]:
@@ -176,7 +185,9 @@ def _mlps(model: Any, anatomy: Any) -> Iterator[Seam]:
 
 
 def value_seams(model: Any) -> Iterator[Seam]:
-    """Values and the out-projection of attention; `run` is the width of a head."""
+    """Values and the out-projection of attention; `run` is the width of a head. Raises UnsupportedError for a model
+    whose projections are factored."""
+    _refuse_factors(model)
     anatomy = read_anatomy(model)
     for part in anatomy.attentions:
         if not part.refusal or part.refusal.endswith("spans all heads"):  # a norm of queries and keys is no obstacle
