@@ -315,8 +315,8 @@ class Run:
         heal = self.heal(self.wanted.heal)
         ladders = {item.name: item.ladder() for item in live}
         asked: set[str] = set()
-        for _ in range(ROUNDS):
-            if not self.in_time():
+        for number in range(ROUNDS):
+            if number and not self.in_time():  # ranking alone proves nothing: one round is always made
                 self.say(f"{self.wanted.minutes:g} minutes are over; no new trial.")
                 break
             picked = self.next_candidates(live, ladders, asked)
