@@ -90,7 +90,11 @@ def entropies(model: ShrewForCausalLM, bytes: Tensor, lengths: Tensor, reset: bo
 
 def read(path: Path) -> ShrewForCausalLM:
     """The model of bytes in a folder, float32, frozen. Raises FolderError where there is none."""
-    model, ids = opened(path)
+    return checked(*opened(path), path)
+
+
+def checked(model: ShrewForCausalLM, ids: list[int], path: Path) -> ShrewForCausalLM:
+    """What `opened` gave of this folder, if it gives entropies of bytes. Raises FolderError where it does not."""
     wrong = problem(model.spec)
     if not wrong and ids != list(PROBE.encode()):
         wrong = "its tokens are not the bytes"

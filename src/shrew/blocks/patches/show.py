@@ -97,12 +97,13 @@ def cut(text: bytes, asked: PatchSpec, left_out: bool = False) -> Shown:
     if by_entropy and not asked.model and not (folder / "config.json").exists():
         raise UsageError("Patches by entropy need a model of bytes, and none ships here; give one with --model, "
                          "or take --rule space.")  # fmt: skip
-    if asked.model and (model := entropy.opened(folder)[0]).spec.patches:
-        return own(model, text, asked, folder.name, left_out)
     row, lengths = torch.tensor([list(text)]), torch.tensor([len(text)])
     about = None
-    if by_entropy or asked.model or (folder / "config.json").exists():
-        about = entropy.entropies(entropy.read(folder), row, lengths, asked.reset)
+    if asked.model or (folder / "config.json").exists():
+        model, ids = entropy.opened(folder)
+        if model.spec.patches:
+            return own(model, text, asked, folder.name, left_out)
+        about = entropy.entropies(entropy.checked(model, ids, folder), row, lengths, asked.reset)
     wanted = asked.size if by_entropy and asked.threshold is None else None
     rule = _rule(asked)
     if wanted is not None and about is not None:
