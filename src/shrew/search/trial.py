@@ -107,7 +107,7 @@ def as_gguf(loaded: Loaded, out: Path) -> dict[str, Any]:
 
 def gguf_bytes(loaded: Loaded) -> int:
     with tempfile.TemporaryDirectory() as work:
-        return int(as_gguf(loaded, Path(work) / "model.gguf")["bytes"])
+        return int(as_gguf(loaded, Path(work) / GGUF)["bytes"])
 
 
 def task_key(task: Task, split: str) -> str:
@@ -213,7 +213,7 @@ def _in_folder(loaded: Loaded, path: Path) -> tuple[list[Group], int]:
 def _in_gguf(loaded: Loaded) -> tuple[list[Group], int]:
     """The same of its GGUF file, which may hold a weight twice: then it has twice as many rows here."""
     with tempfile.TemporaryDirectory() as work:
-        made = as_gguf(loaded, Path(work) / "model.gguf")
+        made = as_gguf(loaded, Path(work) / GGUF)
     elements: dict[str, int] = {}
     for item in made["tensors"]:
         elements[item["source"]] = elements.get(item["source"], 0) + math.prod(item["shape"])
