@@ -19,7 +19,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _sealed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _sealed() -> Iterator[None]:
     connect = socket.socket.connect
 
     def local_only(self: socket.socket, address: Any) -> None:
@@ -29,6 +29,13 @@ def _sealed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", local_only)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(_sealed: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What one file's tests made is made again for another's: which ran before must not change what is said."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHREW_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
