@@ -15,7 +15,7 @@ from test_folder import logits, make_model, make_tokenizer, plain
 from shrew import folder
 from shrew.errors import DataError, FolderError, SpecError
 from shrew.folder import Grid, Loaded, Packed, Steps, Uniform
-from shrew.folder.grids import Product, dequantize
+from shrew.folder.grids import COLUMN_ONE, Product, dequantize
 from shrew.folder.packed import from_rows, stored_bytes, to_rows
 from shrew.moves import grids, rate
 from shrew.moves.grids import nearest
@@ -219,6 +219,24 @@ def test_every_kind_of_weight_can_have_a_rate(kind: str, context: Any) -> None:
     assert loaded.packed.keys() == shapes(loaded).keys()
     assert all(item.coded for item in loaded.packed.values())
     assert divergence(loaded, fresh(kind), context.calibration) < 0.03
+
+
+@pytest.mark.parametrize(("kind", "moved"), [("llama", ("o_proj.weight", "down_proj.weight")), ("gpt2", ())])
+def test_steps_inside_a_layer_move_to_what_writes_there(
+    kind: str, moved: tuple[str, ...], context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no bias is in the way, as in GPT-2; it costs nothing, and the crossings leave no trace in the model."""
+    original = fresh(kind)
+    assert bool(rate.crossings(original, torch.arange(4, 44)[None])) == bool(moved)
+    assert torch.equal(logits(original.model), logits(make_model(kind)))
+    loaded = Quantize(rate=4.0, embeddings=True).apply(fresh(kind), context)
+    for name, item in loaded.packed.items():
+        assert item.steps.columns is not None
+        assert bool((item.steps.columns == COLUMN_ONE).all()) == name.endswith(moved), name
+    monkeypatch.setattr(rate, "crossings", lambda *a: [])
+    other = Quantize(rate=4.0, embeddings=True).apply(fresh(kind), context)
+    costs = [divergence(each, original, context.calibration) for each in (loaded, other)]
+    assert costs[0] < 1.15 * costs[1]
 
 
 def test_what_a_rate_cannot_be(context: Any) -> None:

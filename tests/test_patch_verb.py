@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
@@ -136,6 +136,7 @@ def test_the_page_holds_the_text_and_nothing_of_elsewhere(model: Path, tmp_path:
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(min_size=1, max_size=80), st.sampled_from(["static", "space"]), st.integers(20, 60))
+@example(b"\x00\x00\x80\x80" + "\N{BLACK RIGHT-POINTING DOUBLE TRIANGLE}".encode() + b"\x00\x80\x80", "static", 23)
 def test_any_bytes_are_shown(text: bytes, rule: Any, width: int) -> None:
     found = signs(text)
     assert len(found) == len(text)

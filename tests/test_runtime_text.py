@@ -86,6 +86,12 @@ def test_other_vocabularies_stream_as_they_decode_at_once(name: str, data: st.Da
     assert "".join(streamed(tokenizer, ids)) == whole
 
 
+def test_the_word_after_many_tokens_that_say_nothing_keeps_its_space() -> None:
+    tokenizer = OTHERS["wordpiece"]
+    before = [tokenizer.token_to_id("[UNK]"), *[tokenizer.token_to_id("[CLS]")] * 20]
+    assert "".join(streamed(tokenizer, [0], before)) == tokenizer.decode([*before, 0])[len(tokenizer.decode(before)) :]
+
+
 @given(st.lists(st.one_of(st.sampled_from(["the ", "a", " ", "日", "é", "x."]), st.text(max_size=3)), max_size=12))
 def test_characters_made_of_byte_tokens(parts: list[str]) -> None:
     text = "".join(parts).replace("▁", "")

@@ -154,7 +154,7 @@ class Quantize:
             items.append(rate.Coded(target.name, rows, known[target.name]))
         ids = torch.from_numpy(np.asarray(context.calibration[0], np.int64))[None]
         together = [{side.name for side in readers} for readers in fed(loaded.model, ids).values()]
-        found = rate.round_to_rate(items, together, self.rate, self.damp, context.say)
+        found = rate.round_to_rate(items, together, rate.crossings(loaded, ids), self.rate, self.damp, context.say)
         for target in targets:
             if target.name in found:
                 codes, steps = found[target.name]

@@ -9,7 +9,7 @@ give. A step is then proportional to U_jj / sqrt(row): a row's step times a colu
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,14 @@ from shrew.folder.packed import to_rows
 from shrew.moves import grids
 from shrew.moves.anatomy import logits
 from shrew.moves.calibrate import aliases
+from shrew.moves.seams import Seam, mlp_seams, value_seams
 
 GRID = Product(8)
 LEAST_ROW = 1e-3  # of the mean: rows that the text never needed are not thrown away
 SAMPLE = 1 << 16  # weights of a tensor that an estimate of the rate looks at
 PASSES = 6  # of rounding with error feedback, until the rate is met
 NEAR = 0.99  # of the rate is near enough
+TOLERANCE = 1e-2  # of the largest logit: another order of sums in bf16
 DRAWS = 8  # of a classifier's label, since a text has only one
 
 
@@ -206,10 +208,12 @@ def bits_of(codes: Tensor, steps: Steps) -> float:
 
 
 def round_to_rate(
-    items: Sequence[Coded], together: Sequence[set[str]], rate: float, damp: float, say: Callable[[str], None]
-) -> dict[str, tuple[Tensor, Steps]]:
+    items: Sequence[Coded], together: Sequence[set[str]], across: Sequence[Seam], rate: float, damp: float,
+    say: Callable[[str], None],
+) -> dict[str, tuple[Tensor, Steps]]:  # fmt: skip
     """Codes and steps on `GRID` by name, of `rate` bits a weight at most in the file, steps included. Weights that
-    stand `together` get the same columns: they read the same input, which a runtime then scales once."""
+    stand `together` get the same columns: they read the same input, which a runtime then scales once. `across` a seam
+    columns become rows of what writes the input, so that nothing is left to scale there."""
     if not items:
         return {}
     columns = {item.name: _columns(item, damp) for item in items}
@@ -220,11 +224,17 @@ def round_to_rate(
         parts = [len(item.rows) * (octaves[item.name] - middle[item.name]) for item in among]
         mean = sum(parts, torch.zeros(())) / max(sum(len(item.rows) for item in among), 1)
         columns |= {name: (mean + middle[name]).exp2() for name in octaves}
+    across = [seam for seam in across if all(name in columns for name in seam.names)]
+    for seam in across:
+        name = seam.readers[0].name
+        columns[name] = seam.spread(seam.gathered(columns[name].log2())).exp2()
     log_step, slope = _estimated(items, columns, rate), min(1.0, 0.4 + 0.2 * rate)
     best: tuple[float, dict[str, tuple[Tensor, Steps]]] | None = None
     last: tuple[float, float] | None = None
     for _ in range(PASSES):
         found = {item.name: _rounded(item, columns[item.name], log_step, damp) for item in items}
+        for seam in across:
+            _move_steps(found, seam)
         got = sum(bits_of(*pair) for pair in found.values()) / sum(item.rows.numel() for item in items)
         say(f"steps of 2^{log_step:.2f}: {got:.3f} bits a weight")
         if best is None or (best[0] < got <= rate) or (best[0] > rate and got < best[0]):
@@ -242,6 +252,42 @@ def round_to_rate(
     if best[0] < 0.95 * rate:
         say(f"codes of {GRID.bits} bits reach no finer steps, so {best[0]:.2f} bits a weight is all they take")
     return best[1]
+
+
+def _move_steps(found: dict[str, tuple[Tensor, Steps]], seam: Seam) -> None:
+    """Make the reader's steps of columns steps of the writer's rows, exactly; nothing where they would not fit."""
+    (writer,), (reader,) = seam.writers, seam.readers
+    (codes, steps), (read, asked) = found[writer.name], found[reader.name]
+    assert asked.columns is not None
+    each = asked.columns[0].int() - COLUMN_ONE
+    each = each.unflatten(0, (-1, seam.copies, seam.run))[:, 0].flatten() if seam.copies > 1 else each
+    rows = steps.scales.int()
+    rows[writer.first : writer.first + seam.width] += each[:, None]
+    if int(rows.min()) >= 0 and int(rows.max()) <= 255:
+        found[writer.name] = codes, replace(steps, scales=rows.to(torch.uint8))
+        found[reader.name] = read, replace(asked, columns=torch.full_like(asked.columns, COLUMN_ONE))
+
+
+def crossings(loaded: Loaded, ids: Tensor) -> list[Seam]:
+    """The seams inside attentions and gated MLPs of one weight each side, across which a number for each channel moves
+    without a change of the model's outputs on `ids` [1, T]."""
+    try:
+        inner = [*mlp_seams(loaded.model), *value_seams(loaded.model)]
+    except UnsupportedError:
+        return []
+    inner = [seam for seam in inner if len(seam.writers) == 1 and not seam.experts]
+    return [seam for seam in inner if _holds(loaded, seam, ids)]
+
+
+@torch.no_grad()
+def _holds(loaded: Loaded, seam: Seam, ids: Tensor) -> bool:
+    """Whether outputs stay when powers of two move across, which are taken back without a trace."""
+    factors = torch.exp2((torch.arange(seam.width) % 3 - 1).float())
+    before = logits(loaded, ids)
+    seam.move(loaded.model, factors)
+    after = logits(loaded, ids)
+    seam.move(loaded.model, 1 / factors)
+    return bool((after - before).abs().max() <= TOLERANCE * before.abs().max())
 
 
 def _columns(item: Coded, damp: float) -> Tensor:

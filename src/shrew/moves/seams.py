@@ -163,7 +163,7 @@ def seams(model: Any, ids: Tensor) -> list[Seam]:
                 writers += [Side(f"{norm}.bias", 0)] if getattr(module, "bias", None) is not None else []
                 layer = int(norm.removeprefix(anatomy.path + ".").partition(".")[0])
                 found.append(Seam(norm, layer, tuple(writers), tuple(readers), len(module.weight)))
-    return found + list(_mlps(model, anatomy)) + list(value_seams(model))
+    return found + list(mlp_seams(model)) + list(value_seams(model))
 
 
 def _refuse_factors(model: nn.Module) -> None:
@@ -171,9 +171,10 @@ def _refuse_factors(model: nn.Module) -> None:
         raise UnsupportedError("the projections of this model are factored; put the move before factor.")
 
 
-def _mlps(model: Any, anatomy: Any) -> Iterator[Seam]:
+def mlp_seams(model: Any) -> Iterator[Seam]:
     """The half of a gated MLP that no activation bends, and the out-projection."""
-    for mlp in anatomy.mlps:
+    _refuse_factors(model)
+    for mlp in read_anatomy(model).mlps:
         if not (mlp.stacked or len(mlp.ins) == 2):
             continue
         if mlp.experts:

@@ -92,7 +92,10 @@ class WindowStream:
 
     def __init__(self, vocabulary: Vocabulary, before: Sequence[int]) -> None:
         self._decode = vocabulary.tokenizer.decode
-        self._ids = list(before[-CONTEXT:])
+        start = max(len(before) - CONTEXT, 0)
+        while start and not self._decode(before[start:]).strip():
+            start = max(start - CONTEXT, 0)
+        self._ids = list(before[start:])
         self._said = self._decode(self._ids)
         self._waiting = 0  # tokens at the end of the window whose text is not out yet
 

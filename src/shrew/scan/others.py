@@ -159,7 +159,8 @@ def _bandit(results: list[Any]) -> Iterator[Finding]:
             continue
         where = _path(item.get("filename"))
         start = _line(item.get("line_number"), 1)
-        lines = [line for line in item.get("line_range") or [] if isinstance(line, int)]
+        lines = item.get("line_range")
+        lines = [line for line in lines if isinstance(line, int)] if isinstance(lines, list) else []
         number = _table(item, "issue_cwe").get("id")
         yield Finding(
             _plain(item.get("test_id"), 200), weaknesses.normal(number) if isinstance(number, int) else "",

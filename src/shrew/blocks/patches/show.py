@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
 from shrew import files, spec
@@ -165,7 +165,7 @@ def show(shown: Shown, console: Console) -> None:
                 say("".join(bar * width for bar, width in zip(bars, widths, strict=True)), overflow="crop",
                     no_wrap=True, style="dim")  # fmt: skip
         for at, width in zip(range(low, high), widths, strict=True):
-            say((cells[at] or "·").ljust(width), end="", style=SHADES[shade[at]], soft_wrap=True)
+            say(set_cell_size(cells[at] or "·", width), end="", style=SHADES[shade[at]], soft_wrap=True)
         say()
         marks = zip(range(low, high), widths, strict=True)
         say("".join(("└" if at in starts else "─") + "─" * (width - 1) for at, width in marks), no_wrap=True,

@@ -25,7 +25,6 @@ from shrew.runtime.manifest import DATA
 OPSET = 22
 MS = "com.microsoft"
 NORMS = {"SimplifiedLayerNormalization": 1, "SkipSimplifiedLayerNormalization": 2}  # the input that is its weight
-SCALES, BIAS = 2, 5  # inputs of MatMulNBits
 INLINE = 256  # bytes of the largest tensor that stands in the graph itself
 TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16,
          torch.uint8: TensorProto.UINT8, torch.int8: TensorProto.INT8, torch.int64: TensorProto.INT64,
@@ -57,7 +56,7 @@ class Graph:
         self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self._views: dict[str, str] = {}  # a tensor that is the bytes of another one
         self._same: dict[Any, str] = {}
-        self._columns: dict[str, int] = {}  # steps of inputs: how many
+        self._columns: set[str] = set()  # steps of inputs
         self._count = 0
         self.align = 0  # no call may cross a multiple of it; 0: free
 
@@ -233,11 +232,11 @@ class Graph:
         return self.once(("wide", held), lambda: str(self.node("Gather", table, self.cast(held, torch.int32))))
 
     def _by_columns(self, x: str, blocks: Blocks) -> str:
-        """x [..., in] times the step of each input, where a matrix has such."""
-        if blocks.columns is None:
+        """x [..., in] times the step of each input, where a matrix has such other than 1."""
+        if blocks.columns is None or bool((blocks.columns == COLUMN_ONE).all()):
             return x
         columns = self._steps(blocks.columns, COLUMN_ONE)
-        self._columns[columns] = blocks.cols
+        self._columns.add(columns)
         return self.once(("by columns", x, columns), lambda: self.mul(x, columns))
 
     def embed(self, ids: str, name: str) -> str:
@@ -313,8 +312,7 @@ class Graph:
         return bytes(model.SerializeToString())
 
     def _settle(self) -> None:
-        """Let what gives a product its inputs multiply them by their steps, where nothing else reads what it gives: a
-        norm by its weight, the product beside a gate by its rows' steps."""
+        """Let a norm multiply by the steps of the product that it feeds, where nothing else reads what it gives."""
         known, first, rest = set(self._contents), list[Any](), list[Any]()
         for node in self._nodes:  # what depends on weights alone goes first; it is computed when the model is loaded
             fixed = bool(node.input) and known.issuperset(node.input)
@@ -326,30 +324,13 @@ class Graph:
         for node in [node for node in rest if node.op_type == "Mul" and node.input[1] in self._columns]:
             value, steps = node.input
             giver = made.get(value)
-            if giver is None or uses[value] > 1:
+            if giver is None or uses[value] > 1 or giver.op_type not in NORMS:
                 continue
-            if giver.op_type in NORMS:
-                taker, at = giver, NORMS[giver.op_type]
-            else:
-                taker, at = self._beside_gate(giver, self._columns[steps], made, uses), SCALES
-                if taker is None:
-                    continue
-                first.append(helper.make_node("Reshape", [steps, self.ints(-1, 1)], [f"{node.name}.rows"]))
-                steps = f"{node.name}.rows"
-            first.append(helper.make_node("Mul", [taker.input[at], steps], [f"{node.name}.gain"]))
-            taker.input[at], giver.output[0] = f"{node.name}.gain", node.output[0]
+            at = NORMS[giver.op_type]
+            first.append(helper.make_node("Mul", [giver.input[at], steps], [f"{node.name}.gain"]))
+            giver.input[at], giver.output[0] = f"{node.name}.gain", node.output[0]
             rest.remove(node)
         self._nodes = first + rest
-
-    def _beside_gate(self, giver: Any, rows: int, made: dict[str, Any], uses: Counter[str]) -> Any:
-        """The product with codes, of so many rows and no bias, that one factor of `giver` is and nothing else reads."""
-        for name in giver.input if giver.op_type == "Mul" else ():
-            found = made.get(name)
-            if found is None or found.op_type != "MatMulNBits" or uses[name] > 1 or found.input[BIAS]:
-                continue
-            if any(item.name == "N" and item.i == rows for item in found.attribute):
-                return found
-        return None
 
     def _tensor(self, name: str, place: tuple[int, int] | None) -> Any:
         shape, dtype = self._shapes[name]
