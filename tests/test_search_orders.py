@@ -56,7 +56,7 @@ def contest(kept: dict[str, float], minutes: float = 0.0) -> Contest:
                                                           label=key)  # fmt: skip
 
     run: Any = SimpleNamespace(minutes=lambda: minutes, wanted=SimpleNamespace(minutes=10.0), goals={"keep": 0.98},
-                               start=lambda moves: moves, finish=finish)  # fmt: skip
+                               jobs=2, start=lambda moves: moves, finish=finish)  # fmt: skip
     best: Any = SimpleNamespace(moves=PLAIN.moves(candidate(), HEAL), candidate=candidate(), retention=0.98,
                                 bytes=10**6, label="trial 4")  # fmt: skip
     return Contest(run, HEAL, [best])
@@ -66,7 +66,7 @@ def test_the_best_order_is_kept_and_told() -> None:
     made = contest({"narrow distil6 quantize": 0.9805, "narrow distil3 quantize distil3": 0.984,
                     "narrow quantize distil6skewed-forward": 0.983})  # fmt: skip
     for order in (*HEALINGS, HEALINGS[0]):  # the same moves are not tried twice
-        made.enter(order.name, order, candidate())
+        made.enter((order.name, order, candidate()))
     assert made.order.name == "heal, quantize, heal"
     told = made.told()
     assert [item["text"] for item in told] == [
@@ -80,12 +80,23 @@ def test_the_best_order_is_kept_and_told() -> None:
     assert told[2]["retention"] == 0.984 and told[4]["retention"] is None
 
 
+def test_orders_run_side_by_side_and_are_judged_in_turn() -> None:
+    made, log = contest({"narrow distil6 quantize": 0.99}), []
+    start, finish = made.run.start, made.run.finish
+    made.run.start = lambda moves: log.append("start") or start(moves)  # type: ignore[method-assign, func-returns-value]
+    made.run.finish = lambda *more: log.append("finish") or finish(*more)  # type: ignore[method-assign, func-returns-value]
+    made.enter(*((order.name, order, candidate()) for order in HEALINGS))
+    assert log == ["start"] * 2 + ["finish", "start"] * 2 + ["finish"] * 2
+    assert made.order is HEALINGS[0]
+    assert [item["order"] for item in made.told()] == [PLAIN.name, *(order.name for order in HEALINGS)]
+
+
 def test_a_hair_is_no_reason_and_neither_is_a_late_hour() -> None:
     made = contest({"narrow distil6 quantize": 0.98 + 0.04 * 0.02})
-    made.enter(HEALINGS[0].name, HEALINGS[0], candidate())
+    made.enter((HEALINGS[0].name, HEALINGS[0], candidate()))
     assert made.order is PLAIN
     late = contest({"narrow distil6 quantize": 0.99}, minutes=6.0)
-    late.enter(HEALINGS[0].name, HEALINGS[0], candidate())
+    late.enter((HEALINGS[0].name, HEALINGS[0], candidate()))
     assert late.order is PLAIN
     assert "for want of time" in late.told()[1]["text"]
 
@@ -94,7 +105,7 @@ def test_a_cut_that_wins_stays_with_its_name() -> None:
     made = contest({"narrow quantize distil6": 0.97, "trim-vocab narrow quantize distil6": 0.99})
     both = candidate("both")
     both = Candidate(Family("both", ({"name": "trim-vocab"}, CUT), Rates(1, {}), 0.0, 0, 1.0), QUANTIZE, 3.0, 1000, 0.1)
-    made.enter("both", PLAIN, both)
+    made.enter(("both", PLAIN, both))
     assert made.best.candidate is both and made.order is PLAIN
     assert [item["kept"] for item in made.told()] == [True, True]
 

@@ -31,6 +31,7 @@ from shrew.tasks.fairness import Fairness
 
 ROUNDS = 8
 CUTS = 3  # structural families tried beside the uncut model
+REACH = 3.0  # times the loss that healing, which leaves a fifth at best and mostly 0.8 to 1, is thought to make up for
 PROBES, NEAR = 2, 0.25  # trials without healing to find the size to rank at; how far, in logs, is near enough
 
 
@@ -50,9 +51,6 @@ class Trial:
     candidate: Candidate | None = None
     retention: float = 1.0
     full: bool = True
-
-
-Started = tuple[Candidate, list[dict[str, Any]], "Future[dict[str, Any]]"]
 
 
 class Run:
@@ -131,22 +129,22 @@ class Run:
                  f"{self.minutes():.1f} minutes so far.")  # fmt: skip
         return item
 
-    def finish_all(self, started: list[Started], full: bool) -> list[Trial]:
-        """Wait for healed candidates, then score each without its healing too, which costs next to nothing where it is
-        in the cache: where little was lost, healing can do harm. The better of the two counts."""
-        healed = [self.finish(future, moves, candidate, full) for candidate, moves, future in started]
-        if not self.heal(self.wanted.heal):
-            return [item for item in healed if item is not None]
-        plain = [(candidate, self.order.moves(candidate, None)) for candidate, _, _ in started]
-        waiting = [(candidate, moves, self.start(moves)) for candidate, moves in plain]
-        bare = [self.finish(future, moves, candidate, full) for candidate, moves, future in waiting]
-        better = []
-        for pair in zip(healed, bare, strict=True):
-            known = sorted((item for item in pair if item is not None), key=lambda item: -item.retention)
-            better += known[:1]
+    def each(self, candidates: list[Candidate], heal: dict[str, Any] | None, full: bool) -> list[Trial | None]:
+        """A trial of every candidate, healed so; None for those that failed."""
+        made = [(item, self.order.moves(item, heal)) for item in candidates]
+        started = [(item, moves, self.start(moves)) for item, moves in made]
+        return [self.finish(future, moves, item, full) for item, moves, future in started]
+
+    @staticmethod
+    def better(*trials: list[Trial | None]) -> list[Trial]:
+        """Of every candidate the trial that came out best: where little was lost, healing can do harm."""
+        found = []
+        for same in zip(*trials, strict=True):
+            known = sorted((item for item in same if item is not None), key=lambda item: -item.retention)
+            found += known[:1]
             for item in known[1:]:
                 item.full = False
-        return better
+        return found
 
     def minutes(self) -> float:
         return (time.monotonic() - self.begun) / 60
@@ -277,8 +275,9 @@ class Run:
         return int(min((likely or ladder)[-1 if likely else 0].bytes, self.goals["under"] or ladder[0].bytes))
 
     def rank(self, families: list[Family]) -> list[Family]:
-        """Heal one candidate of each family briefly at one size; the families worth going on with, best first. What the
-        size is follows from the whole, not healed, since parts, rates and other text tell too little."""
+        """One candidate of each family at one size, healed briefly unless it is out of reach; the families worth going
+        on with, best first. What the size is follows from the whole, not healed, since parts, rates and other text tell
+        too little."""
         keep, size = self.goals["keep"] or 0.0, self.likely_size(families[0])
         sizes = [families[0].rest + made for made in families[0].choices.made()]  # these cost their scoring alone
         probe = min(sizes or [size], key=lambda each: abs(math.log(each / size)))
@@ -292,14 +291,13 @@ class Run:
             if abs(math.log(size / probe)) < NEAR:
                 break
             probe = size
-        brief = self.heal(max(self.wanted.heal // 4, 1) if self.wanted.heal else 0)
-        found: list[Started] = []
-        for item in families[: 1 + CUTS]:
-            candidate = item.candidate(size)
-            if candidate is not None:
-                moves = self.order.moves(candidate, brief)
-                found.append((candidate, moves, self.start(moves)))
-        done = self.finish_all(found, False)
+        found = self.in_reach([made for item in families[: 1 + CUTS] if (made := item.candidate(size)) is not None])
+        plain = self.each(found, None, False)
+        done = self.better(plain)
+        if brief := self.heal(max(self.wanted.heal // 4, 1) if self.wanted.heal else 0):
+            again = self.in_reach(found)
+            before = [item for candidate, item in zip(found, plain, strict=True) if candidate in again]
+            done = self.better(self.each(again, brief, False), before)
         if not done:
             return families[:1]
         done = self.affordable(done) or done  # speed and memory come from the cut: no trial is spent on one too slow
@@ -309,6 +307,21 @@ class Run:
         if live:
             self.say(f"Going on with: {', '.join(item.name for item in live)}.")
         return live or families[:1]
+
+    def in_reach(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those of one size for which healing may yet make up: what would lose several times as much as may be lost,
+        and as another does, is left out. By trials without healing; before them by damage, at the rate of others."""
+        losses = [self.curve.bare(item) for item in candidates]
+        known = [loss for loss in losses if loss is not None]
+        if not known:
+            return candidates
+        most = REACH * max(self.curve.loss * (1 / (self.goals["keep"] or ALONE) - 1), min(known))
+        for item, loss in zip(candidates, losses, strict=True):
+            if loss is not None and loss > most:
+                kept = self.curve.loss / (self.curve.loss + loss)
+                self.say(f"  not healed: {item.family.name}, which keeps about {kept:.1%} at this size; another loses "
+                         f"{loss / min(known):.1f} times less.")  # fmt: skip
+        return [item for item, loss in zip(candidates, losses, strict=True) if loss is None or loss <= most]
 
     def close_in(self, live: list[Family]) -> None:
         """Fully healed trials of the live families, ever nearer to the smallest that holds."""
@@ -323,8 +336,8 @@ class Run:
             if not picked:
                 break
             asked.update(key_of(item) for item in picked)
-            started = [(item, self.order.moves(item, heal)) for item in picked]
-            self.finish_all([(item, moves, self.start(moves)) for item, moves in started], True)
+            healed = self.each(picked, heal, True)
+            self.better(healed, self.each(picked, None, True) if heal else healed)
 
     def next_candidates(
         self, live: list[Family], ladders: dict[str, list[Candidate]], asked: set[str]
@@ -346,7 +359,8 @@ class Run:
             if keep is None:
                 picked += [] if any(self.fits(old) for old in full) else fresh[:1]
                 continue
-            margin = self.margin((own or self.trials)[-1].scores)
+            near = [old for old in self.trials if old.candidate and old.candidate.family.name == item.name]
+            margin = self.margin(min(near or self.trials, key=lambda old: abs(old.retention - keep)).scores)
             likely = [new for new in fresh if self.curve.predict(new) >= keep + margin]
             if likely:
                 at = fresh.index(likely[-1])
