@@ -5,14 +5,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_shrink import FLAGS, light
 
 from shrew import record
 from shrew.__main__ import main
+from shrew.measure.statistics import lower_bound, retention
 from shrew.search import orders
 from shrew.search.orders import HEALINGS, PLAIN, Contest, Order
-from shrew.search.propose import Candidate, Family, Rates
+from shrew.search.propose import BARE, Candidate, Curve, Family, Rates
+from shrew.search.run import Run
+from shrew.tasks import Scores
 
 HEAL = {"name": "distil", "steps": 6, "lr": 1e-4}
 QUANTIZE = {"name": "quantize", "bits": 3}
@@ -108,6 +112,42 @@ def test_a_cut_that_wins_stays_with_its_name() -> None:
     made.enter(("both", PLAIN, both))
     assert made.best.candidate is both and made.order is PLAIN
     assert [item["kept"] for item in made.told()] == [True, True]
+
+
+def test_a_cut_out_of_reach_is_not_healed() -> None:
+    curve, said = Curve(loss=1.0), list[str]()
+    run: Any = SimpleNamespace(curve=curve, goals={"keep": 0.9}, say=said.append)
+    items = [Candidate(Family(name, (), Rates(1, {}), 0.0, 0, 1.0), {}, 4.0, 1000, damage)
+             for name, damage in (("near", 0.05), ("middle", 0.2), ("far", 0.4))]  # fmt: skip
+    assert Run.in_reach(run, items) == items  # nothing is known yet
+    curve.learn(items[0], 1 / 1.05, BARE)
+    assert Run.in_reach(run, items) == items[:2]  # 0.11 may be lost, three times that is out of reach
+    assert len(said) == 1 and "far" in said[0] and "8.0 times" in said[0]
+    assert Run.in_reach(run, items, 1.0) == items[:1] and len(said) == 1
+    curve.learn(items[2], 1 / 1.3, BARE)
+    assert Run.in_reach(run, items) == items  # its trial came out better than its damage
+    run.goals = {"keep": 0.999}
+    assert Run.in_reach(run, items) == items[:1]  # the best always is, whatever is asked
+
+
+def test_what_holds_holds_against_each_reference() -> None:
+    """One reference is better and differs little by document, the other differs much: each has a bound of its own."""
+    draw = np.random.default_rng(0)
+    size = draw.integers(500, 1500, 30).astype(float)
+
+    def scores(bits: np.ndarray) -> Scores:
+        units = [str(number) for number in range(len(bits))]
+        return Scores("t@1", "search", "bits_per_byte", units, {"bits": bits, "bytes": size})
+
+    steady, rough = scores(2 * size), scores(2 * size * draw.normal(1.005, 0.03, 30))
+    mine = scores(2 * size * draw.normal(1.02, 0.001, 30))
+    run: Any = SimpleNamespace(task=SimpleNamespace(examples=lambda split: [None] * 30), references={"one": steady})
+    kept = retention(steady, mine)
+    assert kept - Run.margin(run, mine) == pytest.approx(lower_bound(steady, mine, samples=500))
+    run.references = {"one": steady, "two": rough}
+    bounds = [lower_bound(reference, mine, samples=500) for reference in (steady, rough)]
+    assert kept - Run.margin(run, mine) == pytest.approx(min(bounds)) != bounds[0]
+    assert Run.margin(run, mine) < retention(rough, mine) - bounds[1]  # which is the gap of the worse alone
 
 
 def test_the_search_explains_its_order(

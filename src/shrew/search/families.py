@@ -31,9 +31,10 @@ class Shelf:
         self.base = plain.result()
         self.store = rates(run) if run.wanted.coded else widths(run, self.base)
         self.proposed = cuts(run, single.result())
+        uncut = family("no cut", [], self.base, self.store, [], self.base)
+        run.probe_early(uncut)
         futures = {name: run.executor.submit(trial.cut, run.json, moves, run.wanted.gguf, TRIM * (name == TRIMMED))
                    for name, (moves, _) in self.proposed.items()}  # fmt: skip
-        uncut = family("no cut", [], self.base, self.store, [], self.base)
         self.found = [uncut, *(item for name, future in futures.items() if (item := self._made(name, future.result())))]
         whole = size_of(uncut)
         self.found[1:] = sorted(self.found[1:], key=lambda item: item.cut / max(whole - size_of(item), 1))
