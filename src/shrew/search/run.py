@@ -316,7 +316,8 @@ class Run:
         for item in found:
             self.start_early(self.order.moves(item, None))
         for item in self.in_reach(found, 1.0) if brief else []:
-            self.start_early(self.order.moves(item, brief))
+            if self.curve.bare(item) is not None:
+                self.start_early(self.order.moves(item, brief))
         plain = self.each(found, None, False)
         done = self.better(plain)
         if brief:
@@ -361,8 +362,7 @@ class Run:
             if not picked:
                 break
             asked.update(key_of(item) for item in picked)
-            healed = self.each(picked, heal, True)
-            self.better(healed, self.each(picked, None, True) if heal else healed)
+            self.better(*(self.each(picked, how, True) for how in ((heal, None) if heal else (None,))))
 
     def next_candidates(
         self, live: list[Family], ladders: dict[str, list[Candidate]], asked: set[str]
