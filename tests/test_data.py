@@ -319,10 +319,23 @@ def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, st
     for name, text in files.items():
         (tmp_path / name).write_text(text, "utf-8")
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9 " * 40)
-    monkeypatch.setattr(python, "_library", lambda: iter(library.items()))
+    monkeypatch.setattr(python, "_library", lambda wanted: (item for item in library.items() if wanted(item[0])))
     paths = sorted(tmp_path.glob("*.py"))
     monkeypatch.setattr(python, "_packages", lambda: iter([("thing 1.0", "MIT", paths)]))
     return library
+
+
+def test_the_library_is_its_own_modules_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["json/deep/er.py", "json/__init__.py", "abc.py", "test/test_abc.py", "site-packages/json/x.py", "mine.py"]
+    for name in [*names, "json/notes.txt", "csv.py/odd.py"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}\n" * 40, "utf-8")
+    (tmp_path / "json" / "short.py").write_text("#", "utf-8")
+    monkeypatch.setattr(python.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    found = dict(python._library(lambda name: "er" not in name))
+    assert list(found) == ["abc.py", "json/__init__.py", "test/test_abc.py"]
+    assert all(text.startswith(f"# {name}") for name, text in found.items())
+    assert "json/deep/er.py" in dict(python._library(lambda name: True))
 
 
 def test_nothing_of_the_evaluation_text_is_trained_on(small_world: dict[str, str]) -> None:

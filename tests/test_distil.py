@@ -17,11 +17,13 @@ from shrew import folder, objectives, spec
 from shrew.blocks.model import ModelSpec, build
 from shrew.errors import ShrewError, UnsupportedError
 from shrew.folder import Loaded, Packed, Steps, Uniform
-from shrew.folder.grids import groups
+from shrew.folder.blocktypes import Levels
+from shrew.folder.grids import Product, groups
 from shrew.folder.packed import to_rows
 from shrew.moves.context import Context
 from shrew.moves.distil import Distil, Plan
-from shrew.moves.distil.weights import Weights, learned_steps, on_grid
+from shrew.moves.distil.weights import Through, Weights, learned_steps, on_grid
+from shrew.moves.grids import nearest
 from shrew.moves.quantize import Quantize
 
 LINES: list[str] = []
@@ -160,6 +162,23 @@ def test_scales_are_trained_and_saved_as_trained(bits: int, symmetric: bool, lor
     again = folder.load(tmp_path / "out")
     for name, item in student.packed.items():
         assert torch.equal(again.packed[name].dense(), item.dense())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("grid", [Uniform(3, 16), Uniform(3, 16, False), Uniform(4, 0), Uniform(3, 20), Product(6),
+                                  Levels("q4_k", 32), Levels("nf4", 64)])  # fmt: skip
+def test_rounding_some_rows_at_a_time_is_rounding(
+    grid: Any, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shrew.moves.distil.weights.IN_CACHE", 600)
+    rows = torch.randn(7, 256, generator=torch.Generator().manual_seed(0))
+    weight = rows.T.contiguous() if transposed else rows
+    packed = Packed(*nearest(rows, grid, search=False), grid, tuple(weight.shape), transposed)
+    value = (weight + 0.1 * weight.roll(1)).requires_grad_()
+    found = Through.apply(value, packed)
+    assert torch.equal(found, on_grid(value.detach(), packed)[1])
+    (found * weight).sum().backward()
+    assert value.grad is not None and torch.equal(value.grad, weight)
 
 
 def test_without_a_teacher_it_is_plain_training(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_folder import ZOO, make_model, make_tokenizer
 from test_structure import CAUSAL, GROUPED, answers, check_folder, make
 
 from shrew.folder import Loaded
-from shrew.moves import Context
+from shrew.moves import Context, replay
 from shrew.moves.anatomy import batches, logits, read_anatomy
 from shrew.moves.importance import best_cut, columns_of, missed, moments, refitted, surgeon
 from shrew.moves.narrow import Narrow, head_choices
+from shrew.moves.replay import Replay, steady
 
 SHAPES = {"units": st.integers(2, 6), "size": st.integers(1, 3), "out": st.integers(1, 5), "seed": st.integers(0, 999)}
 
@@ -145,3 +147,71 @@ def test_moments_are_those_of_the_inputs(context: Context) -> None:
     hook.remove()
     x = torch.cat(seen)
     torch.testing.assert_close(moments(loaded, context, [name])[name], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+# Running again from the first layer that changed
+
+
+IDS = torch.arange(4, 44).reshape(2, 20)
+
+
+@pytest.mark.parametrize("kind", ZOO)
+def test_a_replay_is_the_whole_pass_bit_for_bit(kind: str) -> None:
+    loaded = Loaded(make_model(kind), make_tokenizer())
+    layers = steady(loaded, IDS)
+    assert len(layers) == loaded.model.config.num_hidden_layers
+    with torch.no_grad():
+        made = Replay(loaded, IDS, layers)
+        assert torch.equal(made.whole, logits(loaded, IDS))
+        for first, layer in enumerate(layers):
+            weight = next(value for value in layer.parameters() if value.ndim > 1)
+            before = weight.clone()
+            weight.mul_(1.5)
+            whole = logits(loaded, IDS)
+            assert not torch.equal(whole, made.whole)
+            assert torch.equal(made.logits(first), whole)
+            assert torch.equal(made.logits(first + 1), made.whole)  # from behind it nothing has changed
+            weight.copy_(before)
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+class Odd(torch.nn.Module):
+    """A layer that works on more than it is given, or on what it is given itself."""
+
+    kept: torch.Tensor = torch.zeros(())
+
+    def __init__(self, layer: Any, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = layer, how
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name in ("layer", "how") else getattr(self.layer, name)
+
+    def forward(self, hidden: torch.Tensor, **more: Any) -> torch.Tensor:
+        if self.how == "writes":
+            hidden += 1
+        found: torch.Tensor = self.layer(hidden, **more)
+        if self.how == "leaves":
+            Odd.kept = found.mean()
+        return found + Odd.kept if self.how == "reads" else found
+
+
+@pytest.mark.parametrize("ways", [("leaves", "reads"), ("plain", "writes")])
+def test_layers_that_share_more_than_their_outputs_are_found_out(ways: tuple[str, str]) -> None:
+    loaded = Loaded(make_model("llama"), make_tokenizer())
+    for place, how in enumerate(ways):
+        loaded.model.model.layers[place] = Odd(loaded.model.model.layers[place], how)
+    assert steady(loaded, IDS) == []
+    with torch.no_grad():
+        made = Replay(loaded, IDS, [])
+        loaded.model.model.layers[0].layer.mlp.down_proj.weight.mul_(1.5)
+        assert torch.equal(made.logits(1), logits(loaded, IDS))  # all of it is run
+
+
+def test_a_divergence_in_pieces_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "AT_ONCE", 100)  # two rows
+    chance = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(3, 5, 40, generator=chance) for _ in range(2))
+    p, q = old.double().softmax(-1), new.double().softmax(-1)
+    assert replay.divergence(new, old.log_softmax(-1)) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert replay.divergence(old, old.log_softmax(-1)) == pytest.approx(0, abs=1e-5)

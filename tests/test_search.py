@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from test_distil import context_for
 from test_folder import WORDS, ZOO, make_model, make_tokenizer
 
-from shrew import folder, spec
+from shrew import files, folder, spec
 from shrew.errors import SpecError
 from shrew.folder import Loaded
 from shrew.measure import statistics
@@ -264,6 +265,35 @@ def test_damage_is_what_the_moves_do(words: Path, tmp_path: Path) -> None:
     assert trial.damage(asked, narrow) == trial.cut(asked, narrow)["damage"]
 
 
+def test_the_damage_of_rounding_is_that_of_a_rounded_copy(words: Path, tmp_path: Path) -> None:
+    """Choices that have little, much and nothing in common, in one call; and the original is what it was."""
+    family_of("llama", [], [], words, tmp_path)
+    asked = json.dumps(spec.dump(Source(model=str(tmp_path / "original"), text=[str(words)], threads=1)))
+    original, _, context = trial.opened(asked)
+    before = {name: value.clone() for name, value in original.model.state_dict().items()}
+    parts = [{name: 2 + number % 3 for name, _, _ in item.tensors} for number, item in
+             enumerate(trial.groups(original))]  # fmt: skip
+    whole: dict[str, Kind] = {name: bits for part in parts for name, bits in part.items()}
+    items = [whole, {}, *parts, *({name: bits for name, bits in whole.items() if name not in part} for part in parts)]
+    for choices in (items, [whole]):
+        for item, found in zip(choices, trial.profile(asked, choices, dict(PALETTE.settings)), strict=True):
+            copy = folder.load(tmp_path / "original")
+            table = {**PALETTE.move(whole), "method": "rtn", "tensors": {name: item.get(name, 0) for name in whole}}
+            parse_moves([table], "test")[0].apply(copy, context)
+            assert found == pytest.approx(trial.divergence(original, copy, context), rel=1e-4, abs=1e-9)
+        shutil.rmtree(files.cache_folder() / "profile")
+    assert all(torch.equal(value, before[name]) for name, value in original.model.state_dict().items())
+
+
+def test_a_cut_that_saves_too_little_is_refused_before_it_is_measured(words: Path, tmp_path: Path) -> None:
+    family_of("llama", [], [], words, tmp_path)
+    asked = json.dumps(spec.dump(Source(model=str(tmp_path / "original"), text=[str(words)], threads=1)))
+    narrow: list[dict[str, Any]] = [{"name": "narrow", "mlp": 0.5}]
+    assert trial.cut(asked, narrow, False, 0.9) == {"refused": "it would save less than 90% of the weights",
+                                                    "reused": False}  # fmt: skip
+    assert trial.cut(asked, narrow, False, 0.05)["damage"] == trial.cut(asked, narrow)["damage"] > 0
+
+
 def test_dropped_layers_are_renumbered() -> None:
     damages: dict[str, dict[Kind, float]]
     damages = {f"m.layers.{n}.{part}": dict.fromkeys(BITS, float(n)) for n in range(5) for part in ("attn", "mlp")}
@@ -320,6 +350,16 @@ def test_healing_is_learnt_apart() -> None:
     assert curve.predict(candidate("a", 0.1)) == pytest.approx(1 / (1 + 0.8 * 0.04))
     curve.learn(candidate("a", 0.1), 1 / 1.3)  # healing that does harm counts no more than none
     assert curve.predict(candidate("a", 0.1)) == pytest.approx(1 / 1.04)
+
+
+def test_what_a_model_keeps_without_healing_is_its_trial_or_the_rate_of_others() -> None:
+    curve = Curve(loss=1.0)
+    assert curve.bare(candidate("a", 0.1)) is None
+    curve.learn(candidate("a", 0.1), 1 / 1.3)
+    assert curve.bare(candidate("a", 0.1)) is None  # that was healed
+    curve.learn(candidate("a", 0.1), 1 / 1.2, BARE)
+    assert curve.bare(candidate("a", 0.1)) == pytest.approx(0.2)
+    assert curve.bare(candidate("b", 0.3)) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("power", [0.7, 1.3, 1.8])

@@ -5,14 +5,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_shrink import FLAGS, light
 
 from shrew import record
 from shrew.__main__ import main
+from shrew.measure.statistics import lower_bound, retention
 from shrew.search import orders
 from shrew.search.orders import HEALINGS, PLAIN, Contest, Order
-from shrew.search.propose import Candidate, Family, Rates
+from shrew.search.propose import BARE, Candidate, Curve, Family, Rates
+from shrew.search.run import Run
+from shrew.tasks import Scores
 
 HEAL = {"name": "distil", "steps": 6, "lr": 1e-4}
 QUANTIZE = {"name": "quantize", "bits": 3}
@@ -56,7 +60,7 @@ def contest(kept: dict[str, float], minutes: float = 0.0) -> Contest:
                                                           label=key)  # fmt: skip
 
     run: Any = SimpleNamespace(minutes=lambda: minutes, wanted=SimpleNamespace(minutes=10.0), goals={"keep": 0.98},
-                               start=lambda moves: moves, finish=finish)  # fmt: skip
+                               jobs=2, start=lambda moves: moves, finish=finish)  # fmt: skip
     best: Any = SimpleNamespace(moves=PLAIN.moves(candidate(), HEAL), candidate=candidate(), retention=0.98,
                                 bytes=10**6, label="trial 4")  # fmt: skip
     return Contest(run, HEAL, [best])
@@ -66,7 +70,7 @@ def test_the_best_order_is_kept_and_told() -> None:
     made = contest({"narrow distil6 quantize": 0.9805, "narrow distil3 quantize distil3": 0.984,
                     "narrow quantize distil6skewed-forward": 0.983})  # fmt: skip
     for order in (*HEALINGS, HEALINGS[0]):  # the same moves are not tried twice
-        made.enter(order.name, order, candidate())
+        made.enter((order.name, order, candidate()))
     assert made.order.name == "heal, quantize, heal"
     told = made.told()
     assert [item["text"] for item in told] == [
@@ -80,12 +84,23 @@ def test_the_best_order_is_kept_and_told() -> None:
     assert told[2]["retention"] == 0.984 and told[4]["retention"] is None
 
 
+def test_orders_run_side_by_side_and_are_judged_in_turn() -> None:
+    made, log = contest({"narrow distil6 quantize": 0.99}), []
+    start, finish = made.run.start, made.run.finish
+    made.run.start = lambda moves: log.append("start") or start(moves)  # type: ignore[method-assign, func-returns-value]
+    made.run.finish = lambda *more: log.append("finish") or finish(*more)  # type: ignore[method-assign, func-returns-value]
+    made.enter(*((order.name, order, candidate()) for order in HEALINGS))
+    assert log == ["start"] * 2 + ["finish", "start"] * 2 + ["finish"] * 2
+    assert made.order is HEALINGS[0]
+    assert [item["order"] for item in made.told()] == [PLAIN.name, *(order.name for order in HEALINGS)]
+
+
 def test_a_hair_is_no_reason_and_neither_is_a_late_hour() -> None:
     made = contest({"narrow distil6 quantize": 0.98 + 0.04 * 0.02})
-    made.enter(HEALINGS[0].name, HEALINGS[0], candidate())
+    made.enter((HEALINGS[0].name, HEALINGS[0], candidate()))
     assert made.order is PLAIN
     late = contest({"narrow distil6 quantize": 0.99}, minutes=6.0)
-    late.enter(HEALINGS[0].name, HEALINGS[0], candidate())
+    late.enter((HEALINGS[0].name, HEALINGS[0], candidate()))
     assert late.order is PLAIN
     assert "for want of time" in late.told()[1]["text"]
 
@@ -94,9 +109,45 @@ def test_a_cut_that_wins_stays_with_its_name() -> None:
     made = contest({"narrow quantize distil6": 0.97, "trim-vocab narrow quantize distil6": 0.99})
     both = candidate("both")
     both = Candidate(Family("both", ({"name": "trim-vocab"}, CUT), Rates(1, {}), 0.0, 0, 1.0), QUANTIZE, 3.0, 1000, 0.1)
-    made.enter("both", PLAIN, both)
+    made.enter(("both", PLAIN, both))
     assert made.best.candidate is both and made.order is PLAIN
     assert [item["kept"] for item in made.told()] == [True, True]
+
+
+def test_a_cut_out_of_reach_is_not_healed() -> None:
+    curve, said = Curve(loss=1.0), list[str]()
+    run: Any = SimpleNamespace(curve=curve, goals={"keep": 0.9}, say=said.append)
+    items = [Candidate(Family(name, (), Rates(1, {}), 0.0, 0, 1.0), {}, 4.0, 1000, damage)
+             for name, damage in (("near", 0.05), ("middle", 0.2), ("far", 0.4))]  # fmt: skip
+    assert Run.in_reach(run, items) == items  # nothing is known yet
+    curve.learn(items[0], 1 / 1.05, BARE)
+    assert Run.in_reach(run, items) == items[:2]  # 0.11 may be lost, three times that is out of reach
+    assert len(said) == 1 and "far" in said[0] and "8.0 times" in said[0]
+    assert Run.in_reach(run, items, 1.0) == items[:1] and len(said) == 1
+    curve.learn(items[2], 1 / 1.3, BARE)
+    assert Run.in_reach(run, items) == items  # its trial came out better than its damage
+    run.goals = {"keep": 0.999}
+    assert Run.in_reach(run, items) == items[:1]  # the best always is, whatever is asked
+
+
+def test_what_holds_holds_against_each_reference() -> None:
+    """One reference is better and differs little by document, the other differs much: each has a bound of its own."""
+    draw = np.random.default_rng(0)
+    size = draw.integers(500, 1500, 30).astype(float)
+
+    def scores(bits: np.ndarray) -> Scores:
+        units = [str(number) for number in range(len(bits))]
+        return Scores("t@1", "search", "bits_per_byte", units, {"bits": bits, "bytes": size})
+
+    steady, rough = scores(2 * size), scores(2 * size * draw.normal(1.005, 0.03, 30))
+    mine = scores(2 * size * draw.normal(1.02, 0.001, 30))
+    run: Any = SimpleNamespace(task=SimpleNamespace(examples=lambda split: [None] * 30), references={"one": steady})
+    kept = retention(steady, mine)
+    assert kept - Run.margin(run, mine) == pytest.approx(lower_bound(steady, mine, samples=500))
+    run.references = {"one": steady, "two": rough}
+    bounds = [lower_bound(reference, mine, samples=500) for reference in (steady, rough)]
+    assert kept - Run.margin(run, mine) == pytest.approx(min(bounds)) != bounds[0]
+    assert Run.margin(run, mine) < retention(rough, mine) - bounds[1]  # which is the gap of the worse alone
 
 
 def test_the_search_explains_its_order(

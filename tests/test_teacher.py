@@ -262,6 +262,28 @@ def test_an_interrupted_cache_goes_on(tmp_path: Path, asked: list[int], monkeypa
     assert again.seconds > 0
 
 
+def test_what_another_process_has_asked_meanwhile_is_read(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loaded_of("llama")
+    context, question = context_for(tmp_path, original), Question(8, 0.99, 1.0)
+    plan = Plan(context.healing, rows=2, steps=3, seed=0)
+    monkeypatch.setattr(teacher, "SHARD", 2)
+    ask, other = teacher._ask, list[Any]()
+
+    def slowly(*arguments: Any) -> Any:
+        if not other:
+            other.append(None)
+            other[0] = teacher_predictions(original, plan, question, context)
+        return ask(*arguments)
+
+    monkeypatch.setattr(teacher, "_ask", slowly)
+    mine = teacher_predictions(original, plan, question, context)
+    assert len(asked) == 6 + 2  # all of theirs, and the shard that was begun
+    for one, two in zip(mine.top(plan.used()), other[0].top(plan.used()), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_size_is_bounded_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, said = loaded_of("llama"), []
     context = replace(context_for(tmp_path, original), say=said.append)

@@ -8,7 +8,7 @@ import hashlib
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -60,7 +60,7 @@ def corpus(part: str) -> Iterator[tuple[str, str]]:
 
 def evaluation() -> list[tuple[str, str]]:
     """The evaluation modules of the running interpreter: one standard-library module in ten, by its name's hash."""
-    return [(f"python:{name}", text) for name, text in _library() if _is_evaluation(name)]
+    return [(f"python:{name}", text) for name, text in _library(_is_evaluation)]
 
 
 def _is_evaluation(name: str) -> bool:
@@ -70,15 +70,18 @@ def _is_evaluation(name: str) -> bool:
     return int(hashlib.sha256(top.encode()).hexdigest(), 16) % EVALUATION_SHARE == EVALUATION_RESIDUE
 
 
-def _library() -> Iterator[tuple[str, str]]:
+def _library(wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """(name, text) of the modules with such names; no others are read, nor what is installed beside them."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
+    found: list[Path] = []
+    for top in root.iterdir():
+        if top.name.removesuffix(".py") in sys.stdlib_module_names or top.name == "test":
+            inside = top.rglob("*.py") if top.is_dir() and not top.is_symlink() else iter(())
+            found += [top] if top.suffix == ".py" else inside
+    for path in sorted(found):
         name = path.relative_to(root).as_posix()
-        top = name.split("/")[0].removesuffix(".py")
-        if top in sys.stdlib_module_names or top == "test":
-            text = source_text(path)
-            if text is not None and "lib2to3/tests" not in name:
-                yield name, text
+        if wanted(name) and "lib2to3/tests" not in name and (text := source_text(path)) is not None:
+            yield name, text
 
 
 def source_text(path: Path) -> str | None:
@@ -95,9 +98,7 @@ def standard_library(tests: bool = True) -> tuple[list[tuple[str, str]], dict[st
     names = {id.removeprefix("python:").split("/")[0].removesuffix(".py") for id, _ in held}
     runs = Runs(text for _, text in held)
     kept, dropped = [], {"evaluation module": len(held), "test of an evaluation module": 0, "shared run": 0}
-    for name, text in _library():
-        if _is_evaluation(name) or (not tests and "test" in name):
-            continue
+    for name, text in _library(lambda name: not _is_evaluation(name) and (tests or "test" not in name)):
         if any(f"test_{module.strip('_')}" in name or f"/{module}/" in f"/{name}" for module in names):
             dropped["test of an evaluation module"] += 1
         elif text in runs:

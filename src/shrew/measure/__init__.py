@@ -94,8 +94,11 @@ def _retention(
     return _with(kept, metric="retention", detail=detail, **common)
 
 
-def cost_records(run: str, model: str, loaded: Loaded, memory: bool = True) -> list[Record]:
-    """Bytes on disk, parameters, energy of prefill and (in a fresh process) peak memory of a loaded folder."""
+def cost_records(
+    run: str, model: str, loaded: Loaded, memory: bool = True, peaks: tuple[int, int] | None = None
+) -> list[Record]:
+    """Bytes on disk, parameters, energy of prefill and (in a fresh process) peak memory of a loaded folder; `peaks`,
+    where that was measured already."""
     found = []
     if loaded.path is not None:
         size = cost.disk_size(loaded.path)
@@ -109,7 +112,7 @@ def cost_records(run: str, model: str, loaded: Loaded, memory: bool = True) -> l
     found.append(Record(run=run, model=model, metric="energy", value=spent.value, unit=unit,
                         detail={"source": spent.source, "what": "prefill"}))  # fmt: skip
     if memory and loaded.path is not None:
-        peak, before = cost.peak_memory(loaded.path)
+        peak, before = peaks or cost.peak_memory(loaded.path)
         found.append(Record(run=run, model=model, metric="peak_memory", value=peak, unit="bytes",
                             detail={"before_loading": before}))  # fmt: skip
     return found

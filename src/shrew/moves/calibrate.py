@@ -232,6 +232,8 @@ def stages(
         mine = {name for name in inside if name.startswith(prefix)}
         yield Stage(mine, sums.found(flow.names), sums.corrections(flow.names), block)
         original = block.wanted
+        if number + 1 == len(flow.layers):
+            break
         with torch.no_grad():
             current = [block.run(at, value) for at, value in enumerate(current)] if sequential else found
     if late:

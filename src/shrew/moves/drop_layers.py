@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -25,12 +26,12 @@ from shrew.moves.anatomy import (
     without_layers,
 )
 from shrew.moves.context import Context
+from shrew.moves.importance import damages
 from shrew.spec import Meta, doc
 
 Measure = Literal["kl", "influence"]
 
 SCORE_TOKENS = 4096  # of calibration text; layers differ far more than the noise that this leaves
-BATCH_VALUES = 1 << 25  # logits held at a time: 128 MB a copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +97,10 @@ def layer_scores(loaded: Loaded, context: Context, measure: Measure = "kl", with
 
 def _kl_scores(loaded: Loaded, context: Context, without: frozenset[int]) -> list[float]:
     layers = find_layers(loaded.model)[1]
-    total, rows = [0.0] * len(layers), 0
-    tokens = max(1, BATCH_VALUES // (1 if loaded.is_classifier else loaded.model.config.vocab_size))
-    for ids in batches(loaded, context.calibration, min(tokens, 2048), SCORE_TOKENS):
-        whole = F.log_softmax(logits(loaded, ids).float(), dim=-1).flatten(0, -2)
-        rows += len(whole)
-        for index in range(len(layers)):
-            if index not in without:
-                with bypassed(layers, without | {index}):
-                    cut = F.log_softmax(logits(loaded, ids).float(), dim=-1).flatten(0, -2)
-                total[index] += float(F.kl_div(cut, whole, log_target=True, reduction="sum"))
-    return [value / rows for value in total]
+    left = [index for index in range(len(layers)) if index not in without]
+    changes = [(min(without | {index}), partial(bypassed, layers, without | {index})) for index in left]
+    found = dict(zip(left, damages(loaded, context, changes, SCORE_TOKENS), strict=True))
+    return [found.get(index, 0.0) for index in range(len(layers))]
 
 
 def _influence_scores(loaded: Loaded, context: Context, without: frozenset[int]) -> list[float]:

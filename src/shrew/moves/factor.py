@@ -78,7 +78,9 @@ class Factor:
     ) -> dict[str, float]:
         """KL for each unit of error in a projection's output, from each alone at the rank that `keep` gives it."""
         ranks = {name: rank_for(part.weight.shape, self.keep) for name, part in parts.items()}
-        found = damages(inside, context, [partial(_factored_for_now, part, pairs[name], ranks[name])
+        path = "layers."
+        found = damages(inside, context, [(int(name.removeprefix(path).split(".")[0]) if name.startswith(path) else 0,
+                                           partial(_factored_for_now, part, pairs[name], ranks[name]))
                                           for name, part in parts.items()], SCORE_TOKENS)  # fmt: skip
         missed = {name: max(pairs[name].missed(ranks[name]), LEAST) * float(pairs[name].powers.sum()) for name in parts}
         return {name: max(damage, 0.0) / max(missed[name], 1e-30) for name, damage in zip(parts, found, strict=True)}

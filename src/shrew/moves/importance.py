@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from shrew.folder import Loaded
 from shrew.moves.anatomy import batches, logits
 from shrew.moves.context import Context
+from shrew.moves.replay import Replay, divergence, steady
 
 SCORE_TOKENS = 8192  # of calibration text
 BATCH_VALUES = 1 << 25  # logits held at a time: 128 MB a copy
@@ -47,20 +47,23 @@ def moments(loaded: Loaded, context: Context, names: list[str]) -> dict[str, Ten
 
 
 def damages(
-    loaded: Loaded, context: Context, changes: Sequence[Callable[[], AbstractContextManager[None]]], limit: int
-) -> list[float]:
-    """Mean KL(model || changed model) in nats a prediction, on `limit` tokens of calibration text, of each change: a
-    context in which the model is another."""
+    loaded: Loaded, context: Context, changes: Sequence[tuple[int, Callable[[], AbstractContextManager[None]]]],
+    limit: int,
+) -> list[float]:  # fmt: skip
+    """Mean KL(model || changed model) in nats a prediction, on `limit` tokens of calibration text, of each change: the
+    first layer that it touches, and a context in which the model is another."""
     totals, rows = [0.0] * len(changes), 0
+    layers: list[nn.Module] | None = None
     with torch.inference_mode():
-        most = max(1, BATCH_VALUES // loaded.model.config.vocab_size)
-        for ids in batches(loaded, context.calibration, min(most, 2048), limit):
-            whole = F.log_softmax(logits(loaded, ids).float(), dim=-1).flatten(0, -2)
-            rows += len(whole)
-            for number, change in enumerate(changes):
+        wide = 1 if loaded.is_classifier else loaded.model.config.vocab_size
+        for ids in batches(loaded, context.calibration, min(max(1, BATCH_VALUES // wide), 2048), limit):
+            layers = steady(loaded, ids) if layers is None else layers
+            replay = Replay(loaded, ids, layers)
+            whole = replay.whole.float().log_softmax(-1)
+            rows += whole[..., 0].numel()
+            for number, (first, change) in enumerate(changes):
                 with change():
-                    new = F.log_softmax(logits(loaded, ids).float(), dim=-1).flatten(0, -2)
-                totals[number] += float(F.kl_div(new, whole, log_target=True, reduction="sum"))
+                    totals[number] += divergence(replay.logits(first), whole)
     return [total / rows for total in totals]
 
 

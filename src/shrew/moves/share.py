@@ -99,7 +99,7 @@ def pair_scores(
     cached = context.cache / f"share-{key}.json"
     if cached.exists():
         return dict(zip(wanted, json.loads(cached.read_text()), strict=True))
-    scores = damages(made, context, [partial(_tied_for_now, ours, *item) for item in wanted], SCORE_TOKENS)
+    scores = damages(made, context, [(item[0], partial(_tied_for_now, ours, *item)) for item in wanted], SCORE_TOKENS)
     files.write_text(cached, json.dumps(scores))
     return dict(zip(wanted, scores, strict=True))
 

@@ -3,7 +3,7 @@
 1. Score the original; measure what each part of each layer loses at 2, 3 and 4 bits, and what each cut loses.
 2. Solve for the best bits under any byte budget (exact knapsack), for each structural cut. (For coded weights both are
    simpler: what three rates lose is measured, and one rate for all weights follows from the budget.)
-3. Heal one candidate of each cut briefly at one size, and keep the cut that comes out best.
+3. Score one candidate of each cut at one size, heal those within reach briefly, and keep the cut that comes out best.
 4. Heal candidates of that cut fully and close in on the smallest that holds on the search split.
 5. Only then open the final split, for a few named candidates, from the safest downward.
 """

@@ -31,9 +31,10 @@ class Shelf:
         self.base = plain.result()
         self.store = rates(run) if run.wanted.coded else widths(run, self.base)
         self.proposed = cuts(run, single.result())
-        futures = {name: run.executor.submit(trial.cut, run.json, moves, run.wanted.gguf)
-                   for name, (moves, _) in self.proposed.items()}  # fmt: skip
         uncut = family("no cut", [], self.base, self.store, [], self.base)
+        run.probe_early(uncut)
+        futures = {name: run.executor.submit(trial.cut, run.json, moves, run.wanted.gguf, TRIM * (name == TRIMMED))
+                   for name, (moves, _) in self.proposed.items()}  # fmt: skip
         self.found = [uncut, *(item for name, future in futures.items() if (item := self._made(name, future.result())))]
         whole = size_of(uncut)
         self.found[1:] = sorted(self.found[1:], key=lambda item: item.cut / max(whole - size_of(item), 1))
@@ -51,8 +52,6 @@ class Shelf:
     def _made(self, name: str, found: dict[str, Any]) -> Family | None:
         moves, dropped = self.proposed[name]
         reason = found.get("refused", "")
-        if not reason and name == TRIMMED and weights_of(found) > (1 - TRIM) * weights_of(self.base):
-            reason = f"it would save less than {TRIM:.0%} of the weights"
         if reason:
             self.run.say(f"  not tried: {name}: {reason}")
         self.run.tried.append(f"not {name}: {reason}" if reason else name)
@@ -161,11 +160,6 @@ def groups_of(found: dict[str, Any]) -> tuple[Group, ...]:
     """Of a model that `trial.cut` told of."""
     return tuple(Group(part, tuple((tensor, rows, cols) for tensor, rows, cols in tensors))
                  for part, tensors in found["groups"])  # fmt: skip
-
-
-def weights_of(found: dict[str, Any]) -> int:
-    """How many weights there are to store in a model that `trial.cut` told of."""
-    return sum(item.weights() for item in groups_of(found))
 
 
 def family(name: str, moves: Moves, found: dict[str, Any], store: Store, dropped: Sequence[int],

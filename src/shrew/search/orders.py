@@ -5,6 +5,7 @@ spends the same steps of healing on a candidate of the same predicted size. Move
 (`smooth`, `rotate`) can be judged without healing, so they cost a trial only where they lessen the measured damage.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 PAYS = 0.95  # of the damage: what is left by a move that is worth a trial
 NOTICED = 0.05  # of what may be lost: a gain below that is no reason for another order
-SHARE = 0.5  # of the minutes; after that no new order is tried
+SHARE = 1 / 3  # of the minutes; after that no new order is tried, so that there is time to close in
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,14 @@ def learn(run: "Run", live: list[Family]) -> list[Family]:
     if not tried:
         return live
     heal = run.heal(max(run.wanted.heal // 4, 1) if run.wanted.heal else 0)
-    contest = Contest(run, heal, [item for item in tried if item.candidate is tried[-1].candidate])
-    for found in both_cuts(run, live[0]):
-        candidate = found.candidate(contest.best.bytes)
-        if candidate is not None:
-            contest.enter(found.name, PLAIN, candidate)
+    last = [item for item in tried if item.candidate is tried[-1].candidate]
+    contest = Contest(run, heal, sorted(last, key=lambda item: not _steps(item.moves)))
+    contest.enter(*((found.name, PLAIN, candidate) for found in both_cuts(run, live[0])
+                    if (candidate := found.candidate(contest.best.bytes)) is not None))  # fmt: skip
     candidate = contest.best.candidate
     assert candidate is not None
-    for order in [*preparations(run, contest, candidate), *(HEALINGS if heal else ())]:
-        contest.enter(order.name, order, candidate)
+    orders = [*preparations(run, contest, candidate), *(HEALINGS if heal else ())]
+    contest.enter(*((order.name, order, candidate) for order in orders))
     run.order, run.orders = contest.order, contest.told()
     for sentence in run.orders:
         run.say(f"  {sentence['text']}.")
@@ -90,16 +90,26 @@ class Contest:
         self.entries: list[tuple[str, Trial | None, str]] = [(name, item, "") for name, item in
                                                              zip(names, known, strict=True)]  # fmt: skip
 
-    def enter(self, name: str, order: Order, candidate: Candidate) -> None:
-        """Try an order, unless it comes to moves that were tried already, or time is short."""
-        moves = order.moves(candidate, self.heal)
-        if moves in self.made:
-            return
-        self.made.append(moves)
-        if not self.in_time():
+    def enter(self, *entries: tuple[str, Order, Candidate]) -> None:
+        """Try orders, as many side by side as the machine has room for, but none that comes to moves which were tried
+        already or for which time is short."""
+        waiting = deque[tuple[str, list[dict[str, Any]], Candidate, Order, Any]]()
+        for name, order, candidate in entries:
+            moves = order.moves(candidate, self.heal)
+            if moves in self.made:
+                continue
+            self.made.append(moves)
+            if len(waiting) == self.run.jobs:
+                self._judge(*waiting.popleft())
+            waiting.append((name, moves, candidate, order, self.run.start(moves) if self.in_time() else None))
+        for item in waiting:
+            self._judge(*item)
+
+    def _judge(self, name: str, moves: list[dict[str, Any]], candidate: Candidate, order: Order, started: Any) -> None:
+        if started is None:
             self.entries.append((name, None, "not tried, for want of time"))
             return
-        item = self.run.finish(self.run.start(moves), moves, candidate, False)
+        item = self.run.finish(started, moves, candidate, False)
         if item is None:
             self.entries.append((name, None, "it failed"))
             return

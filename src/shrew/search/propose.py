@@ -203,6 +203,13 @@ class Curve:
         """Predicted retention after full healing."""
         return self.loss / (self.loss + self._excess(candidate))
 
+    def bare(self, candidate: Candidate) -> float | None:
+        """Excess without healing: as its trial had it, or by its damage at the rate of other trials; None without."""
+        points = {name: points for (name, level), points in self.seen.items() if level == BARE and points}
+        own = points.get(candidate.family.name, {})
+        rates = [excess / damage for each in points.values() for damage, excess in each.items()]
+        return own.get(candidate.damage, _middle(rates, 1.0) * candidate.damage) if rates else None
+
     def _excess(self, candidate: Candidate) -> float:
         own = [level for level in (FULL, BRIEF, BARE) if self.seen.get((candidate.family.name, level))]
         if not own:

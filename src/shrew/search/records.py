@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,19 +35,21 @@ SAMPLES, PROMPT, CONTINUED = 3, 48, 48  # prompts, and their tokens and new toke
 def emit(run: "Run", chosen: "Trial | None", verdicts: dict[str, Verdict], order: "list[Trial]") -> list[Record]:
     """All records of a run; the details are of the chosen model or, without one, of the nearest miss."""
     name = f"shrink-{spec.digest([run.command, run.source, time.time_ns()])[:12]}"
-    found = [_plan(run, name)]
-    found += _references(run, name)
-    for item in run.trials:
-        found += _trial(run, name, item)
-    found += [Record(run=name, model=told["trial"], metric="order", value=told["retention"], task=_task(run, "search"),
-                     detail=told) for told in run.orders]  # fmt: skip
     best = chosen
     if best is None and verdicts:
         label = max(verdicts, key=lambda key: verdicts[key].lower_bound)
         best = next(item for item in order if item.label == label)
     label = "" if best is None else "chosen" if chosen is not None else best.label
-    if best is not None:
-        found += _details(run, name, label, best, verdicts, chosen is not None)
+    weighed = [run.executor.submit(trial.peaks, str(path)) for path in
+               (run.original.path, *([best.folder] if best is not None else []))]  # fmt: skip
+    trials = [record for item in run.trials for record in _trial(run, name, item)]
+    details = [] if best is None else _details(run, name, label, best, verdicts, chosen is not None, weighed)
+    found = [_plan(run, name)]
+    found += _references(run, name, weighed[0])
+    found += trials
+    found += [Record(run=name, model=told["trial"], metric="order", value=told["retention"], task=_task(run, "search"),
+                     detail=told) for told in run.orders]  # fmt: skip
+    found += details
     for item in order:
         if item is not best and item.label in verdicts:
             found += _final(run, name, item.label, item.label, verdicts)
@@ -95,8 +98,8 @@ def _evaluated(run: "Run") -> dict[str, str]:
     return {"evaluation": f"{told}Python {manifest['interpreter']}, where the starter was trained"}
 
 
-def _references(run: "Run", name: str) -> list[Record]:
-    found = cost_records(name, "original", run.original)
+def _references(run: "Run", name: str, weighed: "Future[list[int]]") -> list[Record]:
+    found = cost_records(name, "original", run.original, peaks=_pair(weighed))
     if "healed original" in run.references:
         found.append(Record(run=name, model="healed original", metric="bytes", value=run.twin_bytes, unit="bytes"))
     twins = {"original": run.references["original"], **run.references}
@@ -159,24 +162,35 @@ def _final(run: "Run", name: str, label: str, key: str, verdicts: dict[str, Verd
     return found
 
 
-def _details(run: "Run", name: str, label: str, item: "Trial", verdicts: dict[str, Verdict], met: bool) -> list[Record]:
-    """Everything that the page shows of one model."""
+def _pair(weighed: "Future[list[int]]") -> tuple[int, int]:
+    peak, before = weighed.result()
+    return peak, before
+
+
+def _details(run: "Run", name: str, label: str, item: "Trial", verdicts: dict[str, Verdict], met: bool,
+             weighed: "list[Future[list[int]]]") -> list[Record]:  # fmt: skip
+    """Everything that the page shows of one model. `weighed`: peaks of memory, of the original and of this one."""
     common: dict[str, Any] = {"run": name, "model": label}
     loaded = folder.load(item.folder)
-    found = _steps(run, common, item)
+    written = not loaded.is_classifier and run.task.metric == "bits_per_byte"
+    steps = [run.start(item.moves[:count]) for count in range(1, len(item.moves))]
+    compared = run.executor.submit(trial.compared, run.json, str(item.folder)) if written else None
+    lost = _forgotten(run, name, label, item, loaded)
+    shown = samples(run, common, run.original, loaded) if written else []
+    found = _steps(run, common, item, steps)
     if met:
         search = [record for record in _trial(run, name, item) if record.metric == "retention"]
         found += [Record(**{**vars(record), "model": label}) for record in search]
     found += _final(run, name, label, item.label, verdicts)
-    found += _forgotten(run, name, label, item, loaded)
-    for record in cost_records(name, label, loaded):
+    found += lost
+    agreed = [] if compared is None else _agreement(run, common, Scores.parse(compared.result()))
+    _, peaks = map(_pair, weighed)  # the workers are done: what follows is timed
+    for record in cost_records(name, label, loaded, peaks=peaks):
         changed: dict[str, Any] = {"value": item.bytes} if record.metric == "bytes" else {}
         changed |= {"detail": {**record.detail, "trial": item.label}} if changed and met else {}
         found.append(Record(**{**vars(record), **changed}))
     found += speed_records(name, ["original", label], [run.original, loaded], rounds=5)
-    if not loaded.is_classifier and run.task.metric == "bits_per_byte":
-        found += _agreement(run, common, item)
-        found += samples(run, common, run.original, loaded)
+    found += [*agreed, *shown]
     untouched = loaded.untouched
     for tensor in folder.tensors(item.folder):
         detail = {"tensor": tensor.name, "class": _class(tensor.name), "bytes": tensor.bytes,
@@ -189,9 +203,10 @@ def _details(run: "Run", name: str, label: str, item: "Trial", verdicts: dict[st
     return found
 
 
-def _steps(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
-    """Size and quality after each move of the recipe: what each one bought."""
-    futures = [run.start(item.moves[:count]) for count in range(1, len(item.moves))]
+def _steps(
+    run: "Run", common: dict[str, Any], item: "Trial", futures: "list[Future[dict[str, Any]]]"
+) -> list[Record]:
+    """Size and quality after each move of the recipe: what each one bought. `futures`: trials of all but the last."""
     found = []
     for number, move in enumerate(item.moves, 1):
         if number < len(item.moves):
@@ -207,9 +222,8 @@ def _steps(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
     return found
 
 
-def _agreement(run: "Run", common: dict[str, Any], item: "Trial") -> list[Record]:
+def _agreement(run: "Run", common: dict[str, Any], scores: Scores) -> list[Record]:
     """KL to the original and agreement of the likeliest token, on the search split."""
-    scores = Scores.parse(run.executor.submit(trial.compared, run.json, str(item.folder)).result())
     found = quality_records(common["run"], common["model"], scores, seed=run.source.seed)
     return [record for record in found if record.metric in ("kl", "top1_agreement")]
 

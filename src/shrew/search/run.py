@@ -31,6 +31,7 @@ from shrew.tasks.fairness import Fairness
 
 ROUNDS = 8
 CUTS = 3  # structural families tried beside the uncut model
+REACH = 3.0  # times the loss that healing, which leaves a fifth at best and mostly 0.8 to 1, is thought to make up for
 PROBES, NEAR = 2, 0.25  # trials without healing to find the size to rank at; how far, in logs, is near enough
 
 
@@ -50,9 +51,6 @@ class Trial:
     candidate: Candidate | None = None
     retention: float = 1.0
     full: bool = True
-
-
-Started = tuple[Candidate, list[dict[str, Any]], "Future[dict[str, Any]]"]
 
 
 class Run:
@@ -79,6 +77,7 @@ class Run:
         self.repaired = ""
         self.order, self.orders = orders.PLAIN, list[dict[str, Any]]()
         self.openings = 0
+        self.early: dict[str, Future[dict[str, Any]]] = {}
         self.references: dict[str, Scores] = {}
         self.curve = Curve(1.0)
 
@@ -100,7 +99,12 @@ class Run:
         return table if teacher is None else {**table, "teacher": teacher}
 
     def start(self, moves: list[dict[str, Any]], split: str = "search") -> "Future[dict[str, Any]]":
-        return self.executor.submit(trial.run_trial, self.json, moves, split, self.wanted.gguf)
+        early = self.early.pop(json.dumps(moves), None) if split == "search" else None
+        return early or self.executor.submit(trial.run_trial, self.json, moves, split, self.wanted.gguf)
+
+    def start_early(self, moves: list[dict[str, Any]]) -> None:
+        """Have a worker begin what is all but sure to be asked for, before it is."""
+        self.early[json.dumps(moves)] = self.start(moves)
 
     def finish(self, future: "Future[dict[str, Any]]", moves: list[dict[str, Any]], candidate: Candidate | None,
                full: bool) -> Trial | None:  # fmt: skip
@@ -131,22 +135,22 @@ class Run:
                  f"{self.minutes():.1f} minutes so far.")  # fmt: skip
         return item
 
-    def finish_all(self, started: list[Started], full: bool) -> list[Trial]:
-        """Wait for healed candidates, then score each without its healing too, which costs next to nothing where it is
-        in the cache: where little was lost, healing can do harm. The better of the two counts."""
-        healed = [self.finish(future, moves, candidate, full) for candidate, moves, future in started]
-        if not self.heal(self.wanted.heal):
-            return [item for item in healed if item is not None]
-        plain = [(candidate, self.order.moves(candidate, None)) for candidate, _, _ in started]
-        waiting = [(candidate, moves, self.start(moves)) for candidate, moves in plain]
-        bare = [self.finish(future, moves, candidate, full) for candidate, moves, future in waiting]
-        better = []
-        for pair in zip(healed, bare, strict=True):
-            known = sorted((item for item in pair if item is not None), key=lambda item: -item.retention)
-            better += known[:1]
+    def each(self, candidates: list[Candidate], heal: dict[str, Any] | None, full: bool) -> list[Trial | None]:
+        """A trial of every candidate, healed so; None for those that failed."""
+        made = [(item, self.order.moves(item, heal)) for item in candidates]
+        started = [(item, moves, self.start(moves)) for item, moves in made]
+        return [self.finish(future, moves, item, full) for item, moves, future in started]
+
+    @staticmethod
+    def better(*trials: list[Trial | None]) -> list[Trial]:
+        """Of every candidate the trial that came out best: where little was lost, healing can do harm."""
+        found = []
+        for same in zip(*trials, strict=True):
+            known = sorted((item for item in same if item is not None), key=lambda item: -item.retention)
+            found += known[:1]
             for item in known[1:]:
                 item.full = False
-        return better
+        return found
 
     def minutes(self) -> float:
         return (time.monotonic() - self.begun) / 60
@@ -156,13 +160,15 @@ class Run:
 
     def margin(self, scores: Scores) -> float:
         """How far a retention must be above the floor to be likely proven on the final split: the gap to the lower
-        bound that this split's units would leave if there were as many of them as in the final one."""
+        bound that this split's units would leave if there were as many of them as in the final one. Each reference has
+        a retention and a gap of its own, and the least of the bounds counts, as it does at the gate."""
         index = np.arange(len(self.task.examples("final"))) % scores.n
-        worst = 0.0
+        kept, bounds = [], []
         for reference in self.references.values():
             old, new = repeated(reference, index), repeated(scores, index)
-            worst = max(worst, statistics.retention(old, new) - statistics.lower_bound(old, new, samples=500))
-        return worst
+            kept.append(statistics.retention(reference, scores))
+            bounds.append(kept[-1] - statistics.retention(old, new) + statistics.lower_bound(old, new, samples=500))
+        return min(kept) - min(bounds)
 
     def good(self, item: Trial) -> bool:
         """Whether a trial keeps enough, as far as the search split can tell."""
@@ -276,12 +282,25 @@ class Run:
         likely = [item for item in ladder if self.curve.predict(item) >= floor] if keep else []
         return int(min((likely or ladder)[-1 if likely else 0].bytes, self.goals["under"] or ladder[0].bytes))
 
+    def first_size(self, family: Family) -> tuple[int, int]:
+        """The size to rank at as far as damages tell, and the one to try first without healing: of wholes that were
+        made for measuring, if there are any, since these cost their scoring alone."""
+        size = self.likely_size(family)
+        return size, min([family.rest + made for made in family.choices.made()] or [size],
+                         key=lambda each: abs(math.log(each / size)))  # fmt: skip
+
+    def probe_early(self, family: Family) -> None:
+        """Begin the first trial of the ranking while cuts are still made."""
+        candidate = family.candidate(self.first_size(family)[1])
+        if self.goals["keep"] and not self.goals["faster"] and candidate is not None:
+            self.start_early(self.order.moves(candidate, None))
+
     def rank(self, families: list[Family]) -> list[Family]:
-        """Heal one candidate of each family briefly at one size; the families worth going on with, best first. What the
-        size is follows from the whole, not healed, since parts, rates and other text tell too little."""
-        keep, size = self.goals["keep"] or 0.0, self.likely_size(families[0])
-        sizes = [families[0].rest + made for made in families[0].choices.made()]  # these cost their scoring alone
-        probe = min(sizes or [size], key=lambda each: abs(math.log(each / size)))
+        """One candidate of each family at one size, healed briefly unless it is out of reach; the families worth going
+        on with, best first. What the size is follows from the whole, not healed, since parts, rates and other text tell
+        too little."""
+        keep = self.goals["keep"] or 0.0
+        size, probe = self.first_size(families[0])
         for _ in range(PROBES if keep else 0):
             candidate = families[0].candidate(probe)
             if candidate is None:
@@ -292,14 +311,19 @@ class Run:
             if abs(math.log(size / probe)) < NEAR:
                 break
             probe = size
+        found = self.in_reach([made for item in families[: 1 + CUTS] if (made := item.candidate(size)) is not None])
         brief = self.heal(max(self.wanted.heal // 4, 1) if self.wanted.heal else 0)
-        found: list[Started] = []
-        for item in families[: 1 + CUTS]:
-            candidate = item.candidate(size)
-            if candidate is not None:
-                moves = self.order.moves(candidate, brief)
-                found.append((candidate, moves, self.start(moves)))
-        done = self.finish_all(found, False)
+        for item in found:
+            self.start_early(self.order.moves(item, None))
+        for item in self.in_reach(found, 1.0) if brief else []:
+            if self.curve.bare(item) is not None:
+                self.start_early(self.order.moves(item, brief))
+        plain = self.each(found, None, False)
+        done = self.better(plain)
+        if brief:
+            again = self.in_reach(found)
+            before = [item for candidate, item in zip(found, plain, strict=True) if candidate in again]
+            done = self.better(self.each(again, brief, False), before)
         if not done:
             return families[:1]
         done = self.affordable(done) or done  # speed and memory come from the cut: no trial is spent on one too slow
@@ -309,6 +333,21 @@ class Run:
         if live:
             self.say(f"Going on with: {', '.join(item.name for item in live)}.")
         return live or families[:1]
+
+    def in_reach(self, candidates: list[Candidate], times: float = REACH) -> list[Candidate]:
+        """Those of one size for which healing may yet make up: what loses so many times as much as may be lost, and as
+        another does, is left out. By trials without healing; before them by damage, at the rate of others."""
+        losses = [self.curve.bare(item) for item in candidates]
+        known = [loss for loss in losses if loss is not None]
+        if not known:
+            return candidates
+        most = times * max(self.curve.loss * (1 / (self.goals["keep"] or ALONE) - 1), min(known))
+        for item, loss in zip(candidates, losses, strict=True):
+            if loss is not None and loss > most and times == REACH:
+                kept = self.curve.loss / (self.curve.loss + loss)
+                self.say(f"  not healed: {item.family.name}, which keeps about {kept:.1%} at this size; another loses "
+                         f"{loss / min(known):.1f} times less.")  # fmt: skip
+        return [item for item, loss in zip(candidates, losses, strict=True) if loss is None or loss <= most]
 
     def close_in(self, live: list[Family]) -> None:
         """Fully healed trials of the live families, ever nearer to the smallest that holds."""
@@ -323,8 +362,7 @@ class Run:
             if not picked:
                 break
             asked.update(key_of(item) for item in picked)
-            started = [(item, self.order.moves(item, heal)) for item in picked]
-            self.finish_all([(item, moves, self.start(moves)) for item, moves in started], True)
+            self.better(*(self.each(picked, how, True) for how in ((heal, None) if heal else (None,))))
 
     def next_candidates(
         self, live: list[Family], ladders: dict[str, list[Candidate]], asked: set[str]
@@ -346,7 +384,8 @@ class Run:
             if keep is None:
                 picked += [] if any(self.fits(old) for old in full) else fresh[:1]
                 continue
-            margin = self.margin((own or self.trials)[-1].scores)
+            near = [old for old in self.trials if old.candidate and old.candidate.family.name == item.name]
+            margin = self.margin(min(near or self.trials, key=lambda old: abs(old.retention - keep)).scores)
             likely = [new for new in fresh if self.curve.predict(new) >= keep + margin]
             if likely:
                 at = fresh.index(likely[-1])

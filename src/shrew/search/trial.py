@@ -8,9 +8,11 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,11 @@ from shrew.folder import Loaded
 from shrew.folder.grids import Grid, Steps, dequantize
 from shrew.folder.packed import from_rows, to_rows
 from shrew.measure import cost
-from shrew.moves import Context, apply_moves, parse_moves
+from shrew.moves import Context, apply_moves, parse_moves, replay
 from shrew.moves.anatomy import batches, find_layers, logits
 from shrew.moves.drop_layers import droppable, layer_scores
 from shrew.moves.grids import nearest
-from shrew.moves.quantize import quantizable
+from shrew.moves.quantize import Target, quantizable
 from shrew.moves.source import Source, context_of, fingerprint, open_task, suited
 from shrew.search.allocate import Group
 from shrew.search.kinds import Kind, Palette, blocks
@@ -130,11 +132,13 @@ def groups(loaded: Loaded, apart: bool = False) -> list[Group]:
 def profile(source_json: str, items: list[dict[str, Kind]], settings: dict[str, Any]) -> list[float]:
     """Damage of each choice {weight: its grid}, rounded to nearest, other weights as they are: KL(original || changed)
     in nats a prediction on calibration text. `settings`: the palette's."""
-    return [
-        cached("profile", [_base_key(source_json), sorted(item.items()), settings],
-               lambda item=item: {"damage": _damage(source_json, item, settings)})["damage"]  # type: ignore[misc]
-        for item in items
-    ]  # fmt: skip
+    with ExitStack() as stack:
+        opening = cache(lambda: stack.enter_context(rounding(source_json, items, settings)))
+        return [
+            cached("profile", [_base_key(source_json), sorted(item.items()), settings],
+                   lambda item=item: {"damage": opening()(item)})["damage"]  # type: ignore[misc]
+            for item in items
+        ]  # fmt: skip
 
 
 def errors(source_json: str, names: list[str], kinds: list[str]) -> list[dict[str, float]]:
@@ -177,10 +181,10 @@ def damage(source_json: str, moves: list[dict[str, Any]]) -> float:
     return float(cached("damages", [_base_key(source_json), moves], compute)["damage"])
 
 
-def cut(source_json: str, moves: list[dict[str, Any]], gguf: bool = False) -> dict[str, Any]:
+def cut(source_json: str, moves: list[dict[str, Any]], gguf: bool = False, saving: float = 0.0) -> dict[str, Any]:
     """What structural moves leave: the groups of the cut model, its damage before healing, the bytes that stay
-    unquantized, and its active parameters. {"refused": reason} where the architecture does not allow them, or `gguf`
-    cannot hold what they make."""
+    unquantized, and its active parameters. {"refused": reason} where the architecture does not allow them, `gguf`
+    cannot hold what they make, or they save less than the share `saving` of the weights."""
     original, _, context = opened(source_json)
     source = spec.parse(Source, json.loads(source_json), "source")
     assert original.path is not None
@@ -193,12 +197,16 @@ def cut(source_json: str, moves: list[dict[str, Any]], gguf: bool = False) -> di
             found, rest = _in_gguf(changed) if gguf else _in_folder(changed, path)
         except UnsupportedError as error:
             return {"refused": str(error)}
+        if saving:
+            before = sum(rows * cols for _, each in cut(source_json, [], gguf)["groups"] for _, rows, cols in each)
+            if sum(item.weights() for item in found) > (1 - saving) * before:
+                return {"refused": f"it would save less than {saving:.0%} of the weights"}
         active = cost.parameters(changed.model)[1]
         damage = _away(changed, context, source) if moves else 0.0
         return {"groups": [[item.name, item.tensors] for item in found], "damage": damage, "rest": rest,
                 "active": active}  # fmt: skip
 
-    return cached("cuts", [_base_key(source_json), moves, gguf], compute)
+    return cached("cuts", [_base_key(source_json), moves, gguf, *([saving] if saving else [])], compute)
 
 
 def _in_folder(loaded: Loaded, path: Path) -> tuple[list[Group], int]:
@@ -238,23 +246,64 @@ def _base_key(source_json: str) -> str:
     return spec.digest(fingerprint(spec.parse(Source, json.loads(source_json), "source"), original.path, context))
 
 
-@torch.inference_mode()
-def _damage(source_json: str, item: dict[str, Kind], settings: dict[str, Any]) -> float:
+@contextmanager
+def rounding(
+    source_json: str, items: list[dict[str, Kind]], settings: dict[str, Any]
+) -> Iterator[Callable[[dict[str, Kind]], float]]:
+    """Inside the block, the damage of any of these choices, see `profile`; afterwards the original is as it was.
+
+    The model holds what most of the choices have in common, and each choice is run from the first layer in which it
+    differs."""
     original, _, context = opened(source_json)
-    found, palette = quantizable(original.model)[0], Palette({}, (), settings)
-    targets = {name: found[name] for name in item}
-    kept = {name: target.weight.detach().clone() for name, target in targets.items()}
-    wanted = reference(source_json)
-    try:
+    palette, wanted = Palette({}, (), settings), reference(source_json)
+    names = {name for item in items for name in item}
+    targets = {name: target for name, target in quantizable(original.model)[0].items() if name in names}
+    exact = {name: target.weight.detach().clone() for name, target in targets.items()}
+    now: dict[str, Kind] = {}
+
+    def hold(kinds: dict[str, Kind]) -> None:
         for name, target in targets.items():
-            rows = to_rows(target.weight.detach(), target.transposed)
-            grid = palette.grid(item[name], rows.shape[1])
-            rounded = dequantize(*_nearest((_base_key(source_json), name, grid), rows), grid)
-            target.weight.copy_(from_rows(rounded, tuple(target.weight.shape), target.transposed))
-        return divergence(original, original, context, wanted)
+            if now.get(name) != kinds.get(name):
+                value = exact[name]
+                if name in kinds:
+                    rows = to_rows(value, target.transposed)
+                    grid = palette.grid(kinds[name], rows.shape[1])
+                    rounded = dequantize(*_nearest((_base_key(source_json), name, grid), rows), grid)
+                    value = from_rows(rounded, tuple(value.shape), target.transposed)
+                target.weight.copy_(value)
+        now.clear()
+        now.update(kinds)
+
+    def damage(item: dict[str, Kind]) -> float:
+        first = min([first_layer(original, targets[name]) for name in targets if item.get(name) != common.get(name)],
+                    default=len(layers))  # fmt: skip
+        with torch.inference_mode():
+            hold(item)
+            total = sum(replay.divergence(each.logits(first), old) for each, old in zip(passes, wanted, strict=True))
+            return total / sum(len(old) for old in wanted)
+
+    counts = {name: Counter(item.get(name) for item in items).most_common(1)[0][0] for name in targets}
+    common = {name: kind for name, kind in counts.items() if kind is not None}
+    try:
+        with torch.inference_mode():
+            ids = _profile_batches(original, context)
+            layers = replay.steady(original, ids[0])
+            hold(common)
+            passes = [replay.Replay(original, each, layers) for each in ids]
+        yield damage
     finally:
-        for name, weight in kept.items():
-            targets[name].weight.copy_(weight)
+        with torch.inference_mode():
+            for name, target in targets.items():
+                target.weight.copy_(exact[name])
+
+
+def first_layer(loaded: Loaded, target: Target) -> int:
+    """The first layer whose output a weight changes: its own, all for an embedding, and none for a head."""
+    prefix, layers = find_layers(loaded.model)
+    inside = target.name.removeprefix(prefix + ".")
+    if inside != target.name:
+        return int(inside.partition(".")[0])
+    return len(layers) if target.kind == "head" else 0
 
 
 _made: dict[tuple[str, str, Grid], tuple[torch.Tensor, Steps]] = {}
@@ -296,15 +345,15 @@ def _log_probabilities(loaded: Loaded, ids: list[torch.Tensor]) -> list[torch.Te
     return [F.log_softmax(logits(loaded, item).float(), dim=-1).flatten(0, -2) for item in ids]
 
 
-def divergence(original: Loaded, changed: Loaded, context: Context, wanted: list[torch.Tensor] | None = None) -> float:
-    """KL(original || changed) in nats a prediction on calibration text; `wanted`: the original's log-probabilities."""
+def divergence(original: Loaded, changed: Loaded, context: Context) -> float:
+    """KL(original || changed) in nats a prediction on calibration text."""
     ids = _profile_batches(original, context)
-    wanted = wanted or _log_probabilities(original, ids)
-    total = sum(
-        float(F.kl_div(new, old, log_target=True, reduction="sum"))
-        for new, old in zip(_log_probabilities(changed, ids), wanted, strict=True)
-    )
-    return total / sum(len(item) for item in wanted)
+    total, rows = 0.0, 0
+    for each in ids:
+        (old,) = _log_probabilities(original, [each])
+        total += replay.divergence(logits(changed, each), old)
+        rows += len(old)
+    return total / rows
 
 
 def compared(source_json: str, path: str) -> dict[str, Any]:
@@ -313,3 +362,8 @@ def compared(source_json: str, path: str) -> dict[str, Any]:
     key = [_base_key(source_json), folder.identity(path), task_key(task, "search")]
     found = cached("compared", key, lambda: task.score(folder.load(path), "search", original).dump())
     return {name: value for name, value in found.items() if name != "reused"}
+
+
+def peaks(path: str) -> list[int]:
+    """Peak bytes of a fresh process that loads a folder, and before loading it."""
+    return list(cost.peak_memory(Path(path)))

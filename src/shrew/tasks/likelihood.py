@@ -18,7 +18,7 @@ from shrew.folder import Loaded
 WINDOW = 1024  # tokens of context at most
 TOKENS = 2**13  # tokens in one forward pass
 LOGITS = 2**26  # logits that one forward pass may give (256 MiB in float32)
-ROWS = 2**22  # logits that are normalised at once
+ROWS = 2**18  # logits that are normalised at once: few enough for a processor's cache
 
 
 @dataclass(frozen=True)

@@ -231,14 +231,15 @@ class Run:
         else:
             here = own[:, 1:].bool()
             count = max(int(here.sum()), 1)
+            scored = found.logits[:, :-1][here] if not samples else found.logits
             if move.teacher < 1 and not samples:
-                loss = objectives.next_token(found.logits[:, :-1][here], tokens[:, 1:][here])
+                loss = objectives.next_token(scored, tokens[:, 1:][here])
                 parts.append(loss * (1 - move.teacher))
             if self.spellings is not None:
                 parts.append(self._by_bytes(found.logits, tokens, mask, own) * move.teacher)
             elif self.stored is not None and not samples:
                 logs, ids, kept = self.stored.top(picked)
-                mine = objectives.lumped(self._common(found.logits)[:, :-1][here], ids, kept)
+                mine = objectives.lumped(self._common(scored), ids, kept)
                 parts.append(self._divergence(mine, logs) * move.teacher)
             parts += [] if found.added is None else [found.added]
         parts += self._of_live_teacher(found, tokens, mask, own, samples)

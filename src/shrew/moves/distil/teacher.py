@@ -10,6 +10,8 @@ was interrupted goes on from there. A window is asked alone, so that its answer 
 """
 
 import hashlib
+import os
+import random
 import shutil
 import time
 from dataclasses import dataclass
@@ -108,13 +110,16 @@ def teacher_predictions(teacher: Loaded, plan: Plan, question: Question, context
     missing = list({mark: index for index, mark in marks.items() if mark not in known}.values())
     if missing:
         _say_size(teacher, [plan.windows[index] for index in missing], question, place, context)
-    for low in range(0, len(missing), SHARD):
-        some = missing[low : low + SHARD]
-        answers = [_ask(teacher, plan.windows[index], question) for index in some]
-        _write(place, [marks[index] for index in some], answers)
-        known |= {marks[index]: answer for index, answer in zip(some, answers, strict=True)}
-        if len(missing) > SHARD:
-            context.say(f"teacher: {low + len(some)}/{len(missing)} windows")
+    shards = [missing[low : low + SHARD] for low in range(0, len(missing), SHARD)]
+    # Another process that asks the same at the same time goes another way, and what one has written both read.
+    random.Random(os.getpid()).shuffle(shards)
+    for number, some in enumerate(shards, 1):
+        own = [marks[index] for index in some]
+        if not (place / _file(own)).exists():
+            _write(place, own, [_ask(teacher, plan.windows[index], question) for index in some])
+        if len(shards) > 1:
+            context.say(f"teacher: {number}/{len(shards)} parts")
+    known |= _read(place, set(marks.values())) if shards else {}
     return Stored({index: known[mark] for index, mark in marks.items()})
 
 
@@ -164,8 +169,11 @@ def _write(place: Path, marks: list[bytes], answers: list[Answer]) -> None:
     sizes = [[len(item.counts), len(item.logs), item.logits.size] for item in answers]
     parts |= {"sizes": np.array(sizes, np.int64), "seconds": np.array([item.seconds for item in answers]),
               "marks": np.frombuffer(b"".join(marks), np.uint8).reshape(-1, 16)}  # fmt: skip
-    name = hashlib.sha256(b"".join(marks)).hexdigest()[:24]
-    files.write_bytes(place / f"{name}.safetensors", save(parts))
+    files.write_bytes(place / _file(marks), save(parts))
+
+
+def _file(marks: list[bytes]) -> str:
+    return f"{hashlib.sha256(b''.join(marks)).hexdigest()[:24]}.safetensors"
 
 
 def _read(place: Path, wanted: set[bytes]) -> dict[bytes, Answer]:

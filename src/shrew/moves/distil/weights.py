@@ -1,6 +1,7 @@
 """What is trained: the parameters themselves, numbers behind a grid, a low-rank update of either, and scales."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from shrew.folder import Loaded
 from shrew.folder.grids import Uniform, encode, spread
 from shrew.folder.packed import Packed, from_rows, to_rows
+
+IN_CACHE = 1 << 17  # weights rounded at once: few enough for a processor's cache
 
 
 class Weights:
@@ -46,7 +49,8 @@ class Weights:
             return value
         if name in self.growth:
             return learned_steps(value, packed, self.growth[name])
-        return value + (on_grid(value.detach(), packed)[1] - value.detach())
+        rounded: Tensor = Through.apply(value, packed)
+        return rounded
 
     def _behind(self, name: str) -> Tensor:
         value = self.latent[name]
@@ -74,6 +78,28 @@ class Weights:
                 codes, value = on_grid(value, packed)
                 self.loaded.packed[name] = replace(packed, codes=codes)
             p.copy_(value)
+
+
+class Through(torch.autograd.Function):
+    """A weight rounded to its grid, with the gradient of one that is not (straight-through)."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, packed: Packed) -> Tensor:
+        rows, grid = to_rows(value, packed.transposed), packed.grid
+        scale, zero = grid.effective(packed.steps)
+        width = grid.group or rows.shape[1]
+        if packed.low is not None or scale.shape != zero.shape or scale.shape[1] * width != rows.shape[1]:
+            return on_grid(value, packed)[1]
+        found, step = torch.empty_like(rows), max(1, IN_CACHE // rows.shape[1])
+        for low in range(0, len(rows), step):  # the same numbers, a few rows at a time
+            some, steps = slice(low, low + step), (scale[low : low + step, :, None], zero[low : low + step, :, None])
+            codes = grid.encode(rows[some].unflatten(1, (-1, width)), *steps)
+            found[some] = grid.decode(codes, *steps).flatten(1)
+        return from_rows(found, packed.shape, packed.transposed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def on_grid(value: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
