@@ -231,7 +231,8 @@ def pick(values: Sequence[Any], places: np.ndarray) -> list[Any]:
 
 def grams_of(data: Set) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     def learn(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-        made = Grams.fit(pick(data.texts, train), data.truth[train], pick(data.languages, train), COST)
+        twins = np.arange(len(train)).reshape(2, -1).T  # vulnerable ones first, repaired ones in the same order
+        made = Grams.fit(pick(data.texts, train), data.truth[train], pick(data.languages, train), COST, twins=twins)
         return made.score(pick(data.texts, test), pick(data.languages, test))
 
     return learn

@@ -145,11 +145,12 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
     assert refused > 75
     with pytest.raises(DataError, match="no such file"):
         Grams.load(tmp_path / "none.npz")
-    ones = {"format": np.int64(1), "bias": np.float64(0), "scales": np.ones(4, np.float32),
+    ones = {"format": np.int64(2), "bias": np.float64(0), "scales": np.ones(4, np.float32),
             "steps": np.ones(4 * BLOCK, np.int8)}  # fmt: skip
-    for change in ({"format": np.int64(2)}, {"bias": np.float64("nan")}, {"scales": np.ones(3, np.float32)},
+    for change in ({"format": np.int64(1)}, {"bias": np.float64("nan")}, {"scales": np.ones(3, np.float32)},
                    {"steps": np.ones(4 * BLOCK)}, {"steps": np.array([print])}, {"steps": np.ones(2**25, np.int8)},
-                   {"steps": np.ones(1000, np.int8)}):  # fmt: skip
+                   {"steps": np.ones(1000, np.int8)},
+                   {"steps": np.ones(BLOCK, np.int8), "scales": np.ones(1, np.float32)}):  # fmt: skip
         arrays: Any = ones | change
         np.savez_compressed(bad, **arrays)
         with pytest.raises(DataError, match="holds no n-gram weights"):

@@ -51,8 +51,10 @@ def main() -> None:
     weight = np.repeat([1.0, len(pairs) / max(len(ordinary), 1)], [2 * len(pairs), len(ordinary)])
 
     def fitted(places: np.ndarray) -> Grams:
+        half = int((places < len(pairs)).sum())  # vulnerable ones first, then their twins in the same order
+        twins = np.arange(2 * half).reshape(2, -1).T
         return Grams.fit([texts[at] for at in places], truth[places], [languages[at] for at in places],
-                         importance=weight[places])  # fmt: skip
+                         importance=weight[places], twins=twins)  # fmt: skip
 
     grams = np.empty(len(rows))
     for fold in range(FOLDS):

@@ -4,9 +4,11 @@ A text is lexed by one regular expression that is near enough for every language
 its traits: whether it is formatted, holds a format field, words of SQL, a slash or a tag; its words follow after the
 code. A text has as features the runs of one to three tokens or words, every call's name with each token inside its
 parentheses, and every call's name with all the traits of its arguments; CRC-32 and a multiplication hash each to one of
-2**BITS buckets (Weinberger et al. 2009, arXiv:0902.2206). A bucket counts once a text, and rows have length 1.
+2**BITS buckets (Weinberger et al. 2009, arXiv:0902.2206). What calls are given (`values`) has a table of its own, as
+large. A bucket counts once a text, and a row has length 1 in each table.
 
-The weights minimise the L2-regularised logistic loss, found by a truncated Newton method: exact, no learning rate.
+The weights minimise the L2-regularised logistic loss, found by a truncated Newton method: exact, no learning rate. The
+penalty of a bucket is smaller the more of the pairs that have it were repaired by adding or taking it away.
 They are kept as 8-bit integers with one scale for each run of BLOCK buckets. Scoring needs numpy alone and adds in one
 order, so that every machine gives the same logits.
 """
@@ -16,19 +18,20 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from shrew import files
 from shrew.errors import DataError
+from shrew.scan.values import values
 
 BITS = 17
 BLOCK = 256
 BATCH = 256  # texts hashed at once
 LONGEST = 200_000  # characters of a text that are read
-FORMAT = 1
+FORMAT = 2
 BROKEN = (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 LARGEST = 2**24  # bytes of a file of weights, unpacked
 
@@ -105,10 +108,11 @@ def calls(row: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Sparse rows of equal values: row i holds `columns[starts[i]:starts[i + 1]]`, each as 1 / sqrt(their number)."""
+    """Sparse rows: row i holds `columns[starts[i]:starts[i + 1]]`, each as 1 / sqrt(their number) or as `given`."""
 
     starts: np.ndarray  # int64 [n + 1]
     columns: np.ndarray  # int64 [nonzeros], ascending within a row
+    given: np.ndarray | None = None  # float64 [nonzeros]
 
     @property
     def owner(self) -> np.ndarray:
@@ -120,6 +124,44 @@ class Rows:
         """float64 [n]: the value of a row's entries; rows without any have 1."""
         found: np.ndarray = 1 / np.sqrt(np.maximum(np.diff(self.starts), 1))
         return found
+
+    @property
+    def values(self) -> np.ndarray:
+        """float64 [nonzeros]: the value of each entry."""
+        return np.repeat(self.scale, np.diff(self.starts)) if self.given is None else self.given
+
+
+def both(texts: Sequence[str], languages: Sequence[str], bits: int = BITS) -> Rows:
+    """The buckets of each text in both tables, those of the second from 2**bits on."""
+    first, second = rows(texts, languages, bits), described(texts, languages, bits)
+    order = np.argsort(np.concatenate([first.owner, second.owner]), kind="stable")
+    return Rows(
+        first.starts + second.starts,
+        np.concatenate([first.columns, second.columns + (1 << bits)])[order],
+        np.concatenate([first.values, second.values])[order],
+    )
+
+
+def described(texts: Sequence[str], languages: Sequence[str], bits: int = BITS) -> Rows:
+    """The buckets of what the calls of each text are given, without repeats."""
+    keys = [np.zeros(0, np.int64)]
+    for place, (text, language) in enumerate(zip(texts, languages, strict=True)):
+        codes = [zlib.crc32(name.encode("utf-8", "surrogatepass")) for name in values(text[:LONGEST], language)]
+        keys.append(np.unique(_keys(np.array(codes, np.uint64) * STEP, np.array(place), bits)))
+    counts = [len(some) for some in keys[1:]]
+    return Rows(np.cumsum([0, *counts]), np.concatenate(keys) & ((1 << bits) - 1))
+
+
+def moved(found: Rows, twins: np.ndarray, width: int) -> np.ndarray:
+    """float64 [width]: of each bucket how freely it may weigh, sqrt((a + 1/2) / (b + 1)), if b of the pairs [k, 2] of
+    rows have it in either text and a of them in one alone."""
+    pair = np.full((2, len(found.starts) - 1), -1)
+    pair[[0, 1], twins] = np.arange(len(twins))[:, None]
+    one, two = (place[place >= 0] * width + found.columns[place >= 0] for place in pair[:, found.owner])
+    shared = np.bincount(np.intersect1d(one, two) % width, minlength=width)
+    each = np.bincount(np.concatenate([one, two]) % width, minlength=width)
+    free: np.ndarray = np.sqrt((each - 2 * shared + 0.5) / (each - shared + 1))
+    return free
 
 
 def rows(texts: Sequence[str], languages: Sequence[str], bits: int = BITS) -> Rows:
@@ -179,7 +221,8 @@ def _keys(mixed: np.ndarray, owner: np.ndarray, bits: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Grams:
-    """Logistic weights over 2**bits buckets: int8 `steps` times the `scales` (float32) of their blocks; and a bias."""
+    """Logistic weights over 2**bits buckets of each of two tables: int8 `steps` times the `scales` (float32) of their
+    blocks; and a bias."""
 
     steps: np.ndarray
     scales: np.ndarray
@@ -187,7 +230,7 @@ class Grams:
 
     @property
     def bits(self) -> int:
-        return len(self.steps).bit_length() - 1
+        return len(self.steps).bit_length() - 2
 
     @classmethod
     def fit(
@@ -198,14 +241,19 @@ class Grams:
         cost: float = 10.0,
         importance: np.ndarray | None = None,
         bits: int = BITS,
+        twins: np.ndarray | None = None,
     ) -> "Grams":
-        """Weights that minimise |w|**2 / 2 + cost * (sum of the logistic losses, each times its `importance`), then
-        rounded to what a file holds. `labels` are 1 for vulnerable and 0 for not."""
+        """Weights that minimise |w / free|**2 / 2 + cost * (sum of the logistic losses, each times its `importance`),
+        then rounded to what a file holds. `labels` are 1 for vulnerable and 0 for not. `free` is 1, or what `moved`
+        says of `twins`, the places [k, 2] of texts and their repairs."""
         truth = np.asarray(labels, np.float64)
         if len(set(truth.tolist())) < 2:
             raise DataError("n-gram weights need texts of both kinds, vulnerable and not.")
         each = np.full(len(truth), cost) if importance is None else cost * np.asarray(importance, np.float64)
-        weights, bias = logistic(rows(texts, languages, bits), truth, each, 1 << bits)
+        width, found = 2 << bits, both(texts, languages, bits)
+        free = np.ones(width) if twins is None else moved(found, twins, width)
+        weights, bias = logistic(replace(found, given=found.values * free[found.columns]), truth, each, width)
+        weights = weights * free
         blocks = weights.reshape(-1, BLOCK)
         scales = (np.abs(blocks).max(1) / 127).astype(np.float32)
         steps = np.divide(blocks, scales[:, None], out=np.zeros(blocks.shape), where=scales[:, None] > 0)
@@ -213,15 +261,15 @@ class Grams:
 
     def score(self, texts: Sequence[str], languages: Sequence[str]) -> np.ndarray:
         """float32 [n] logits: above 0 is more likely vulnerable, for texts as they were trained on."""
-        found = rows(texts, languages, self.bits)
+        found = both(texts, languages, self.bits)
         # bincount adds one entry after the other, so that the sum is the same everywhere
         weights = self.steps[found.columns] * self.scales[found.columns // BLOCK].astype(np.float64)
-        total = np.bincount(found.owner, weights, len(texts))
-        logits: np.ndarray = (total * found.scale + self.bias).astype(np.float32)
+        total = np.bincount(found.owner, weights * found.values, len(texts))
+        logits: np.ndarray = (total + self.bias).astype(np.float32)
         return logits
 
     def save(self, path: Path) -> None:
-        """A NumPy archive of about 2**bits bytes; equal weights give equal bytes."""
+        """A NumPy archive of about 2**bits bytes or less; equal weights give equal bytes."""
         stream = io.BytesIO()
         np.savez_compressed(stream, format=np.int64(FORMAT), bias=np.float64(self.bias), scales=self.scales,
                             steps=self.steps)  # fmt: skip
@@ -239,7 +287,7 @@ class Grams:
             if version.shape or int(version) != FORMAT:
                 raise ValueError("another format")
             size = len(steps) if steps.ndim == 1 and steps.dtype == np.int8 else 0
-            if size < BLOCK or size & (size - 1) or scales.shape != (size // BLOCK,) or scales.dtype != np.float32:
+            if size < 2 * BLOCK or size & (size - 1) or scales.shape != (size // BLOCK,) or scales.dtype != np.float32:
                 raise ValueError("the arrays do not fit together")
             if bias.shape or not np.isfinite(bias) or not np.isfinite(scales).all():
                 raise ValueError("not finite")
@@ -258,13 +306,13 @@ def logistic(
     Newton steps whose linear systems are solved by conjugate gradients, with a line search that halves (Lin, Weng and
     Keerthi 2008, without the trust region). Ends when the gradient is `tolerance` times the first one.
     """
-    owner, scale, n = found.owner, found.scale, len(truth)
+    owner, each, n = found.owner, found.values, len(truth)
 
     def forward(point: np.ndarray) -> np.ndarray:
-        return np.bincount(owner, point[found.columns], n) * scale + point[-1]
+        return np.bincount(owner, point[found.columns] * each, n) + point[-1]
 
     def backward(residual: np.ndarray) -> np.ndarray:
-        total = np.bincount(found.columns, (residual * scale)[owner], width)
+        total = np.bincount(found.columns, residual[owner] * each, width)
         return np.append(total, residual.sum())
 
     def loss(point: np.ndarray, logits: np.ndarray) -> float:

@@ -96,7 +96,7 @@ class Scope:
         for place, item in enumerate(items):
             kind = text_of(item.child_by_field_name("type")).split("[")[0]
             number = kind in _NUMBER_TYPES and self.syntax is not LANGUAGES["c"]  # where it may be a length
-            for name in _targets(item):
+            for name in targets(item):
                 if name not in ("self", "cls", "this") and not (place < 2 and name == "request"):
                     known[name] = "" if number else label
         return known
@@ -144,7 +144,7 @@ class Scope:
             paired = right.type in ("expression_list", "tuple", "right_assignment_list", "array")
             rights = right.named_children if paired and right.named_child_count == len(lefts) else [right] * len(lefts)
         for target, value in zip(lefts, rights, strict=True):
-            for name in _targets(target) if not _is_place(target, self.syntax) else [_place(target, self.syntax)]:
+            for name in targets(target) if not _is_place(target, self.syntax) else [_place(target, self.syntax)]:
                 self.bindings.setdefault(name, []).append(Binding(assign.start_byte, value, adds, block))
 
     def _bind_call(self, call: "Node", kind: str, block: tuple[int, int]) -> None:
@@ -188,7 +188,7 @@ def _place(node: "Node", syntax: Syntax) -> str:
     return name_of(node, syntax).rstrip("[]")
 
 
-def _targets(node: "Node") -> list[str]:
+def targets(node: "Node") -> list[str]:
     """The names that a parameter or the left side of an assignment brings."""
     for name in ("name", "pattern", "declarator"):
         for _ in range(DEEPEST):
@@ -199,7 +199,7 @@ def _targets(node: "Node") -> list[str]:
         return [text_of(node)]
     if node.type in ("reference_declarator", "typed_parameter", "list_splat_pattern", "dictionary_splat_pattern"):
         inner = first_child(node)
-        return [] if inner is None else _targets(inner)
+        return [] if inner is None else targets(inner)
     found, waiting = list[str](), list(node.named_children[:STEPS])
     while waiting and len(found) < STEPS:
         item = waiting.pop(0)
