@@ -45,7 +45,9 @@ def scripts(page: Path) -> list[tuple[int, str]]:
 def pages() -> list[Path]:
     """Those with commands, the longest first, so that no worker is left alone with one at the end."""
     found = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if scripts(page)]
-    return sorted(found, key=lambda page: -sum(script.count("\nshrew ") for _, script in scripts(page)))
+    weights = {"\nshrew ": 1, "\nshrew shrink ": 20}
+    return sorted(found, key=lambda page: -sum(script.count(word) * weight for _, script in scripts(page)
+                                               for word, weight in weights.items()))  # fmt: skip
 
 
 def test_blocks_are_found_and_only_set_up_is_skipped(tmp_path: Path) -> None:
