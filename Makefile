@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(RUN)/shrew shrink starter --keep 0.98 --heal 48 --minutes 5 --out demo
 
 test: .venv/ready
-	$(RUN)/python -m pytest -n 2 --dist loadfile
+	$(RUN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/ready
 	$(RUN)/ruff check .

@@ -173,7 +173,9 @@ serve(work)
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory, trained_llama_folder: Path, stories: Path) -> Iterator[Any]:
+def bench(
+    tmp_path_factory: pytest.TempPathFactory, trained_llama_folder: Path, stories: Path, warm: Path
+) -> Iterator[Any]:
     """A reference of the tiny llama and the arguments, with the fake among the peers."""
     tmp_path = tmp_path_factory.mktemp("compression")
     home = tmp_path / "benchmarks"
@@ -181,13 +183,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory, trained_llama_folder: Path, 
     (home / "peers" / "fake_peer.py").write_text(FAKE, "utf-8")
     python = tmp_path / "venvs" / "fake" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', "utf-8")
-    python.chmod(0o755)
+    python.symlink_to(warm / "python")
     args = argparse.Namespace(work=tmp_path / "work", venvs=tmp_path / "venvs", text=[str(stories)], bytes=3000, rows=3,
                               healing=2, threads=1, limit=120, again=False)  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compression, "HERE", home)
         patch.setitem(compression.ADAPTERS, "Fake", "fake")
+        found = compression.interpreter
+        patch.setattr(compression, "interpreter", lambda peer, venvs: python if peer == OURS else found(peer, venvs))
         yield compression.prepare(str(trained_llama_folder), args), args
 
 

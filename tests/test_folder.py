@@ -5,7 +5,6 @@ import json
 import math
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,7 +221,7 @@ def is_linear(loaded: Loaded) -> Callable[[str], bool]:
 @pytest.mark.parametrize("kind", ["llama", "tied", "qwen3", "gemma3", "distilbert"])
 @pytest.mark.parametrize("grid", [Uniform(4, 32), Uniform(8, 32), Uniform(4, 0)], ids=Uniform.label)
 def test_compressed_tensors_reads_the_same_numbers(
-    kind: str, grid: Grid, saved: Callable[[str], Path], tmp_path: Path
+    kind: str, grid: Grid, saved: Callable[[str], Path], warm: Path, tmp_path: Path
 ) -> None:
     loaded = folder.load(saved(kind))
     pack_all(loaded, grid, is_linear(loaded))
@@ -233,7 +232,7 @@ def test_compressed_tensors_reads_the_same_numbers(
             "model = cls.from_pretrained(sys.argv[1], dtype=torch.float32).eval()\n"
             "torch.save(model(input_ids=torch.arange(4, 44)[None]).logits.detach(), sys.argv[3])")  # fmt: skip
     if grid == Uniform(4, 32) and kind == "llama":  # once in a process that never heard of Shrew
-        command = [sys.executable, "-c", code, tmp_path / "p", type(loaded.model).__name__, tmp_path / "logits"]
+        command = [warm / "python", "-c", code, tmp_path / "p", type(loaded.model).__name__, tmp_path / "logits"]
         subprocess.run(command, check=True, capture_output=True)
         assert torch.equal(torch.load(tmp_path / "logits"), logits(loaded.model))
     assert torch.equal(logits(plain(tmp_path / "p").eval()), logits(loaded.model))

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +54,7 @@ print(model.config.model_type, cached.shape[1], float(model(ids).logits.sum()))
 
 @pytest.mark.parametrize(("to", "factor"), [("window", 2), ("linear", 3), ("delta", 3)])
 def test_the_transfer_learns_what_attention_gave(
-    to: str, factor: int, trained_llama_folder: Path, stories: Path, apply: Any, tmp_path: Path
+    to: str, factor: int, trained_llama_folder: Path, stories: Path, apply: Any, warm: Path, tmp_path: Path
 ) -> None:
     """The error on calibration text, which the transfer does not see, falls by the factor."""
     code, said = apply(trained_llama_folder, "linearize", "--to", to, "--window", 4, "--keep", 2, "--steps", 60,
@@ -72,7 +71,7 @@ def test_the_transfer_learns_what_attention_gave(
     for name, value in before.state_dict().items():
         if "layers.0.mixer." not in name:
             assert torch.equal(value, after.state_dict()[name]), name
-    done = subprocess.run([sys.executable, "-c", FRESH, tmp_path / "out"], capture_output=True, text=True, check=False)
+    done = subprocess.run([warm / "python", "-c", FRESH, tmp_path / "out"], capture_output=True, text=True, check=False)
     kind, length, total = done.stdout.split() if done.returncode == 0 else pytest.fail(done.stderr)
     assert (kind, length) == ("shrew", "32")
     with torch.no_grad():

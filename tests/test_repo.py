@@ -1,7 +1,6 @@
 """The guards of the house: what may import what, how long things may be, and that what the pages say is so."""
 
 import ast
-import json
 import re
 import shutil
 import subprocess
@@ -245,58 +244,6 @@ def test_the_public_names() -> None:
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
-
-SLOW = "# takes minutes"
-SET_UP = ("make", "pip", "git", "cd", "python3 -m venv", "source", ".")
-
-
-def sh_blocks(page: str) -> list[tuple[int, list[str]]]:
-    """The ```sh blocks of a page: line number of the fence, and commands (continued lines joined)."""
-    blocks = []
-    for match in re.finditer(r"^( *)```sh\n(.*?)^\1```", page, re.M | re.S):
-        lines = match[2].replace("\\\n", " ").splitlines()
-        blocks.append((page.count("\n", 0, match.start()) + 1, [line.strip() for line in lines if line.strip()]))
-    return blocks
-
-
-def runnable(lines: list[str]) -> list[str]:
-    """The commands of a block that the test runs: all but set-up; a block marked slow may hold nothing but set-up."""
-    commands = [line for line in lines if not line.startswith("#")]
-    mine = [line for line in commands if not any(line == word or line.startswith(word + " ") for word in SET_UP)]
-    if any(SLOW in line for line in lines):
-        assert not mine, f"only make and set-up commands may be marked '{SLOW}', not: {mine}"
-        return []
-    return mine
-
-
-def test_blocks_are_found_and_only_set_up_is_skipped() -> None:
-    page = "a\n```sh\nmake demo  # takes minutes\n```\n\n```sh\npip install .\nshrew a \\\n  b\n# why\n```\n```py\n"
-    assert sh_blocks(page) == [(2, ["make demo  # takes minutes"]), (6, ["pip install .", "shrew a    b", "# why"])]
-    assert [runnable(lines) for _, lines in sh_blocks(page)] == [[], ["shrew a    b"]]
-    with pytest.raises(AssertionError, match="only make"):
-        runnable(["shrew shrink starter  # takes minutes"])
-
-
-def test_the_commands_of_the_pages_run(
-    tmp_path: Path, text: str, tiny_llama_folder: Path, tiny_classifier_folder: Path
-) -> None:
-    """In one folder and in order, beside the things that pages speak of: model/, classifier/, my.txt and my.jsonl."""
-    shutil.copytree(tiny_llama_folder, tmp_path / "model")
-    shutil.copytree(tiny_classifier_folder, tmp_path / "classifier")
-    (tmp_path / "my.txt").write_text(text, "utf-8")
-    kinds = {"code": "def f(x):", "comment": "# a remark", "prose": "It rained."}
-    cases = [{"text": f"{sample} {i}", "label": label} for i in range(40) for label, sample in kinds.items()]
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases), "utf-8")
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    faults = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for number, block in sh_blocks(page.read_text("utf-8")):
-            if commands := runnable(block):
-                script = "set -eu\n" + "\n".join(commands)
-                done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    faults.append(f"{page.name}:{number}: exit {done.returncode}\n{script}\n{done.stdout}{done.stderr}")
-    assert not faults, "\n\n".join(faults)
 
 
 def test_the_tour_and_the_dependencies_are_in_contributing() -> None:

@@ -11,7 +11,7 @@ from gguf import GGUFReader, dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_distil import context_for
-from test_shrink import FLAGS, light
+from test_shrink import FLAGS, ONCE, light
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shrew import folder, record, spec
@@ -104,7 +104,7 @@ def test_shrink_writes_what_llama_cpp_reads(trained_llama_folder: Path, stories:
     out = tmp_path / "small"
     with light():
         assert main(["shrink", str(trained_llama_folder), "--text", str(stories), "--out", str(out), "--gguf",
-                     *FLAGS[:-2]]) == 0  # fmt: skip
+                     *FLAGS[:-2], *ONCE]) == 0  # fmt: skip
     records = record.read(out / "records.jsonl")
     (size,) = [item.value for item in records if (item.model, item.metric) == ("chosen", "bytes")]
     assert size == (out / "model.gguf").stat().st_size

@@ -1,6 +1,7 @@
 """`shrew shrink` from the command line to the verdict, on a tiny model that was trained to have something to lose."""
 
 import contextlib
+import io
 import itertools
 import json
 import signal
@@ -26,6 +27,7 @@ from shrew.search import families, trial
 from shrew.search import run as search_run
 
 FLAGS = ["--keep", "0.8", "--heal", "4", "--lr", "1e-4", "--jobs", "1", "--candidates", "2", "--group", "32"]
+ONCE = ["--minutes", "0.001"]  # one round of closing in, which is always made
 
 
 class InProcess:
@@ -120,9 +122,11 @@ def whole(trained_llama_folder: Path, stories: Path, tmp_path_factory: pytest.Te
     assert list(work.iterdir()) == []
     stopped += [stop_after(work, "trial 3:", signal.SIGKILL, *arguments)]
     assert list(work.iterdir()) == []
-    with start(work, *arguments) as process:
-        said = process.communicate()[1]
-    return Whole(trained_llama_folder, stories, work / "small", stopped, said, process.returncode)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.chdir(work)
+        patch.setattr(cost, "peak_memory", lambda path: (300_000_000, 200_000_000))
+        code = main(["shrink", *arguments])
+    return Whole(trained_llama_folder, stories, work / "small", stopped, said.getvalue(), code)
 
 
 def test_ctrl_c_is_one_sentence_and_leaves_nothing(whole: Whole) -> None:
@@ -184,7 +188,7 @@ def test_the_record_of_every_tensor_is_read_from_the_file(whole: Whole) -> None:
     assert all(item.detail["reason"] for item in untouched)
 
 
-def test_the_result_generates_in_a_fresh_process(whole: Whole) -> None:
+def test_the_result_generates_in_a_fresh_process(whole: Whole, warm: Path) -> None:
     script = (
         "import sys, torch, shrew\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -193,7 +197,7 @@ def test_the_result_generates_in_a_fresh_process(whole: Whole) -> None:
         "made = model.generate(input_ids=words['input_ids'], max_new_tokens=8, do_sample=False, pad_token_id=2)\n"
         "print(made.tolist()[0])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, whole.out], capture_output=True, text=True, check=False)
+    done = subprocess.run([warm / "python", "-c", script, whole.out], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = folder.load(whole.out)
     words = loaded.tokenizer("The cat", return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -233,7 +237,8 @@ def coded(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What --coded makes of the same model, text and goals."""
     out = tmp_path_factory.mktemp("coded") / "small"
     with light():
-        assert main(["shrink", str(whole.model), "--text", str(whole.text), "--out", str(out), "--coded", *FLAGS]) == 0
+        assert main(["shrink", str(whole.model), "--text", str(whole.text), "--out", str(out), "--coded", *FLAGS,
+                     *ONCE]) == 0  # fmt: skip
     return out
 
 
@@ -305,7 +310,7 @@ def test_unused_tokens_are_dropped(
     assert alone["damage"] == pytest.approx(0, abs=1e-4)  # to the original without those tokens, whatever their numbers
     cuts = families.cuts
     monkeypatch.setattr(families, "cuts", lambda run, scores: dict([next(iter(cuts(run, scores).items()))]))
-    flags = ["--keep", "0.8", "--heal", "1", "--lr", "1e-4", "--jobs", "1"]
+    flags = ["--keep", "0.8", "--heal", "1", "--lr", "1e-4", "--jobs", "1", *ONCE]
     code, said = shrink(tmp_path / "wide", "--text", stories, "--out", tmp_path / "out", *flags)
     assert code == 0, said
     (first, *_) = json.loads((tmp_path / "out" / "shrew.json").read_text("utf-8"))["moves"]
@@ -329,7 +334,7 @@ def with_content(old: Any, content: dict[str, Any], place: Path) -> Any:
 
 def test_a_floor_that_cannot_be_met(whole: Whole, shrink: Any, tmp_path: Path) -> None:
     copied(whole.out, tmp_path / "out")  # what was proven earlier stays
-    flags = ["--keep", "0.9999999", *FLAGS[2:]]
+    flags = ["--keep", "0.9999999", *FLAGS[2:], *ONCE]
     code, said = shrink(whole.model, "--text", whole.text, "--out", tmp_path / "out", *flags)
     assert code == 1
     last = said.strip().splitlines()[-1]
@@ -378,7 +383,7 @@ def test_memory_that_no_process_can_do_with(whole: Whole, shrink: Any, tmp_path:
 def test_one_text_proves_nothing(whole: Whole, shrink: Any, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(whole.text.read_text("utf-8").splitlines(keepends=True)[:4]), "utf-8")
-    flags = ["--keep", "0.98", "--heal", 0, "--jobs", 1]
+    flags = ["--keep", "0.98", "--heal", 0, "--jobs", 1, *ONCE]
     code, said = shrink(whole.model, "--text", few, "--out", tmp_path / "out", *flags)
     assert code == 1
     assert said.strip().splitlines()[-1].startswith("shrew: no smaller model was proven")
@@ -415,7 +420,7 @@ def trained_classifier(tiny_classifier_folder: Path, tmp_path_factory: pytest.Te
 
 def test_a_classifier_keeps_its_answers(trained_classifier: Path, shrink: Any, tmp_path: Path) -> None:
     task = labelled(tmp_path / "my.jsonl", ["code", "comment", "prose"])
-    flags = ["--keep", "0.6", *FLAGS[2:]]
+    flags = ["--keep", "0.6", *FLAGS[2:], *ONCE]
     code, said = shrink(trained_classifier, "--task", task, "--out", tmp_path / "out", *flags)
     assert code == 0, said
     assert cost.disk_size(tmp_path / "out").weights < cost.disk_size(trained_classifier).weights / 2
@@ -428,7 +433,7 @@ def test_a_choice_task(whole: Whole, shrink: Any, tmp_path: Path) -> None:
     cases = [{"question": f"The {a} {verb} the", "options": [f" {b}.", f" the {b} The"], "answer": 0}
              for a in names for b in names for verb in ("sees", "likes", "helps")]  # fmt: skip
     task = rows(tmp_path / "choice.jsonl", cases)
-    flags = ["--keep", "0.5", "--heal", "0", *FLAGS[4:]]
+    flags = ["--keep", "0.5", "--heal", "0", *FLAGS[4:], *ONCE]
     code, said = shrink(whole.model, "--task", task, "--text", whole.text, "--out", tmp_path / "out", *flags)
     assert code == 0, said
 
