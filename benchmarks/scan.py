@@ -426,12 +426,14 @@ def alerts(args: argparse.Namespace) -> list[Record]:
 
 
 def judged(judge: Judge, texts: Sequence[str], languages: Sequence[str]) -> np.ndarray:
-    """float64 [n] probabilities, each text as if it were a file; all go to the detector that the first stage passes."""
+    """float64 [n] probabilities, each text as if it were a file; 0 for what a scan passes over."""
     grams, said = judge.grams(texts, languages), ruled(texts, languages)
-    asked = [place for place, gram in enumerate(grams) if judge.has_detector and (judge.passes(gram) or said[place])]
+    seen = [not judge.has_model or judge.passes(gram) or bool(said[place]) for place, gram in enumerate(grams)]
+    asked = [place for place, language in enumerate(languages) if seen[place] and judge.asks(language)]
     scores = dict(zip(asked, judge.scores(pick(texts, np.array(asked, int)), pick(languages, np.array(asked, int))),
                       strict=True)) if asked else {}  # fmt: skip
-    return np.array([judge.probability(scores.get(place), grams[place], said[place]) for place in range(len(texts))])
+    return np.array([judge.probability(scores.get(place), grams[place], said[place]) if seen[place] else 0.0
+                     for place in range(len(texts))])  # fmt: skip
 
 
 def planted(args: argparse.Namespace) -> list[Record]:

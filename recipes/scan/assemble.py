@@ -2,16 +2,18 @@
 the operating points.
 
     python recipes/scan/assemble.py --pairs PAIRS.jsonl... --ordinary runs/scan/ordinary.jsonl \\
-        --calm runs/scan/calm.jsonl --out models/scan [--detector PACKED --logits FOLDS.jsonl]
+        --calm runs/scan/calm.jsonl --out models/scan [--detector PACKED --logits FOLDS.jsonl... --asked 150]
 
 What is combined are scores of texts that were not trained on: five folds by project. `--ordinary` functions count as
 often as fixed ones. Thresholds come from `--calm`, ordinary functions of packages that nothing was trained on. With a
-packed detector, `--logits` has a line {"id", "member", "logit"} for each text ("before", "after" or "ordinary"), from
-detectors of the other folds. Code under the GPL is left out.
+packed detector, `--logits` has a line {"id", "member", "logit"} for each text ("before", "after" or "ordinary") that
+detectors of other folds scored: these count for how its logit does, and it is asked about their languages alone, and
+about `--asked` of 1,000 calm functions besides those that a rule speaks of. Code under the GPL is left out.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ def main() -> None:
     parser.add_argument("--calm", type=Path, required=True)
     parser.add_argument("--hold-out", nargs="*", default=[], help="projects that are left out")
     parser.add_argument("--detector", type=Path, help="packed folder")
-    parser.add_argument("--logits", type=Path)
+    parser.add_argument("--logits", type=Path, nargs="+", default=[])
+    parser.add_argument("--asked", type=float, default=1000, help="calm functions of 1,000 to ask the detector about")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     pairs = [row for path in args.pairs for _, row in read_jsonl(path)
@@ -61,22 +64,39 @@ def main() -> None:
         there = np.flatnonzero(folds == fold)
         model = fitted(np.flatnonzero(folds != fold))
         grams[there] = model.score([texts[at] for at in there], [languages[at] for at in there])
+    findings, settings = ruled(texts, languages), {"version": 1}
+    settings["points"] = {name: {"threshold": 0.0} for name in combine.POINTS}
+    settings["combine"] = table = combine.fit([0.0] * len(rows), grams.tolist(), findings, truth, weight)
     members = ["before"] * len(pairs) + ["after"] * len(pairs) + ["ordinary"] * len(ordinary)
-    known = {} if args.logits is None else {
-        (row["id"], row["member"]): float(row["logit"]) for _, row in read_jsonl(args.logits)}
-    logits = [known.get((row["id"], member), 0.0) for row, member in zip(rows, members, strict=True)]
-    table = combine.fit(logits, grams.tolist(), ruled(texts, languages), truth, weight)
+    known = {(row["id"], row["member"]): float(row["logit"]) for path in args.logits for _, row in read_jsonl(path)}
+    logits = [known.get((row["id"], member)) for row, member in zip(rows, members, strict=True)]
+    told = np.array([at for at, logit in enumerate(logits) if logit is not None], np.int64)
+    if len(told):
+        share = (told < len(pairs)).sum() / max((told >= 2 * len(pairs)).sum(), 1)
+        table["with"] = combine.fit([logits[at] for at in told], grams[told].tolist(), [findings[at] for at in told],
+                                    truth[told], np.where(told < 2 * len(pairs), 1.0, share))["with"]  # fmt: skip
+        settings["languages"] = sorted({languages[at] for at in told})
     with files.new_folder(args.out, "scan.json") as where:
         if args.detector is not None:
             for item in args.detector.iterdir():
                 files.write_bytes(where / item.name, item.read_bytes())
         fitted(np.arange(len(rows))).save(where / "grams.npz")
-        settings: dict[str, Any] = {"version": 1, "combine": table,
-                                    "points": {name: {"threshold": 0.0} for name in combine.POINTS}}  # fmt: skip
-        (where / "scan.json").write_text(json.dumps(settings), "utf-8")
-        settings["points"] = combine.points(judged(Judge(where), calm))
-        (where / "scan.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+        write(where, settings)
+        calm_texts, calm_languages = [row["text"] for row in calm], [row["language"] for row in calm]
+        first, spoken = Judge(where).grams(calm_texts, calm_languages), ruled(calm_texts, calm_languages)
+        if args.asked < 1000:
+            asked = combine.points(np.array(first, np.float64), {"asked": args.asked})["asked"]
+            settings["first_stage"] = asked["threshold"]
+            kept = [bool(findings[at]) or grams[at] >= asked["threshold"] for at in told[told < len(pairs)]]
+            print(f"the detector is asked about {np.mean(kept):.3f} of the vulnerable functions that it was scored on")
+        write(where, settings)
+        settings["points"] = combine.points(judged(Judge(where), calm, first, spoken))
+        write(where, settings)
     print(f"{len(pairs):,} pairs, {len(ordinary):,} and {len(calm):,} ordinary functions: {settings['points']}")
+
+
+def write(where: Path, settings: dict[str, Any]) -> None:
+    (where / "scan.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
 
 
 def ruled(texts: list[str], languages: list[str]) -> list[list[Finding]]:
@@ -89,12 +109,16 @@ def ruled(texts: list[str], languages: list[str]) -> list[list[Finding]]:
     return found
 
 
-def judged(judge: Judge, rows: list[dict[str, Any]]) -> np.ndarray:
-    """float64 [n]: the probability of each function."""
-    texts, languages = [row["text"] for row in rows], [row["language"] for row in rows]
-    scores = judge.scores(texts, languages) if judge.has_detector else [None] * len(rows)
-    parts = zip(scores, judge.grams(texts, languages), ruled(texts, languages), strict=True)
-    return np.array([judge.probability(*each) for each in parts])
+def judged(
+    judge: Judge, rows: list[dict[str, Any]], grams: Sequence[float | None], findings: list[list[Finding]]
+) -> np.ndarray:
+    """float64 [n]: the probability of each function, 0 for those that a scan passes over."""
+    seen = [bool(found) or judge.passes(gram) for gram, found in zip(grams, findings, strict=True)]
+    asked = [at for at, row in enumerate(rows) if seen[at] and judge.asks(row["language"])]
+    told = dict(zip(asked, judge.scores(*([rows[at][key] for at in asked] for key in ("text", "language"))),
+                    strict=True)) if asked else {}  # fmt: skip
+    return np.array([judge.probability(told.get(at), grams[at], findings[at]) if seen[at] else 0.0
+                     for at in range(len(rows))])  # fmt: skip
 
 
 if __name__ == "__main__":

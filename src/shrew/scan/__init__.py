@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shrew import files
-from shrew.errors import UsageError
+from shrew.errors import UsageError, nearest
 from shrew.report import words
 from shrew.scan import config
 from shrew.scan.alerts import Alert, Report
@@ -136,11 +136,21 @@ def _walk(paths: list[str], root: str, spec: ScanSpec) -> Walk:
 
 
 def _folder(name: str | None) -> Path | None:
+    """Where a detector is: `config.SHIPPED` are names, all else is a path; None: rules alone."""
     if name == "none":
         return None
-    if name is not None:
-        return Path(name)
-    return BUILT_IN if (BUILT_IN / "scan.json").is_file() else None
+    if name is None:
+        return BUILT_IN if (BUILT_IN / "scan.json").is_file() else None
+    path = Path(name)
+    if name in config.SHIPPED:
+        if (path / "scan.json").exists():
+            raise UsageError(f"--detector: '{name}' is the name of a detector that ships, and there is a folder of one "
+                             f"here that is called so; write ./{name} for the folder.")  # fmt: skip
+        return BUILT_IN.with_name(f"{BUILT_IN.name}-{name}")
+    if name == path.name and not path.exists():
+        known = nearest(name, (*config.SHIPPED, "none"))
+        raise UsageError(f"--detector: there is no folder '{name}', and no such detector ships; {known}")
+    return path
 
 
 def _baseline(spec: ScanSpec) -> "list[Known] | None":

@@ -19,6 +19,7 @@ from shrew.spec import Meta, doc
 __all__ = ["Held", "Ignore", "ScanSpec", "add_flags", "comments", "from_flags"]
 
 POINTS = ("quiet", "balanced", "thorough")  # from the fewest alerts to the most
+SHIPPED = ("hybrid",)  # detectors that are not asked unless they are named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class ScanSpec:
         "what another tool found (SARIF, or JSON of bandit, flawfinder, cppcheck, semgrep), to be ranked; repeatable",
         default_factory=list,
     )
-    detector: str | None = doc("another detector (a folder) than the one that is built in; 'none': rules alone", None)
+    detector: str | None = doc("another detector than the linear one: 'hybrid' (a small neural model beside it, for "
+                               "Python), a folder, or 'none': rules alone", None)  # fmt: skip
     baseline: str | None = doc("a file of known alerts: only new ones count", None)
     write_baseline: str | None = doc("make everything found known: write it to this file, and exit with 0", None)
     exclude: list[str] = doc("leave out files and folders like this glob; repeatable", default_factory=list)
@@ -65,8 +67,9 @@ class ScanSpec:
     ignore: list[Ignore] = doc("what is held back (in a settings file only)", default_factory=list)
 
 
-# What a project may keep in a file: nothing that writes, or that names another model.
-KEPT = ("point", "fail_on", "exclude", "include_tests", "include_vendored", "max_file_size", "rules", "ignore")
+# What a project may keep in a file: nothing that writes, or that names another model than those that ship.
+KEPT = ("point", "fail_on", "detector", "exclude", "include_tests", "include_vendored", "max_file_size", "rules",
+        "ignore")  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +122,10 @@ def _kept(root: Path) -> tuple[dict[str, Any], str]:
     for name in found:
         if name not in KEPT:
             raise SpecError(f"{where}: unknown key '{name}'; {nearest(name, KEPT)}")
+    named = found.get("detector")
+    if isinstance(named, str) and named not in (known := (*SHIPPED, "none")):
+        raise SpecError(f"{where}: the detector '{named}' does not ship; {nearest(named, known)} A folder is named by "
+                        "--detector alone.")  # fmt: skip
     if isinstance(found.get("rules"), list):
         found["rules"] = [os.path.join(root, name) if isinstance(name, str) else name for name in found["rules"]]  # noqa: PTH118
     return found, where

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BUILT_IN", "Judge", "Point"]
 
-BUILT_IN = Path(__file__).parents[1] / "models" / "scan"
+BUILT_IN = Path(__file__).parents[1] / "models" / "scan"  # one that is only asked for by NAME is "scan-NAME"
 LONGEST, LARGEST = 200, 2_000_000  # lines of a function that are told apart by leaving each out; characters in all
 DIGITS = 4  # of what the detector says: how texts are put into batches shows in the digits after these
 RULES_ALONE = {"low": 0.25, "medium": 0.5, "high": 0.75}  # an order, no measurement: nothing was calibrated
@@ -52,6 +52,7 @@ class _Settings(msgspec.Struct, frozen=True):
     combine: dict[str, _Table]  # "with" the detector's logit and "without"
     points: dict[str, Point]
     first_stage: float = -math.inf  # the least logit of the first stage that the detector is asked about
+    languages: list[str] | None = None  # that the detector learnt from; None: all
     version: Annotated[int, Meta(ge=1, le=1)] = 1
 
 
@@ -101,6 +102,11 @@ class Judge:
     def passes(self, gram: float | None) -> bool:
         """Whether a function goes to the detector on the first stage's word alone."""
         return self.has_model and (gram is None or gram >= self._settings.first_stage)
+
+    def asks(self, language: str) -> bool:
+        """Whether the detector speaks of that language; else the first stage and the rules judge alone."""
+        known = self._settings.languages
+        return self.has_detector and (known is None or language in known)
 
     def scores(self, texts: Sequence[str], languages: Sequence[str]) -> list[Score]:
         """What the detector says of each function."""

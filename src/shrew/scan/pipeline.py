@@ -277,14 +277,13 @@ class Scan:
         """Judge what is queued, and empty the queue."""
         scores: dict[bytes, Score] = {}
         missing: dict[bytes, tuple[_File, Fact]] = {}
-        if self.judge.has_detector:
-            for file, fact, _ in self._pending:
-                if fact.digest in scores or fact.digest in missing:
-                    continue
-                if (score := self.cache.score(fact.digest)) is not None and len(score.lines) <= _lines(fact):
-                    scores[fact.digest] = score
-                else:
-                    missing[fact.digest] = file, fact
+        for file, fact, _ in self._pending:
+            if not self.judge.asks(file.facts.language) or fact.digest in scores or fact.digest in missing:
+                continue
+            if (score := self.cache.score(fact.digest)) is not None and len(score.lines) <= _lines(fact):
+                scores[fact.digest] = score
+            else:
+                missing[fact.digest] = file, fact
         if missing:
             texts = [file.text(fact) for file, fact in missing.values()]
             languages = [file.facts.language for file, _ in missing.values()]
