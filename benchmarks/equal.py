@@ -1,7 +1,7 @@
 """At equal quality: what `shrew shrink` chose against the original in llama.cpp at its best type of no worse quality.
 
-    shrew shrink starter --keep 0.98 --heal 48 --minutes 3 --out demo    # what `make demo` runs
-    python benchmarks/equal.py WORK demo --llama PYTHON --records results/records.jsonl
+    shrew shrink starter --keep 0.98 --heal 24 --coded --minutes 5 --out demo    # what `make demo` runs
+    python benchmarks/equal.py WORK demo --coded --llama PYTHON --records results/records.jsonl
 
 PYTHON is that of an environment with llama-cpp-python. The chosen model runs twice: packed, in our runtime, and as GGUF
 in llama.cpp. The original runs in llama.cpp as each of its types, made by its own quantizer, with an importance matrix

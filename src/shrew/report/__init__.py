@@ -68,74 +68,42 @@ itself alone.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+# The rest is imported by what needs it: `shrew scan` takes the words of a page alone from here, and starts at once.
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
-from shrew import files, record
-from shrew.errors import DataError, UsageError
-from shrew.record import Record
-from shrew.report import forgotten, tables, words
-from shrew.report.page import page
-from shrew.report.view import CHOSEN, ORIGINAL, View, sentence
+    from shrew.record import Record
 
 __all__ = ["main", "render", "summary"]
 
 
-def render(records: Sequence[Record]) -> str:
+def render(records: "Sequence[Record]") -> str:
     """One self-contained HTML page about the last run in `records`; the same records give the same text."""
+    from shrew.report.page import page
+    from shrew.report.view import View
+
     return page(View(records))
 
 
-def summary(records: Sequence[Record]) -> RenderableType:
+def summary(records: "Sequence[Record]") -> "RenderableType":
     """The verdict and a table of the models of the last run in `records`, for the terminal."""
-    view = View(records)
-    columns = view.columns
-    parts: list[RenderableType] = []
-    if columns:
-        table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("")
-        for model in columns:
-            style = "bold" if view.met and model == CHOSEN else ""
-            table.add_column(_text(view.name(model)), justify="right", style=style)
-        smaller = [_smaller(view, model) for model in columns]
-        for group in tables.groups(view, columns):
-            if group.title:
-                table.add_row()
-                table.add_row(Text(words.plain(group.title), style="dim"))
-            for row in group.rows:
-                table.add_row(_text(row.metric.label), *[_text(cell.text if cell else "–") for cell in row.cells])
-                if row.metric.label == tables.METRICS["bytes"].label and any(smaller):
-                    table.add_row("Times smaller", *map(_text, smaller))
-                if row.metric.label == tables.METRICS["retention"].label and group.split == "final":
-                    table.add_row("  at least", *[_text(_least(view, model)) for model in columns])
-        parts += [table, Text("")]
-    if (lost := forgotten.printed(view)) is not None:
-        parts += [lost, Text("")]
-    if told := sentence(view):
-        parts.append(Text(words.plain(told), style="bold"))
-    return Group(*parts)
+    from shrew.report.terminal import summary
+    from shrew.report.view import View
 
-
-def _text(text: str) -> Text:
-    """Text that the terminal shows as it is: no markup is read from it and no control character survives."""
-    return Text(words.plain(text))
-
-
-def _smaller(view: View, model: str) -> str:
-    old, new = view.value(ORIGINAL, "bytes"), view.value(model, "bytes")
-    return words.times(old / new) if old and new and model != ORIGINAL else ""
-
-
-def _least(view: View, model: str) -> str:
-    kept = view.find(model, "retention", "final")
-    bound = words.number_in(kept.detail.get("lower_bound")) if kept else None
-    return "–" if bound is None else words.percent_at_least(bound)
+    return summary(View(records))
 
 
 def main(argv: list[str]) -> int:
     """`shrew report RECORDS.jsonl [--out report.html]`."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from shrew import files, record
+    from shrew.errors import DataError, UsageError
+    from shrew.report import words
+
     parser = argparse.ArgumentParser(
         prog="shrew report", description="Make one self-contained page from the records of the last run in a file."
     )
