@@ -59,7 +59,7 @@ def test_it_needs_no_torch_and_says_the_same_each_time(run: Run) -> None:
     (alert,) = known["alerts"]
     assert [alert["cwe"], alert["name"], len(alert["lines"])] == ["CWE-89", "find", 3]
     assert run("--detector", "hybrid") == known, "from the cache"
-    script = f"""
+    script = """
 import sys
 for name in ("torch", "transformers", "pandas", "scipy"): sys.modules[name] = None
 from shrew.__main__ import main
