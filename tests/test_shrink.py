@@ -237,8 +237,7 @@ def coded(whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What --coded makes of the same model, text and goals."""
     out = tmp_path_factory.mktemp("coded") / "small"
     with light():
-        assert main(["shrink", str(whole.model), "--text", str(whole.text), "--out", str(out), "--coded", *FLAGS,
-                     *ONCE]) == 0  # fmt: skip
+        assert main(["shrink", str(whole.model), "--text", str(whole.text), "--out", str(out), "--coded", *FLAGS]) == 0
     return out
 
 
