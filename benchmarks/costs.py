@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from compression import Reference, common, digest, interpreter, prepare, run, weigh
-from curves import latest
+from curves import tell
 from peers.table import ARMS, COSTS, OURS, Arm
 from runtime import ratio
 
-from shrew import files, record
+from shrew import files
 from shrew.record import Record
 
 OWN = "Shrew int4 g64"  # held against each peer
@@ -96,9 +96,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="methods whose name holds this alone")
     parser.add_argument("--show", type=Path, help="make nothing: print the table of these records")
     args = parser.parse_args()
-    if args.show:
-        print(table(latest(record.read(args.show), "compression-costs")))
-        return 0
+    return tell(args, "compression-costs", table, lambda: timed(args))
+
+
+def timed(args: argparse.Namespace) -> list[Record]:
+    """Every method in turns."""
     torch.set_num_threads(args.threads)
     reference = prepare(args.model, args)
     known = {arm.name: arm for arm in ARMS}
@@ -112,11 +114,7 @@ def main() -> int:
             told = found.get("cannot") or f"{found['cpu_seconds']:.1f} CPU-s, {found['peak_bytes'] / 2**20:.0f} MiB"
             print(f"{done} of {total}: {arm.name}: {told}; about {expected / 60:.0f} minutes left", file=sys.stderr,
                   flush=True)  # fmt: skip
-    records = facts(reference, arms, rounds)
-    print(table(records))
-    if args.records:
-        record.append(args.records, records)
-    return 0
+    return facts(reference, arms, rounds)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ between neighbours when both axes are logarithmic; so peers are credited with ar
 artefacts alone. Where no peer is as small there is nothing to compare with; past the largest its KL stands.
 """
 
+import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from panels import Panel, Point, draw
 
+from shrew import record
 from shrew.record import Record
 from shrew.tasks.scores import weights
 
@@ -97,6 +99,20 @@ def latest(records: Sequence[Record], run: str = "compression") -> list[Record]:
 
 
 # --- shown ------------------------------------------------------------------------------------------------------------
+
+
+def tell(
+    args: argparse.Namespace, run: str, table: Callable[[list[Record]], str], make: Callable[[], list[Record]]
+) -> int:
+    """Print the table of what `make` finds, and add it to --records; with --show, of the records in a file."""
+    if args.show:
+        print(table(latest(record.read(args.show), run)))
+        return 0
+    found = make()
+    print(table(found))
+    if args.records:
+        record.append(args.records, found)
+    return 0
 
 
 def summary(records: Sequence[Record]) -> str:

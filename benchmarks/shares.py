@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from curves import latest
+from curves import tell
 
 from shrew import folder, record
 from shrew.folder.check import fetch
@@ -75,9 +75,10 @@ def main() -> int:
     parser.add_argument("--records", type=Path)
     parser.add_argument("--show", type=Path, help="make nothing: print the table of these records")
     args = parser.parse_args()
-    if args.show:
-        print(table(latest(record.read(args.show), "compression-shares")))
-        return 0
+    return tell(args, "compression-shares", table, lambda: made(args))
+
+
+def made(args: argparse.Namespace) -> list[Record]:
     size = sum(item.bytes for item in folder.tensors(fetch(args.model)))
     found = []
     for number, share in enumerate(args.shares, 1):
@@ -86,10 +87,7 @@ def main() -> int:
               file=sys.stderr, flush=True)  # fmt: skip
         out = shrink(share, size, args)
         found.append(fact(share, size, record.read(out / "records.jsonl"), Path(args.model).name))
-    print(table(found))
-    if args.records:
-        record.append(args.records, found)
-    return 0
+    return found
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from curves import latest
+from curves import tell
 
-from shrew import data, files, folder, machine, record, spec, tasks, train
+from shrew import data, files, folder, machine, spec, tasks, train
 from shrew.blocks.stock import adopt
 from shrew.folder import Loaded
 from shrew.measure.statistics import interval, paired_bootstrap
@@ -56,6 +56,7 @@ class Made:
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.work = args, args.work
+        self.work.mkdir(parents=True, exist_ok=True)
         self.threads = machine.choose_threads(args.threads).count
         self.original = folder.load(args.model)
         self.task = tasks.read("python")
@@ -189,15 +190,7 @@ def main() -> int:
     parser.add_argument("--records", type=Path)
     parser.add_argument("--show", type=Path, help="make nothing: print the table of these records")
     args = parser.parse_args()
-    if args.show:
-        print(table(latest(record.read(args.show), "structure")))
-        return 0
-    args.work.mkdir(parents=True, exist_ok=True)
-    found = list(arms(Bench(args)))
-    print(table(found))
-    if args.records:
-        record.append(args.records, found)
-    return 0
+    return tell(args, "structure", table, lambda: list(arms(Bench(args))))
 
 
 if __name__ == "__main__":
