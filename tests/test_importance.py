@@ -209,7 +209,7 @@ def test_layers_that_share_more_than_their_outputs_are_found_out(ways: tuple[str
 
 
 def test_a_divergence_in_pieces_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "AT_ONCE", 100)  # two rows
+    monkeypatch.setattr(replay, "IN_CACHE", 100)  # two rows
     chance = torch.Generator().manual_seed(0)
     old, new = (torch.randn(3, 5, 40, generator=chance) for _ in range(2))
     p, q = old.double().softmax(-1), new.double().softmax(-1)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.moves.anatomy import find_layers, logits
+from shrew.objectives import IN_CACHE
 
-AT_ONCE = 1 << 18  # logits compared at once: few enough for a processor's cache
 TRIED = 16  # tokens on which it is tried whether a model can be run from any of its layers
 
 
@@ -64,7 +64,7 @@ def divergence(new: Tensor, old: Tensor) -> float:
     """Sum over positions of KL(old || new) in nats: logits [..., V] of the changed model, log-probabilities [..., V] of
     the other."""
     new, old = new.flatten(0, -2), old.flatten(0, -2)
-    step, total = max(1, AT_ONCE // new.shape[-1]), 0.0
+    step, total = max(1, IN_CACHE // new.shape[-1]), 0.0
     for low in range(0, len(new), step):
         p, q = old[low : low + step], new[low : low + step].float().log_softmax(-1)
         total += float(torch.dot(p.exp().flatten(), (p - q).flatten()))
