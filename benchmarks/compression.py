@@ -6,7 +6,7 @@
     python benchmarks/compression.py --show results/records.jsonl --plot docs/compression.svg
     python benchmarks/compression.py --model runs/prose --text VALID --venvs .venv/peers --records results/records.jsonl
 
-The first makes environments, the second some 90 artefacts (85 minutes of one core; --full has 60 more); --healed trains
+The first makes environments, the second some 95 artefacts (two hours of one core; --full has 60 more); --healed trains
 some of them, ours and peers' alike (an hour), and --show prints tables and makes the plot from records, computing
 nothing.
 
@@ -19,7 +19,8 @@ weights (a few rows), and GGUF files, ours among them, are also judged by what l
 
 Bytes are those of the weight files, less the tokenizer that is in a GGUF file, and of the linear layers alone. Arms
 that are done stay in WORK by a hash of all they depend on (of ours, the source files of the moves and formats that they
-use), so an interrupted run goes on; --again tries what failed.
+use), so an interrupted run goes on; --again tries what failed. With --peers, --bits or --only the same artefacts are
+made and recorded, but nothing is held against the best peer.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -53,7 +55,7 @@ from shrew.folder import Loaded
 from shrew.folder.check import quiet
 from shrew.measure.statistics import interval, paired_bootstrap, ratio_interval
 from shrew.moves import MOVES, Source, open_task
-from shrew.moves.calibrate import hessians
+from shrew.moves.anatomy import logits
 from shrew.record import Record
 from shrew.tasks import Scores, Text
 from shrew.tasks.likelihood import context_length, first_token
@@ -173,12 +175,33 @@ def weigh(reference: Reference) -> None:
         return
     made = write(reference.loaded, file, Options(dense="f32"), lambda line: None)
     wall, cpu = time.perf_counter(), time.process_time()
-    squares = hessians(reference.loaded, list(reference.rows))
+    found = squares(reference)
     spent = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "of": mark}
-    found = {item["name"]: squares[item["source"]].diagonal().numpy() / reference.rows.size
-             for item in made["tensors"] if item["name"].startswith("blk.") and item["source"] in squares}  # fmt: skip
-    np.savez(place / "importance.npz", **found)
+    named = {item["name"]: found[item["source"]] for item in made["tensors"]
+             if item["name"].startswith("blk.") and item["source"] in found}  # fmt: skip
+    np.savez(place / "importance.npz", **named)
     files.write_text(said, json.dumps(spent))
+
+
+def squares(reference: Reference) -> dict[str, np.ndarray]:
+    """By the name of each linear layer's weight, the mean square [in] of what comes in with the calibration rows. It is
+    no more than llama-imatrix computes, as its time counts as llama.cpp's."""
+    sums: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        def add(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+            total = given[0].float().square().flatten(0, -2).sum(0)
+            sums[name] = sums[name] + total if name in sums else total
+
+        return add
+
+    with ExitStack() as hooks, torch.no_grad():
+        for name in reference.linear:
+            layer = reference.loaded.model.get_submodule(name)
+            hooks.enter_context(layer.register_forward_pre_hook(watch(f"{name}.weight")))
+        for row in reference.rows:
+            logits(reference.loaded, torch.from_numpy(row)[None])
+    return {name: total.numpy() / reference.rows.size for name, total in sums.items()}
 
 
 # --- one arm ----------------------------------------------------------------------------------------------------------
@@ -433,10 +456,12 @@ def verdicts(reference: Reference, done: Found) -> Iterator[Record]:
                         and arm.healed <= trained, inside)  # fmt: skip
         if found := compare(ours, theirs):
             name = f"{label}, all healed" if trained else label
+            peers = sorted({arm.peer for arm, _ in made if arm.name in {item.name for item in theirs}})
             yield Record(run="compression", model=f"{reference.name}, {OURS}", metric="kl_over_best_peer", seed=0,
                          value=found.value, low=found.low, high=found.high, n=len(found.sizes),
                          task=f"{reference.task.label}/final",
-                         detail={"table": name, "sizes": found.sizes, "unbeaten": found.unbeaten})  # fmt: skip
+                         detail={"table": name, "sizes": found.sizes, "unbeaten": found.unbeaten,
+                                 "peers": peers})  # fmt: skip
 
 
 def install(args: argparse.Namespace) -> None:
@@ -496,6 +521,12 @@ def chosen(args: argparse.Namespace) -> list[Arm]:
             and arm.healed == args.healed]  # fmt: skip
 
 
+def whole(args: argparse.Namespace) -> bool:
+    """Whether --peers, --bits and --only leave no arm out, so that the best peer is the best of all."""
+    every = {"peers": list(ADAPTERS), "bits": None, "only": ""}
+    return chosen(args) == chosen(argparse.Namespace(**vars(args) | every))
+
+
 def left(reference: Reference, arms: list[Arm], args: argparse.Namespace) -> str:
     """About how long these arms take, those that are done left out."""
     places = [reference.place / digest(reference, arm) / "arm.json" for arm in arms]
@@ -534,7 +565,10 @@ def main() -> int:
     if args.healed:  # peers' others as far as they lie there
         done += [(arm, json.loads(file.read_text("utf-8"))) for arm in ARMS if arm.peer != OURS and not arm.healed
                  and (file := reference.place / digest(reference, arm) / "arm.json").exists()]  # fmt: skip
-    records += verdicts(reference, done)
+    if whole(args):
+        records += verdicts(reference, done)
+    else:
+        print("Nothing is said of the best peer: --peers, --bits or --only left arms out.", file=sys.stderr)
     place = reference.place / ("healed" if args.healed else "made")
     files.write_text(place.with_suffix(".md"), summary(records) + "\n" + table(records))
     record.write(place.with_suffix(".jsonl"), records)

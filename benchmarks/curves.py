@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from fits import few
 from panels import Panel, Point, draw
 
 from shrew import record
@@ -59,12 +60,11 @@ def curve(sizes: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def compare(ours: Sequence[Artefact], peers: Sequence[Artefact], samples: int = 2000, seed: int = 0) -> Verdict | None:
-    """At the sizes of our frontier, ours over the peers' curve; documents are resampled jointly for all. None where no
-    size of ours has a peer as small."""
-    if not ours or not peers:
+    """At the sizes of our frontier, ours over the peers' curve; documents are resampled jointly for all, and the
+    intervals are widened for few of them. None where no size of ours has a peer as small, or for a single document."""
+    if not ours or not peers or (units := len(ours[0].bits)) < 2:
         return None
     mine, theirs = np.array([item.bytes for item in ours]), np.array([item.bytes for item in peers])
-    units = len(ours[0].bits)
     drawn = np.concatenate([np.ones((1, units)), *weights(units, samples, seed)])
     my, their = _values(ours, drawn), _values(peers, drawn)
     kept = [at for at in frontier(mine, my[0]) if mine[at] >= theirs.min()]
@@ -72,13 +72,21 @@ def compare(ours: Sequence[Artefact], peers: Sequence[Artefact], samples: int = 
         return None
     ratios = np.array([my[row, kept] / curve(theirs, their[row], mine[kept]) for row in range(len(drawn))])
     medians = np.median(ratios, 1)
-    low, high = np.quantile(medians[1:], [0.025, 0.975])
-    ends = np.quantile(ratios[1:], [0.025, 0.975], axis=0)
+    low, high = _ends(medians, units)
+    ends = _ends(ratios, units)
     sizes = [(ours[at].name, float(mine[at]), float(ratios[0, place]), float(ends[0, place]), float(ends[1, place]))
              for place, at in enumerate(kept)]  # fmt: skip
     left = [peers[at].name for at in frontier(theirs, their[0])
             if not ((mine <= theirs[at]) & (my[0] <= their[0][at])).any()]  # fmt: skip
     return Verdict(float(medians[0]), float(low), float(high), sizes, left)
+
+
+def _ends(ratios: np.ndarray, units: int) -> np.ndarray:
+    """[2, ...] ends of a 95 % interval of the first row from the others, which are resamples of so many units. They
+    are widened as ratios are, by their logarithms, and never inwards."""
+    found = np.log(np.quantile(ratios[1:], [0.025, 0.975], axis=0))
+    wider = np.log(ratios[0]) + few(units) * (found - np.log(ratios[0]))
+    return np.exp(np.stack([np.minimum(found[0], wider[0]), np.maximum(found[1], wider[1])]))
 
 
 def _values(items: Sequence[Artefact], drawn: np.ndarray) -> np.ndarray:

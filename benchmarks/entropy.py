@@ -6,15 +6,14 @@ The figure is bits per byte on evaluation modules, which were never trained on.
 """
 
 import argparse
-import json
-import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
-from shrew import files, folder, machine, measure, record, tasks
+from starter import ship
+
+from shrew import folder, machine, measure, record, tasks
 from shrew.data import python
 
 QUANTIZE = ["quantize", "--bits", "8", "--group", "0", "--embeddings"]
@@ -49,11 +48,7 @@ Trained by `recipes/patches/entropy.toml`: {recipe["steps"]:,} steps of {recipe[
 {manifest.files:,} Python files ({manifest.bytes / 1e6:.0f} MB) of the standard library and of permissively licensed
 packages, listed with their licences in `manifest.json`. It has seen nothing but Python source.
 """
-        with files.new_folder(args.out, folder.LINEAGE) as temporary:
-            for item in small.iterdir():
-                shutil.copyfile(item, temporary / item.name)
-            (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n", "utf-8")
-            (temporary / "README.md").write_text(card, "utf-8")
+        ship(small, args.out, manifest, card)
     if args.records:
         record.append(args.records, found)
     print(card)

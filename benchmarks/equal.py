@@ -7,9 +7,9 @@ PYTHON is that of an environment with llama-cpp-python. The chosen model runs tw
 in llama.cpp. The original runs in llama.cpp as each of its types, made by its own quantizer, with an importance matrix
 if --importance names one (compression.py leaves it in runs/compression/starter/importance.npz). With --stock,
 GGUF files of ours run in llama.cpp too, and each is held against the types that are no worse than it. Quality is bits
-per byte of the evaluation texts of the starter as each engine computes them, all on the same rows; a type is no worse
-if it takes no more bits than our slower output. Speed is greedy text, one and eight sequences, in turns, one thread. It
-takes about two minutes, and ten seconds for each file more.
+per byte of the starter's final split, on which nothing was chosen, as each engine computes them, all on the same rows;
+a type is no worse if it takes no more bits than our slower output. Speed is greedy text, one and eight sequences, in
+turns, one thread. It takes about two minutes, and ten seconds for each file more.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 from runtime import HERE, Arm, ratio, run, start
+from sources import reached
 
-from shrew import folder, record
-from shrew.data import python
+from shrew import files, folder, record, spec, tasks
+from shrew.folder.check import fetch
 from shrew.record import Record
 
 TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "Q3_K_M")
@@ -41,21 +42,27 @@ if importance:
 sys.exit(llama_cpp.llama_model_quantize(wide.encode(), out.encode(), ctypes.byref(params)))"""
 
 
+def mark(model: str | Path, *more: Any) -> str:
+    """The hash of what a file hangs on: the model, the code of the packers, and `more`."""
+    code = [files.sha256(path) for path in reached(["shrew.packers.onnx", "shrew.packers.gguf"])]
+    return spec.digest([folder.identity(fetch(model)), code, *more])[:12]
+
+
 def prepare(args: argparse.Namespace) -> dict[str, tuple[list[Any], Path]]:
     """Each arm's command, and the file or folder whose bytes count."""
     args.work.mkdir(parents=True, exist_ok=True)
-    shrew, pack, wide = (sys.executable, "-m", "shrew", "pack"), args.work / "chosen.pack", args.work / "F16.gguf"
-    chosen = args.work / "chosen.gguf"
+    shrew, wide = (sys.executable, "-m", "shrew", "pack"), args.work / f"F16-{mark('starter')}.gguf"
+    pack = args.work / f"chosen-{mark(args.chosen, args.coded)}.pack"
+    chosen = args.work / f"chosen-{mark(args.chosen)}.gguf"
     more = ["--coded"] if args.coded else []
     for source, kind, out in ((args.chosen, "onnx", pack), (args.chosen, "gguf", chosen), ("starter", "gguf", wide)):
         if not out.exists():
             run(*shrew, source, "--to", kind, "--out", out, *(more if kind == "onnx" else []))
     arms: dict[str, tuple[list[Any], Path]] = {"packed": ([sys.executable, HERE / "arms/shrew_arm.py", pack], pack)}
-    # Files made with a matrix have names of their own; F16 needs none.
-    sign = "-weighed" if args.importance else ""
-    files = {"GGUF": chosen, "F16": wide} | {label: args.work / f"{label}{sign}.gguf" for label in args.types[1:]}
-    files |= {stock_name(path): path for path in args.stock}
-    for label, path in files.items():
+    sign = mark("starter", QUANTIZE, files.sha256(args.importance) if args.importance else "")
+    made = {"GGUF": chosen, "F16": wide} | {label: args.work / f"{label}-{sign}.gguf" for label in args.types[1:]}
+    made |= {stock_name(path): path for path in args.stock}
+    for label, path in made.items():
         if not path.exists():
             run(args.llama, "-c", QUANTIZE, wide, path, label, args.importance or "")
         arms[label] = [args.llama, HERE / "arms/llama_arm.py", path], path
@@ -71,23 +78,23 @@ def size(path: Path) -> int:
     """Bytes of a file, or of a pack without what says only how it was made and checked."""
     if path.is_file():
         return path.stat().st_size
-    parts = [path / name for name in ("model.onnx", "model.bin", "model.coded", "tokenizer.json")]
+    parts = [path / name for name in ("model.onnx", "model.bin", "model.coded", "tokenizer.json", "tokenizer.json.gz")]
     return sum(part.stat().st_size for part in parts if part.exists())
 
 
 def texts(length: int) -> list[tuple[list[int], int]]:
-    """(tokens, bytes behind the first) of the beginnings of the starter's evaluation texts."""
+    """(tokens, bytes behind the first) of the beginnings of the starter's final split, which no search has seen."""
     tokenizer = folder.load("starter").tokenizer
     found = []
-    for _, text in python.evaluation():
-        ids = tokenizer.encode(text, add_special_tokens=False)[: length - 1]
+    for item in tasks.read("python").examples("final"):
+        ids = tokenizer.encode(item.text, add_special_tokens=False)[: length - 1]
         found.append(([tokenizer.eos_token_id, *ids], len(tokenizer.decode(ids).encode("utf-8"))))
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder for what is made; what is there already is used")
+    parser.add_argument("work", type=Path, help="folder for what is made; what is there is used, by a hash")
     parser.add_argument("chosen", type=Path, help="the model folder that shrink wrote")
     parser.add_argument("--llama", type=Path, required=True)
     parser.add_argument("--coded", action="store_true", help="pack with --coded: for what `shrink --coded` wrote")
@@ -140,12 +147,12 @@ def speeds(arms: dict[str, Arm], fits: list[str], commands: dict[str, Any], coun
              for label, values in decode.items()]  # fmt: skip
     ours = max(OURS, key=lambda label: statistics.median(decode[label]))
     peer = max(fits, key=lambda label: statistics.median(decode[label]))
-    value, low, high = ratio(decode[ours], decode[peer])
+    value, low, high, ends = ratio(decode[ours], decode[peer])
     share = size(commands[ours][1]) / size(commands[peer][1])
     least = size(commands[ours][1]) / min(size(commands[label][1]) for label in fits)
     found.append(Record(run="equal", model=ours, metric="decode_over_original", value=value, low=low, high=high,
                         n=len(decode[ours]), detail={"rows": count, "peer": peer, "bytes_over_peer": share,
-                                                     "bytes_over_smallest": least}))  # fmt: skip
+                                                     "bytes_over_smallest": least} | ends))  # fmt: skip
     return found
 
 
@@ -157,11 +164,11 @@ def side_by_side(arms: dict[str, Arm], name: str, peers: list[str], commands: di
     sizes = {label: size(commands[label][1]) for label in peers}
     for which, peer in (("smallest", min(peers, key=lambda label: sizes[label])),
                         ("fastest", max(peers, key=lambda label: statistics.median(decode[label])))):  # fmt: skip
-        value, low, high = ratio(decode[name], decode[peer])
+        value, low, high, ends = ratio(decode[name], decode[peer])
         found.append(Record(run="equal", model=name, metric="decode_over_equal_peer", value=value, low=low, high=high,
                             n=len(decode[name]), detail={"rows": count, "which": which, "peer": peer, "bytes": own,
                                                          "peer_bytes": sizes[peer],
-                                                         "bytes_over_peer": own / sizes[peer]}))  # fmt: skip
+                                                         "bytes_over_peer": own / sizes[peer]} | ends))  # fmt: skip
     return found
 
 

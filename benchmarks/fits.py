@@ -30,6 +30,12 @@ def at(curve: Sequence[tuple[float, Scores]], x: float) -> Scores:
     return replace(curve[0][1], columns={"bits": np.array(bits), "bytes": curve[0][1].columns["bytes"]})
 
 
+def few(n: int) -> float:
+    """How much wider a 95 % bootstrap of n units must be, as it is too narrow for few: Student's t over the normal
+    quantile, times sqrt(n / (n - 1))."""
+    return student_quantile(0.975, n - 1) / 1.96 * math.sqrt(n / (n - 1))
+
+
 @dataclass(frozen=True)
 class Noise:
     """Standard deviation between seeds, from `freedom` degrees of freedom (none: unknown, and taken as zero)."""
@@ -46,13 +52,12 @@ class Noise:
 
     def around(self, found: Interval, *seeds: int) -> Interval:
         """A 95 % interval over documents, made one over documents and seeds: each side is the root of the sum of the
-        squares of both. With few documents a bootstrap is too narrow: it is widened by Student's t over the normal
-        quantile and by sqrt(n / (n - 1))."""
-        few = student_quantile(0.975, found.n - 1) / 1.96 * math.sqrt(found.n / (found.n - 1))
+        squares of both. The bootstrap is widened as `few` says."""
+        wider = few(found.n)
         lucky = self.sd * math.sqrt(sum(1 / count for count in seeds))
         lucky *= student_quantile(0.975, self.freedom) if self.freedom else 0.0
-        low = found.value - math.hypot(few * (found.value - found.low), lucky)
-        return replace(found, low=low, high=found.value + math.hypot(few * (found.high - found.value), lucky))
+        low = found.value - math.hypot(wider * (found.value - found.low), lucky)
+        return replace(found, low=low, high=found.value + math.hypot(wider * (found.high - found.value), lucky))
 
 
 def median_ratio(ratios: Sequence[float]) -> tuple[float, float, float]:

@@ -15,7 +15,7 @@ Every system has one threshold for all functions. What only says yes or no (a to
 others are read at the false-positive rate of bandit (of the first tool that ran, or 5 %), on the fixed functions.
 Intervals resample projects. `--logits` has the scores of detectors trained on the other folds, a line {"id", "member",
 "logit"} each with "before" or "after" as member; the combination is fitted inside the folds, on n-grams fitted inside
-them again.
+them again. `system` also tells whether our n-grams point at the lines that were repaired: see `scan_lines.py`.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scan_lines
 
 from shrew import record
 from shrew.data.pairs import cwe_id, fold_of, project_name
@@ -47,7 +48,7 @@ from shrew.scan import combine
 from shrew.scan.cwe import SEVERITIES, family
 from shrew.scan.functions import Source, normalise, parse
 from shrew.scan.grams import Grams, Rows, logistic
-from shrew.scan.judge import Judge
+from shrew.scan.judge import Judge, line_effects
 from shrew.scan.rules import Finding, load_rules
 from shrew.tasks import detection
 
@@ -55,6 +56,10 @@ FOLDS, COST, SAMPLES = 5, 10.0, 2000
 ENOUGH = 5000  # ordinary functions, for a recall at 0.5 % false alarms
 ENDINGS = {"python": "py", "c": "c", "cpp": "cpp", "javascript": "js", "ruby": "rb", "go": "go", "java": "java"}
 SPEAKS = {"bandit": {"python"}, "flawfinder": {"c", "cpp"}, "cppcheck": {"c", "cpp"}}
+# Of the linear detector: whether it has what calls are given, and the penalty that falls where repairs move a bucket.
+DESIGNS = {"n-grams alone": (False, False), "what calls are given": (True, False), "moved penalty": (False, True),
+           "both": (True, True)}  # fmt: skip
+SHIPPED = "both"
 FLAGS = {"bandit": "medium", "flawfinder": "low", "cppcheck": "low"}  # the least severity that counts
 
 
@@ -230,13 +235,34 @@ def pick(values: Sequence[Any], places: np.ndarray) -> list[Any]:
     return [values[place] for place in places]
 
 
-def grams_of(data: Set) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    def learn(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-        twins = np.arange(len(train)).reshape(2, -1).T  # vulnerable ones first, repaired ones in the same order
-        made = Grams.fit(pick(data.texts, train), data.truth[train], pick(data.languages, train), COST, twins=twins)
-        return made.score(pick(data.texts, test), pick(data.languages, test))
+def fitted(data: Set, train: np.ndarray, design: str = SHIPPED) -> Grams:
+    given, moved = DESIGNS[design]
+    twins = np.arange(len(train)).reshape(2, -1).T  # vulnerable ones first, repaired ones in the same order
+    return Grams.fit(pick(data.texts, train), data.truth[train], pick(data.languages, train), COST,
+                     twins=twins if moved else None, given=given)  # fmt: skip
 
-    return learn
+
+def grams_of(data: Set, design: str = SHIPPED) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    return lambda train, test: fitted(data, train, design).score(pick(data.texts, test), pick(data.languages, test))
+
+
+def held_out_lines(data: Set) -> list[tuple[float, ...]]:
+    """What each line of the n vulnerable members adds to the logit of n-grams fitted on the other folds."""
+    found: list[tuple[float, ...]] = [()] * data.n
+    def learn(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+        made = fitted(data, train)
+        for place in test[: len(test) // 2]:
+            found[place] = line_effects(made, data.texts[place], data.languages[place])
+        return np.zeros(len(test))
+
+    held_out(data, learn, np.ones(data.n, bool))
+    return found
+
+
+def held_grams(data: Set, design: str = SHIPPED) -> tuple[list[np.ndarray], np.ndarray]:
+    """Scores [2 n] of our n-grams for each fold that is left out, held out among the others; and those of all folds."""
+    learn = grams_of(data, design)
+    return [held_out(data, learn, data.folds != fold) for fold in range(FOLDS)], held_out(data, learn, data.folds >= 0)
 
 
 def stacked(data: Set, logits: np.ndarray | None, findings: Sequence[Sequence[Finding]], inner: list[np.ndarray],
@@ -367,7 +393,7 @@ def common(data: Set, tools: dict[str, list[list[Finding]]], said: list[list[Fin
     return [*systems, System("our rules", worst(said), True)]
 
 
-def compare(args: argparse.Namespace, with_logits: bool) -> list[Record]:
+def compare(args: argparse.Namespace, with_logits: bool, design: str = SHIPPED) -> list[Record]:
     data, dropped = read(args.pairs, args.language, args.without)
     print(f"{data.name}: {data.n} pairs of {len(set(data.projects))} projects ({dropped} dropped); "
           f"folds {np.bincount(data.folds, minlength=FOLDS).tolist()}; "
@@ -379,10 +405,9 @@ def compare(args: argparse.Namespace, with_logits: bool) -> list[Record]:
     if len(set(data.folds)) > 1:
         systems.append(System("n-grams", held_out(data, lambda train, test: plain(
             pick(data.texts, train), data.truth[train], pick(data.texts, test)), every)))  # fmt: skip
-        outer = held_out(data, grams_of(data), every)
+        inner, outer = held_grams(data, design) if with_logits else ([], held_out(data, grams_of(data), every))
         systems.append(System("our n-grams", outer))
     if with_logits and len(set(data.folds)) > 1:
-        inner = [held_out(data, grams_of(data), data.folds != fold) for fold in range(FOLDS)]
         logits = None
         if args.logits:
             told = {(row["id"], row["member"]): row["logit"] for row in lines(args.logits)}
@@ -397,6 +422,14 @@ def compare(args: argparse.Namespace, with_logits: bool) -> list[Record]:
         for name, findings in mixed.items():
             systems.append(System(f"{own}n-grams + {name}", stacked(data, logits, findings, inner, outer)))
     return figures(data, systems, "scan floors" if not with_logits else "scan system", args.samples)
+
+
+def pointed(args: argparse.Namespace) -> list[Record]:
+    data, _ = read(args.pairs, args.language, args.without)
+    if len(set(data.folds)) < 2:
+        return []
+    repairs = list(map(scan_lines.repair, data.texts[: data.n], data.texts[data.n :], data.languages[: data.n]))
+    return scan_lines.figures(repairs, held_out_lines(data), data.projects, data.name, args.samples)
 
 
 def alerts(args: argparse.Namespace) -> list[Record]:
@@ -549,11 +582,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.job in ("floors", "system"):
         found = compare(args, args.job == "system")
         show(found)
+        found += pointed(args) if args.job == "system" else []
     else:
         found = {"alerts": alerts, "planted": planted, "speed": speed}[args.job](args)
-        if args.job == "alerts":
-            for item in found:
-                print(f"{item.task}: {item.metric} {span(item)}")
+    for item in found:
+        if item.run in ("scan alerts", "scan lines"):
+            print(f"{item.task}, {item.model}: {item.metric} {span(item)}")
     if args.records:
         record.append(args.records, found)
     return 0

@@ -4,17 +4,20 @@
 
 For each share the search gets so many bytes and a number of minutes, chooses on its own split, and what it names is
 scored once on the final split: bits per byte against the better of the original and the original healed alike, with the
-lower bound. Finished runs stay in WORK, unfinished ones go on from the search's cache. Three shares take 35 minutes.
+lower bound. Finished runs stay in WORK by a hash of the model, the text and the code of the search, unfinished ones go
+on from a cache in WORK. Three shares take 35 minutes.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from curves import tell
+from sources import reached
 
-from shrew import folder, record
+from shrew import data, files, folder, record, spec
 from shrew.folder.check import fetch
 from shrew.record import Record
 
@@ -22,15 +25,24 @@ SHARES = (0.26, 0.2, 0.1)
 FINAL = "/final"
 
 
-def shrink(share: float, size: int, args: argparse.Namespace) -> Path:
+def mark(args: argparse.Namespace) -> str:
+    """The hash of what a run hangs on besides what its name says: the model, the text, the code of the search."""
+    texts = [item.text for item in data.documents(args.text or ["python:stdlib", "python:evaluation"])]
+    code = [files.sha256(path) for path in reached(["shrew.search"])]
+    return spec.digest([folder.identity(fetch(args.model)), texts, code])[:12]
+
+
+def shrink(share: float, size: int, args: argparse.Namespace, mark: str) -> Path:
     """The folder of a run for this share; made if it is not there. One that met nothing lies beside, in -not-met."""
-    out: Path = args.work / f"{Path(args.model).name}-{share:g}-{args.heal}-{args.minutes:g}"
+    out: Path = args.work / f"{Path(args.model).name}-{share:g}-{args.heal}-{args.minutes:g}-{mark}"
     if not (out / "records.jsonl").exists():
         command = [sys.executable, "-m", "shrew", "shrink", args.model, "--under", f"{int(share * size)}B", "--coded",
                    "--heal", args.heal, "--minutes", args.minutes, "--jobs", args.jobs, "--out", out]  # fmt: skip
         for text in args.text:
             command += ["--text", text]
-        if subprocess.run([str(word) for word in command], check=False, stdout=sys.stderr).returncode:
+        environment = os.environ | {"SHREW_CACHE": str((args.work / "cache").resolve())}
+        words = [str(word) for word in command]
+        if subprocess.run(words, check=False, stdout=sys.stderr, env=environment).returncode:
             raise SystemExit(f"{share:g} of the bytes: shrink found nothing; what it said stands above.")
     return out
 
@@ -80,12 +92,12 @@ def main() -> int:
 
 def made(args: argparse.Namespace) -> list[Record]:
     size = sum(item.bytes for item in folder.tensors(fetch(args.model)))
-    found = []
+    found, same = [], mark(args)
     for number, share in enumerate(args.shares, 1):
         left = (len(args.shares) - number + 1) * (args.minutes + 4)
         print(f"{number} of {len(args.shares)}: {share:g} of {size:,} bytes; about {left:.0f} minutes left",
               file=sys.stderr, flush=True)  # fmt: skip
-        out = shrink(share, size, args)
+        out = shrink(share, size, args, same)
         found.append(fact(share, size, record.read(out / "records.jsonl"), Path(args.model).name))
     return found
 

@@ -70,14 +70,19 @@ files of the standard library, chosen by a hash of their names. Dropped, in file
 
 It completes short Python text plausibly and knows little: it is a test object, not an assistant.
 """
-    with files.new_folder(args.out, folder.LINEAGE) as temporary:
-        for item in args.trained.iterdir():
-            shutil.copyfile(item, temporary / item.name)
-        (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n", "utf-8")
-        (temporary / "README.md").write_text(card, "utf-8")
+    ship(args.trained, args.out, manifest, card)
     if args.records:
         record.append(args.records, found)
     print(card)
+
+
+def ship(made: Path, out: Path, manifest: python.Manifest, card: str) -> None:
+    """Write the folder `out`: the files of `made`, the list of what it was trained on, and its card."""
+    with files.new_folder(out, folder.LINEAGE) as temporary:
+        for item in made.iterdir():
+            shutil.copyfile(item, temporary / item.name)
+        (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n", "utf-8")
+        (temporary / "README.md").write_text(card, "utf-8")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,15 @@ def _own_cache(_sealed: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield
 
 
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to be in, and a cache of its own."""
+    monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a `python` and a `shrew` that have torch and transformers imported when they start."""

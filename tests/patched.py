@@ -21,7 +21,7 @@ from shrew.blocks.specs import LocalSpec, PatchesSpec
 from shrew.blocks.window import WindowSpec
 
 END = 256
-FEW = settings(max_examples=5, deadline=None, phases=(Phase.explicit, Phase.generate))  # nothing is shrunk
+FEW = settings(max_examples=5, phases=(Phase.explicit, Phase.generate))  # nothing is shrunk
 SMALL = MlpSpec(hidden=24)
 NEAR = LocalSpec(layers=1, mixers={"A": WindowSpec(heads=2, window=7)}, ffn=SMALL)
 MIXED = LocalSpec(layers=2, pattern="CA", mixers={"C": ConvSpec(), "A": WindowSpec(heads=2, window=5)}, ffn=SMALL)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,9 +73,11 @@ class ScriptedEngine:
             self.most = max(self.most, self.running)
         return ScriptedAnswer(self, request, notify)
 
-    def embed(self, tokens: list[int]) -> np.ndarray:
+    def embedding(self, tokens: list[int]) -> "Future[np.ndarray]":
+        future: Future[np.ndarray] = Future()
         vector = np.bincount(tokens, minlength=16)[:16].astype(np.float32) + 1
-        return vector / np.linalg.norm(vector)
+        future.set_result(vector / np.linalg.norm(vector))
+        return future
 
     def metrics(self) -> dict[str, float]:
         return {"running": float(self.running)}
@@ -119,6 +122,7 @@ def model_at(folder: Path, tokenizer: Any, name: str = "tiny") -> Any:
         eos=(1,),
         pad=2,
         labels=None,
+        files={item.name for item in folder.iterdir()},
     )
     return SimpleNamespace(path=folder, manifest=manifest, tokenizer=tokenizer)
 

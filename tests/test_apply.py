@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from shrew import folder, spec
+from shrew import files, folder, spec
 from shrew.errors import SpecError
 from shrew.moves import MOVES, parse_moves, table
 
@@ -138,6 +138,34 @@ def test_a_folder_of_our_own_is_replaced_and_no_other(trained_llama_folder: Path
     assert code == 2
     assert "holds other things" in said
     assert [item.name for item in theirs.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("way", ["itself", "a link", "dots", "above"])
+def test_what_is_read_is_not_written_over(way: str, tiny_llama_folder: Path, apply: Any, tmp_path: Path) -> None:
+    model = tmp_path / "models" / "model"
+    files.copy_folder(tiny_llama_folder, model, "shrew.json")
+    for place in (model, model.parent):
+        (place / "shrew.json").write_text('{"moves": []}')
+    (tmp_path / "link").symlink_to(model)
+    out = {"itself": model, "a link": tmp_path / "link", "dots": model / ".." / "model", "above": model.parent}[way]
+    before = weights(model)
+    for first in ([model, "quantize"], [recipe(model.parent / "r.toml", model, QUANTIZE)]):
+        code, said = apply(*first, "--out", out)
+        assert code == 2
+        assert f"writing {out} would replace" in said
+    assert weights(model) == before
+
+
+@pytest.mark.parametrize("flag", ["--teacher-model", "--rationales", "--text"])
+def test_nor_what_a_move_reads(flag: str, tiny_llama_folder: Path, apply: Any, tmp_path: Path) -> None:
+    files.copy_folder(tiny_llama_folder, tmp_path / "out", "shrew.json")
+    (tmp_path / "out" / "shrew.json").write_text('{"moves": []}')
+    (tmp_path / "out" / "text.jsonl").write_text('{"text": "a", "rationale": "b", "answer": "c"}\n')
+    name = tmp_path / "out" if flag == "--teacher-model" else tmp_path / "out" / "text.jsonl"
+    code, said = apply(tiny_llama_folder, "distil", flag, name, "--out", tmp_path / "out")
+    assert code == 2
+    assert f"would replace {name}, which is read" in said
+    assert (tmp_path / "out" / "text.jsonl").exists()
 
 
 BAD: dict[str, tuple[list[Any], str]] = {

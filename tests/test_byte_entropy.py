@@ -63,7 +63,7 @@ def tensor(rows: list[list[int]], fill: int = 3) -> tuple[Tensor, Tensor]:
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(TEXT, min_size=1, max_size=3), st.booleans())
 def test_entropies_are_the_definition_and_rows_are_apart(rows: list[list[int]], reset: bool) -> None:
     found = entropies(MODEL, *tensor(rows), reset)
@@ -73,7 +73,7 @@ def test_entropies_are_the_definition_and_rows_are_apart(rows: list[list[int]], 
         assert not found[row, size:].any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(TEXT.filter(lambda row: len(row) > 2), min_size=1, max_size=1), st.booleans(), st.data())
 def test_a_text_may_come_bit_by_bit(rows: list[list[int]], reset: bool, data: Any) -> None:
     text, lengths = tensor(rows * 2)

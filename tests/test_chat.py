@@ -146,11 +146,14 @@ def test_the_plain_pipe_prints_the_same_text(run: Any) -> None:
 def test_the_template_of_the_folder_is_used(pack: Path, run: Any) -> None:
     template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     template += "{% if messages | length > 2 %}{{ raise_exception('enough') }}{% endif %}"
+    before = (pack / "pack.json").read_bytes()
     (pack / "chat_template.jinja").write_text(template, "utf-8")
+    tiny_pack.seal(pack, {key: value for key, value in json.loads(before).items() if key != "files"})
     try:
         code, out, errors = run("chat", "--json", "--max-tokens", "4", given=b"a\nb\n")
     finally:
         (pack / "chat_template.jinja").unlink()
+        (pack / "pack.json").write_bytes(before)
     assert code == 2 and out.count("\n") == 1 and "refuses these messages: enough" in errors
     assert json.loads(out)["usage"]["prompt_tokens"] == len("<user>a")
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,7 +104,7 @@ FAILURES = {
     "datasets": (ModuleNotFoundError("x", name="datasets"), 2, "pip install 'shrew[data]'"),
     "pyarrow": (ModuleNotFoundError("x", name="pyarrow"), 2, "pip install 'shrew[data]'"),
     "compressed": (ModuleNotFoundError("x", name="compressed_tensors"), 2, "pip install 'shrew[compressed]'"),
-    "interrupt": (KeyboardInterrupt(), 2, "stopped; run the same command again to go on"),
+    "interrupt": (KeyboardInterrupt(), 130, "stopped; run the same command again to go on"),
 }
 
 
@@ -149,7 +150,7 @@ def test_termination_is_like_an_interrupt_and_the_handler_is_put_back(run: Run) 
         signal.pause()
         return 0
 
-    assert run(verb) == 2
+    assert run(verb) == 130
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -332,6 +333,22 @@ def test_the_real_transformers_knows_shrew(order: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("True True\n", 0), done.stderr
+
+
+def test_pack_does_not_overwrite_what_it_reads(
+    tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, file = tmp_path / "model", tmp_path / "model" / "model.gguf"
+    shutil.copytree(tiny_llama_folder, model)
+    assert cli.main(["pack", str(model), "--to", "gguf", "--out", str(file)]) == 0
+    for mark in ("shrew.json", "pack.json", "web.json"):
+        (model / mark).write_text("{}", "utf-8")
+    before = sorted(item.name for item in model.iterdir())
+    capsys.readouterr()
+    for to, source in (("folder", file), ("onnx", model), ("web", model)):
+        assert cli.main(["pack", str(source), "--to", to, "--out", str(model)]) == 2
+        assert f"would replace {source}, which is read" in capsys.readouterr().err
+    assert sorted(item.name for item in model.iterdir()) == before
 
 
 def test_pack_overwrites_nothing_else_and_leaves_nothing_half_written(

@@ -193,7 +193,7 @@ def test_bad_input_is_told(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=70), st.integers(1, 60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_hashes_of_runs_are_horners(values: list[int], length: int) -> None:
     found = python.windows(np.array(values, np.uint64), length)
     wanted = []

@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shrew import folder, spec
+from shrew import folder, record, spec, tasks
 from shrew.folder.grids import Steps, Uniform, dequantize, encode
 from shrew.moves import parse_moves
+from shrew.moves.calibrate import hessians
 from shrew.record import Record
 from shrew.tasks import Scores
 
@@ -28,6 +29,8 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
 import compression  # noqa: E402
 import costs  # noqa: E402
 import curves  # noqa: E402
+import equal  # noqa: E402
+import runtime  # noqa: E402
 import shares  # noqa: E402
 import sources  # noqa: E402
 import structure  # noqa: E402
@@ -108,7 +111,8 @@ def test_ours_between_two_peers_is_held_against_the_line_between() -> None:
 
 
 def test_intervals_are_those_of_all_resamples() -> None:
-    """Four documents can be drawn in 256 ways; a sample of them must have nearly the quantiles of all."""
+    """Four documents can be drawn in 256 ways; a sample of them must have nearly the quantiles of all, widened by
+    Student's t of 3 degrees of freedom (3.182 in any table) over the normal 1.96 and by the root of 4/3."""
     draw = np.random.default_rng(2).uniform(1, 9, (3, 4))
     tokens = np.full(4, 10.0)
     found = curves.compare(_artefacts(x=(200, draw[0])), _artefacts(a=(100, draw[1]), b=(400, draw[2] / 9)), 20000)
@@ -121,8 +125,22 @@ def test_intervals_are_those_of_all_resamples() -> None:
     whole = draw[0].sum() / np.sqrt(draw[1].sum() * draw[2].sum() / 9)
     np.testing.assert_allclose(found.value, whole)
     for end, share in ((found.low, 0.025), (found.high, 0.975)):
-        least, most = np.quantile(every, [share - 0.01, share + 0.01])
+        ends = np.quantile(every, [share - 0.01, share + 0.01])
+        least, most = whole * (ends / whole) ** (3.182446 / 1.96 * np.sqrt(4 / 3))
         assert least * (1 - 1e-9) <= end <= most * (1 + 1e-9)
+
+
+def test_an_interval_over_23_documents_holds_the_truth_as_often_as_it_says() -> None:
+    """Percentiles alone hold it too seldom."""
+    draw, held = np.random.default_rng(5), []
+    for _ in range(600):
+        common = draw.lognormal(0, 0.5, 23)
+        mine, theirs = (common * draw.lognormal(0, 0.5, 23) for _ in range(2))
+        found = curves.compare(_artefacts(x=(100, mine)), _artefacts(a=(100, theirs)), 400)
+        assert found is not None
+        held.append(found.low <= 1 <= found.high)
+    assert np.mean(held) > 0.93
+    assert curves.compare(_artefacts(x=(100, [1])), _artefacts(a=(100, [2]))) is None  # one document tells of no others
 
 
 # --- the table of arms -----------------------------------------------------------------------------------------------
@@ -139,6 +157,42 @@ def test_every_arm_has_an_adapter_its_requirements_and_a_name_of_its_own() -> No
             parse_moves(arm.settings["moves"], arm.name)
             heads = [move.get("embeddings") for move in arm.settings["moves"]]
             assert arm.alone != any(heads)  # embeddings in bf16 are what makes the second table fair
+
+
+def test_a_peer_at_its_own_default_is_no_extra() -> None:
+    """AutoRound's light recipe alone would be less than it recommends."""
+    plain = [arm for arm in ARMS if arm.peer == "AutoRound" and not arm.extra and not arm.healed]
+    light = {(arm.bits, arm.settings["group"]): arm for arm in plain if arm.settings.get("iters") == 50}
+    default = {(arm.bits, arm.settings["group"]): arm for arm in plain if "iters" not in arm.settings}
+    assert set(default) == {(2, 32), (3, 32), (4, 32), (4, 128)} <= set(light)
+    assert all(default[shape].seconds == 4 * light[shape].seconds for shape in default)
+
+
+@pytest.mark.parametrize(("flags", "verdicts"), [
+    ("", 1), ("--full", 1), ("--healed", 1), ("--peers Fake,HQQ", 0), ("--bits 3,4", 0), ("--only g32", 0),
+    ("--quick", 0), ("--peers " + ",".join(reversed(ADAPTERS)), 1),
+])  # fmt: skip
+def test_a_run_of_some_arms_gives_no_verdict(
+    flags: str, verdicts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would stand under the same name as that of all arms, and be taken for it as the later one."""
+    import torch
+
+    task = argparse.Namespace(score=lambda *_: None)
+    reference = argparse.Namespace(place=tmp_path, name="m", loaded=None, task=task)
+    one = Record(run="compression", model="m", metric="cannot", value="no")
+    told = Record(run="compression", model="m, Shrew", metric="kl_over_best_peer", value=0.5, low=0.4, high=0.6,
+                  detail={"table": "whole file", "sizes": [], "unbeaten": []})  # fmt: skip
+    for name, value in (("prepare", reference), ("outcome", {"cannot": "no"}), ("digest", "d"), ("verdicts", [told]),
+                        ("fact", one)):  # fmt: skip
+        monkeypatch.setattr(compression, name, lambda *_, value=value: value)
+    monkeypatch.setitem(compression.ADAPTERS, "Fake", "fake")
+    records = tmp_path / "records.jsonl"
+    always = ["--records", str(records), "--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr(sys, "argv", ["compression.py", *always, *flags.split()])
+    assert compression.main() == 0
+    assert sum(item.metric == "kl_over_best_peer" for item in record.read(records)) == verdicts
+    assert ("Nothing is said of the best peer" in capsys.readouterr().err) != bool(verdicts)
 
 
 # --- an adapter that pretends ----------------------------------------------------------------------------------------
@@ -260,6 +314,7 @@ def test_ours_goes_the_same_way_and_is_held_against_the_peer(bench: Any) -> None
     ratio = [Scores.parse(found["scores"]).ratio("kl_bits", "tokens") for _, found in done]
     assert records[0].value == pytest.approx(ratio[1] / ratio[0]) and records[0].value < 1
     assert "No peer is better at any of them." in curves.verdict(records[0])
+    assert records[0].detail["peers"] == ["Fake"]
     assert json.loads(next(args.work.rglob("importance.json")).read_text())["of"] == reference.mark[:2]
 
 
@@ -278,6 +333,12 @@ def test_importance_is_the_mean_square_of_what_comes_in(bench: Any) -> None:
     found = np.load(reference.place / "importance.npz")
     np.testing.assert_allclose(found["blk.1.ffn_down.weight"], expected, rtol=1e-4)
     assert not any(name.startswith(("token_embd", "output")) for name in found)  # as llama-imatrix leaves them out
+    assert len(found) == len(reference.linear) and all(row.dtype == np.float32 for row in found.values())
+    whole = hessians(reference.loaded, list(reference.rows))  # of whose diagonals these are all that is needed
+    sums = compression.squares(reference)
+    for name in reference.linear:
+        expected = whole[f"{name}.weight"].diagonal() / reference.rows.size
+        np.testing.assert_allclose(sums[f"{name}.weight"], expected, rtol=1e-4)
 
 
 def test_the_recipe_of_prose_suits_every_peer() -> None:
@@ -373,10 +434,32 @@ def test_costs_are_medians_and_ours_over_each_peer_by_rounds(bench: Any) -> None
                                                   strict=True)))  # fmt: skip
     assert [item.value for item in found if item.metric == "cpu_seconds"] == [2, 4]
     (over,) = [item for item in found if item.metric == "cpu_over_peer"]
-    assert (over.value, over.low, over.high, over.detail["peer"]) == (0.5, 0.25, 2.25, names[1])
+    assert (over.value, over.low, over.high) == (0.5, 0.25, 2.25)
+    assert over.detail == {"peer": names[1], "interval": "least and most"}
     shown = costs.table(found)
     assert shown.index("no kernel") > shown.index("HQQ") > shown.index("int4 g64 | 2.0")
     assert set(costs.COSTS) <= {arm.name for arm in ARMS}
+
+
+@pytest.mark.parametrize("rounds", [3, 5, 6, 7, 9])
+def test_what_is_called_95_percent_of_rounds_is_about_that(rounds: int) -> None:
+    draw = np.random.default_rng(rounds).lognormal(size=(1000, rounds))
+    found = [runtime.ratio(row, np.ones(rounds)) for row in draw]
+    kind = {"interval": "least and most"} if rounds < 6 else {}
+    assert all(item[3] == kind for item in found)
+    if kind:
+        assert [item[1:3] for item in found] == [(row.min(), row.max()) for row in draw]
+    else:  # the median of what is drawn is 1; 95 % less three standard errors of a thousand
+        assert np.mean([low <= 1 <= high for _, low, high, _ in found]) > 0.93
+
+
+def test_equal_quality_is_judged_on_the_split_that_chose_nothing() -> None:
+    task, tokenizer = tasks.read("python"), folder.load("starter").tokenizer
+    rows = equal.texts(512)
+    final = [tokenizer.encode(item.text, add_special_tokens=False)[:511] for item in task.examples("final")]
+    assert [ids[1:] for ids, _ in rows] == final
+    seen = {item.text for item in task.examples("search")}
+    assert seen and not any(text.startswith(tokenizer.decode(ids[1:])) for ids, _ in rows for text in seen)
 
 
 def test_a_share_is_told_against_the_reference_that_the_gate_took() -> None:
@@ -394,6 +477,60 @@ def test_a_share_is_told_against_the_reference_that_the_gate_took() -> None:
     assert (found.value, found.low, found.high) == (1 / 0.9, 1 / 0.95, 1 / 0.85)
     assert found.detail["at_most"] == 1.25 and found.detail["bytes_over_bf16"] == 0.25
     assert "| 0.250 | 250 | 2.0000 | healed original 1.8000 |" in shares.table([found])
+
+
+def test_a_share_is_made_anew_for_another_text_or_model_with_a_cache_of_its_own(
+    tmp_path: Path, trained_llama_folder: Path, stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def run(words: list[str], **more: Any) -> Any:
+        asked.append(Path(more["env"]["SHREW_CACHE"]))
+        Path(words[words.index("--out") + 1]).mkdir(parents=True)
+        Path(words[words.index("--out") + 1], "records.jsonl").touch()
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(shares, "subprocess", argparse.Namespace(run=run))
+    text, model = tmp_path / "text.txt", tmp_path / "other" / trained_llama_folder.name
+    text.write_text("One story.", "utf-8")
+    shutil.copytree(trained_llama_folder, model)
+    (model / "config.json").write_text((model / "config.json").read_text("utf-8") + "\n", "utf-8")
+    ways = [(trained_llama_folder, stories), (trained_llama_folder, text), (model, text)]
+    found = set()
+    for folder_, source in (*ways, *ways):
+        args = argparse.Namespace(model=str(folder_), text=[str(source)], work=tmp_path / "work", heal=1, minutes=1.0,
+                                  jobs=1)  # fmt: skip
+        found.add(shares.shrink(0.2, 1000, args, shares.mark(args)))
+    assert len(found) == len(asked) == 3
+    assert set(asked) == {(tmp_path / "work" / "cache").resolve()}
+
+
+def test_files_of_another_model_or_matrix_are_made_anew(
+    tmp_path: Path, trained_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def run(*words: Any) -> None:
+        made.append(Path(words[words.index("--out") + 1] if "--out" in words else words[4]))
+        assert not made[-1].exists()
+        made[-1].touch()
+
+    monkeypatch.setattr(equal, "run", run)
+    matrix = tmp_path / "importance.npz"
+    matrix.write_bytes(b"one")
+    args = argparse.Namespace(work=tmp_path / "work", chosen=Path("starter"), coded=False, types=("F16", "Q8_0"),
+                              importance=None, stock=[], llama="python")  # fmt: skip
+    wanted = {"": 4, "again": 0, "coded": 1, "chosen": 2, "importance": 1, "another": 1}
+    for change, count in wanted.items():
+        args.coded |= change == "coded"
+        args.chosen = trained_llama_folder if change == "chosen" else args.chosen
+        args.importance = matrix if change in ("importance", "another") else None
+        if change == "another":
+            matrix.write_bytes(b"two")
+        before = len(made)
+        arms = equal.prepare(args)
+        assert (change, len(made) - before) == (change, count)
+        assert all(path.exists() for _, path in arms.values())
 
 
 def test_flops_of_a_token_are_twice_the_products_and_what_attention_sees(trained_llama_folder: Path) -> None:

@@ -156,7 +156,7 @@ TREE = {"$defs": {"tree": {"type": "object", "properties": {
     "$ref": "#/$defs/tree"}  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)  # the space is endless: widen it by hand
+@settings(max_examples=150, derandomize=True)  # the space is endless: widen it by hand
 @given(SCHEMAS, st.integers(0, 9), st.sampled_from(["bytes", "fallback"]), st.sampled_from([0, 1, 3, 10, 60, 250]))
 @example(TREE, 0, "bytes", 0)
 @example(TREE, 1, "bytes", 40)
@@ -429,7 +429,7 @@ def test_a_model_without_an_end_is_refused() -> None:
         Grammars(Tokenizer(models.BPE({"a": 0}, [])), 1, [])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.recursive(JSON_VALUES | st.integers() | st.floats(), lambda inner: st.one_of(
     st.lists(inner, max_size=4),
     st.dictionaries(st.sampled_from(["type", "properties", "items", "enum", "anyOf", "allOf", "required", "minItems",

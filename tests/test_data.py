@@ -16,7 +16,6 @@ from shrew import data
 from shrew.data import Batches, Document, Stream, python
 from shrew.errors import DataError
 
-CALM = settings(deadline=None)  # a busy machine is no failure
 BEGIN = 7  # a token that begins every document
 
 
@@ -45,7 +44,6 @@ def _long_enough(stream: Stream, length: int) -> int:
 
 
 @given(streams, sizes, st.integers(0, 9))
-@CALM
 def test_an_epoch_has_every_window_once(stream: Stream, length: int, seed: int) -> None:
     length = _long_enough(stream, length)
     count = stream.windows(length)
@@ -61,7 +59,6 @@ def windows(stream: Stream, length: int) -> np.ndarray:
 
 
 @given(st.integers(2, 200), sizes, st.integers(0, 9))
-@CALM
 def test_an_epoch_has_every_token_once(size: int, length: int, seed: int) -> None:
     stream = _stream([size], False)
     length = _long_enough(stream, length)
@@ -72,7 +69,6 @@ def test_an_epoch_has_every_token_once(size: int, length: int, seed: int) -> Non
 
 
 @given(streams, sizes, sizes, st.integers(0, 30))
-@CALM
 def test_targets_are_the_next_tokens_of_the_same_document(stream: Stream, length: int, rows: int, number: int) -> None:
     length = _long_enough(stream, length)
     tokens, targets, owner = Batches(stream, length, rows, 0)[number]
@@ -98,7 +94,6 @@ def _explains(
 
 
 @given(streams, sizes, sizes, st.integers(1, 4), st.integers(0, 20))
-@CALM
 def test_processes_share_a_batch_without_overlap(
     stream: Stream, length: int, rows: int, world: int, number: int
 ) -> None:
@@ -110,7 +105,6 @@ def test_processes_share_a_batch_without_overlap(
 
 
 @given(streams, sizes, st.integers(0, 50))
-@CALM
 def test_a_batch_depends_on_its_number_alone(stream: Stream, length: int, number: int) -> None:
     length = _long_enough(stream, length)
     first = Batches(stream, length, 3, 1)[number]
@@ -194,7 +188,7 @@ def test_equal_and_blank_documents_count_once_or_not_at_all(tmp_path: Path) -> N
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=5, unique=True))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.mktemp("jsonl") / "t.jsonl"
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
@@ -259,7 +253,6 @@ shares = st.dictionaries(st.sampled_from("abcd"), st.floats(0.05, 1), min_size=1
 
 
 @given(texts, shares)
-@CALM
 def test_a_split_is_disjoint_complete_and_blind_to_order(texts: list[str], shares: dict[str, float]) -> None:
     items = [Document(str(i), text) for i, text in enumerate(texts)]
     parts = data.split_documents(items, shares, "salt")
@@ -356,7 +349,7 @@ def test_nothing_of_the_evaluation_text_is_trained_on(small_world: dict[str, str
 
 
 @given(st.integers(0, 150), st.integers(1, 120))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_run_of_fifty_tokens_is_found_wherever_it_stands(start: int, length: int) -> None:
     words = _code("held").split()
     run = words[start : start + length]

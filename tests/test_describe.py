@@ -158,11 +158,11 @@ def test_the_arms_of_a_contest_are_of_one_size_and_trained_alike(size: str) -> N
 def test_a_recipe_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.toml"
     path.write_text(RECIPE)
-    found = _described(path, capsys, "--sequence", "1k", "64", "2m")
+    found = _described(path, capsys, "--sequence", "1k", "--sequence", "64", "--sequence", "2m")
     assert (found["model"], found["spec"]["vocabulary"]) == (str(path), 512)
     assert [line["tokens"] for line in found["sequence"]] == [1024, 64, 2 * 1024**2]
     path.write_text(RECIPE + "[model.ffn]\nhidden = 40\n")
-    assert main(["describe", str(path), "--sequence", "1k", "4k"]) == 0
+    assert main(["describe", "--sequence", "1k", "--sequence", "4k", str(path)]) == 0
     told = capsys.readouterr().out
     assert "3 layers of width 32, 512 tokens, context 1,024\n" in told
     assert "1      B  attention, heads 1  mlp, hidden 40" in told

@@ -59,7 +59,6 @@ def test_comments_are_left_out_and_strings_are_not(language: str, text: str, wan
 
 
 @given(TEXTS)
-@settings(deadline=None)
 def test_each_token_has_its_line(tiny_tokenizer: Any, text: str) -> None:
     core = tiny_tokenizer.backend_tokenizer
     found = core.encode(text, add_special_tokens=False)
@@ -204,7 +203,7 @@ def _slow_lines(scores: Any, lines: Any, hits: Any) -> float:
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_loss_is_what_it_says_and_adds_up(seed: int) -> None:
     draw = np.random.default_rng(seed)
     rows, width = 6, 7

@@ -23,7 +23,7 @@ def bits(codes: np.ndarray) -> float:
     return float(-(counts * np.log2(counts / counts.sum())).sum())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(1, 150), st.integers(1, 300), st.sampled_from([0.0, 0.2, 1.5, 20.0, 1e4]))
 @example(0, 17000, 1, 1.0)  # one column
 @example(0, 1, 16384, 1.0)  # one row
@@ -39,7 +39,7 @@ def test_every_code_comes_back(seed: int, rows: int, cols: int, spread: float) -
     assert abs(entropy.size(codes) - len(stream)) <= 16 + 0.01 * len(stream)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.binary(max_size=3000), st.integers(1, 7))
 def test_whatever_the_codes_are(raw: bytes, cols: int) -> None:
     codes = np.frombuffer(raw[: len(raw) // cols * cols], np.uint8).reshape(-1, cols)
@@ -116,7 +116,7 @@ def test_wrong_tables_are_refused() -> None:
     refused(side(raw, flat), 160, 120)  # possible tables, but not of these codes
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.binary(max_size=60), st.integers(0, 400), st.integers(0, 2**16))
 def test_damage_is_refused_or_decodes_to_codes(noise: bytes, at: int, seed: int) -> None:
     raw = bytearray(entropy.encode(draw(seed, 130, 130, 1.0)).tobytes())

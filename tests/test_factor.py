@@ -62,7 +62,7 @@ def multiplied_out(model: Any) -> Any:
     return dense
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(out=st.integers(1, 6), inputs=st.integers(1, 6), seed=st.integers(0, 999))
 def test_what_is_left_out_is_the_error_and_no_pair_is_better(out: int, inputs: int, seed: int) -> None:
     chance = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def test_what_is_left_out_is_the_error_and_no_pair_is_better(out: int, inputs: i
         assert pair.missed(rank) == pytest.approx(found / scale, abs=1e-4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     shapes=st.lists(st.tuples(st.integers(4, 9), st.integers(4, 9)), min_size=1, max_size=3),
     keep=st.floats(0.3, 0.95),

@@ -65,7 +65,7 @@ def test_the_likelier_text_is_preferred(llama: Loaded) -> None:
     assert Scores.parse(json.loads(json.dumps(scores.dump()))).value() == scores.value()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(-99, 0), st.floats(-99, 0)), min_size=1, max_size=20))
 def test_a_tie_counts_half(values: list[tuple[float, float]]) -> None:
     found = prefers(np.array(values))

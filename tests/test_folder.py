@@ -507,7 +507,7 @@ def test_a_compressed_label_that_lies_is_refused(saved: Callable[[str], Path], t
             folder.load(tmp_path / "p")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200), st.booleans())
 def test_random_bytes_are_refused_politely(tmp_path_factory: Any, raw: bytes, framed: bool) -> None:
     path = tmp_path_factory.getbasetemp() / "random.safetensors"
@@ -524,7 +524,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-2, 2**70) | st.samp
 ENTRY = st.fixed_dictionaries({"dtype": JSON, "shape": JSON | st.just([1]), "data_offsets": JSON | st.just([0, 4])})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(["a", "b\n", "__metadata__"]), ENTRY | JSON, min_size=1), st.integers(0, 8))
 def test_hostile_headers_are_refused_politely(tmp_path_factory: Any, header: dict[str, Any], data: int) -> None:
     path = tmp_path_factory.getbasetemp() / "hostile.safetensors"

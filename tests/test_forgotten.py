@@ -64,7 +64,7 @@ def test_deciles_by_hand() -> None:
     assert token_deciles([], 3).tolist() == [[0.0] * 10] * 3
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.lists(st.lists(st.integers(0, 30), max_size=40), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_every_tenth_holds_a_tenth_and_ranks_by_frequency(rows: list[list[int]], random: Any) -> None:
     flat = [token for row in rows for token in row]
@@ -140,7 +140,7 @@ def test_other_tokens_give_no_change() -> None:
                for item in bands(measure.forgotten_records("run", "new", text_task(4), new, old)))  # fmt: skip
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))
 def test_paired_share_is_agresti_and_min(gained: int, lost: int, same: int) -> None:
     n = gained + lost + same

@@ -71,7 +71,7 @@ def test_the_nearest_level_is_found(grid: Levels) -> None:
     torch.testing.assert_close(found, (levels - points[:, None]).abs().amin(1), atol=1e-4, rtol=0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 23), st.integers(0, 99))
 def test_five_ternary_codes_share_a_byte(cols: int, seed: int) -> None:
     codes = torch.randint(0, 3, (4, cols), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
@@ -94,7 +94,7 @@ def arbitrary(grid: Levels, rows: int, cols: int, seed: int) -> tuple[torch.Tens
     return parts.pop("codes"), Steps(**parts)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from(IN_GGUF), st.integers(1, 3), st.integers(0, 2**32))
 def test_blocks_are_gguf_s_bit_for_bit(grid: Levels, count: int, seed: int) -> None:
     cols = 256 * count
@@ -166,7 +166,7 @@ ROWS = {
 }
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(GRIDS), st.sampled_from(sorted(ROWS)), st.integers(1, 300), st.booleans(),
     st.sampled_from([None, "drawn", "none matters"]), st.integers(0, 2**32),
@@ -402,7 +402,7 @@ def test_a_label_that_lies_is_refused(lie: str, tiny_tokenizer: Any, context: An
     assert "\n" not in str(caught.value)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(GRIDS), st.integers(1, 3), st.integers(0, 2**32))
 def test_any_steps_come_back_from_our_own_parts(grid: Levels, count: int, seed: int) -> None:
     cols = 37 * count if grid.table.ragged else grid.span * count

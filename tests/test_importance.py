@@ -15,7 +15,7 @@ from shrew.folder import Loaded
 from shrew.moves import Context, replay
 from shrew.moves.anatomy import batches, logits, read_anatomy
 from shrew.moves.importance import best_cut, columns_of, missed, moments, refitted, surgeon
-from shrew.moves.narrow import Narrow, head_choices
+from shrew.moves.narrow import Narrow
 from shrew.moves.replay import Replay, steady
 
 SHAPES = {"units": st.integers(2, 6), "size": st.integers(1, 3), "out": st.integers(1, 5), "seed": st.integers(0, 999)}
@@ -29,7 +29,7 @@ def problem(units: int, size: int, out: int, seed: int) -> tuple[torch.Tensor, t
     return torch.randn(out, units * size, generator=chance, dtype=torch.float64), x.T @ x / 200
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**SHAPES)
 def test_the_unit_that_goes_is_the_cheapest_of_all(units: int, size: int, out: int, seed: int) -> None:
     weight, moment = problem(units, size, out, seed)
@@ -42,7 +42,7 @@ def test_the_unit_that_goes_is_the_cheapest_of_all(units: int, size: int, out: i
     assert found <= min(costs.values()) * (1 + 1e-6) + 1e-12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**SHAPES)
 def test_a_refit_is_the_least_squares_one(units: int, size: int, out: int, seed: int) -> None:
     """No step away from it is better, by the damped objective."""
@@ -56,7 +56,7 @@ def test_a_refit_is_the_least_squares_one(units: int, size: int, out: int, seed:
         assert missed(weight, damped, columns, best + step) >= missed(weight, damped, columns, best) - 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(keep=st.integers(1, 5), **SHAPES)
 def test_never_worse_than_the_plain_choice(units: int, size: int, out: int, seed: int, keep: int) -> None:
     weight, moment = problem(units, size, out, seed)
@@ -120,9 +120,6 @@ HEADS: dict[str, dict[str, Any]] = {
 def test_heads_of_every_grouping(name: str, measure: Any, context: Context, tmp_path: Path, said: list[str]) -> None:
     loaded = make("llama", num_key_value_heads=HEADS[name]["num_key_value_heads"])
     groups = HEADS[name]["num_key_value_heads"]
-    assert (
-        head_choices(loaded) == {1: [], 2: [0.5], 4: [0.5, 0.25]}[groups]
-    )  # llama takes no three heads of 32 channels
     small = Narrow(heads=0.5, measure=measure).apply(loaded, context)
     config = small.model.config
     assert (config.num_key_value_heads, config.num_attention_heads) == {1: (1, 4), 2: (1, 2), 4: (2, 2)}[groups]

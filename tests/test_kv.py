@@ -44,7 +44,7 @@ def test_rounding_by_hand() -> None:
     np.testing.assert_array_equal(rounded(x, 8, False)[1], x[1])  # nothing but one value: no step is needed
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 2**31), st.integers(1, 40), st.sampled_from([4, 8]), st.booleans(), st.floats(-8, 8))
 def test_no_value_is_further_than_half_a_step(seed: int, n: int, bits: int, symmetric: bool, scale: float) -> None:
     rng = np.random.default_rng(seed)

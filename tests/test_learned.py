@@ -100,7 +100,7 @@ def test_layers_that_run_twice_are_calibrated_at_once(context: Any, said: list[s
 # Learned rounding
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(2, 8), st.sampled_from([0, 3, 16]), st.booleans(), st.integers(1, 40), st.integers(0, 2**32))
 def test_it_starts_exactly_where_it_is_told_to(bits: int, group: int, symmetric: bool, cols: int, seed: int) -> None:
     rows, grid = matrix(seed, 4, cols), Uniform(bits, group, symmetric)
@@ -174,7 +174,7 @@ def test_saved_and_loaded_with_the_promised_bytes(context: Any, tmp_path: Any) -
 # Rounding to nearest, weighted
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 8), st.booleans(), st.integers(1, 70), st.integers(0, 2**32))
 def test_weighted_is_never_worse_where_inputs_are_independent(bits: int, symmetric: bool, cols: int, seed: int) -> None:
     rows, moments = matrix(seed, 5, cols), matrix(seed + 1, 1, cols).square() * 10
@@ -187,7 +187,7 @@ def test_weighted_is_never_worse_where_inputs_are_independent(bits: int, symmetr
     assert (weighted <= plain * 1.00001 + 1e-9).all()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(2, 5), st.sampled_from([0, 16, 24]), st.integers(2, 80), st.integers(1, 60), st.integers(0, 2**32))
 def test_error_feedback_is_never_worse_than_rounding(bits: int, group: int, cols: int, seen: int, seed: int) -> None:
     """On the layer's outputs, row by row, for any inputs: few, zero, of outliers."""

@@ -33,7 +33,7 @@ def fresh(kind: str) -> Loaded:
 # Arithmetic
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(1, 30), st.integers(1, 30), st.integers(1, 8), st.integers(0, 2**32))
 def test_no_factors_of_that_rank_do_better(batch: int, rows: int, cols: int, rank: int, seed: int) -> None:
     """The oracle: singular values of E H^(1/2) beyond the rank are what must be left (Eckart and Young 1936)."""
@@ -66,7 +66,7 @@ def test_nothing_is_corrected_where_nothing_is_wrong() -> None:
     assert torch.isfinite(right).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 4), st.booleans(), st.integers(0, 999))
 def test_parts_and_back(count: int, rows: int, cols: int, rank: int, transposed: bool, seed: int) -> None:
     shape = (cols, rows) if transposed else (rows, cols)

@@ -63,7 +63,7 @@ def test_bootstrap_agrees_with_theory_and_with_single_resamples() -> None:
     np.testing.assert_allclose(few.values(rows), [few.value(row) for row in index])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.floats(1, 1e5), min_size=2, max_size=30), st.floats(0.5, 2), st.integers(0, 99))
 def test_a_constant_factor_is_known_exactly(bits: list[float], factor: float, seed: int) -> None:
     old, new = text(bits), text(np.array(bits) * factor)
@@ -72,7 +72,7 @@ def test_a_constant_factor_is_known_exactly(bits: list[float], factor: float, se
     assert measure.lower_bound(old, new, samples=50, seed=seed) == pytest.approx(1 / factor)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(2, 60), st.integers(0, 2**31))
 def test_bounds_are_ordered(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

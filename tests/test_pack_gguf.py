@@ -136,7 +136,7 @@ def test_states_norms_and_experts_are_stored_as_llama_cpp_computes_them(tiny_tok
 # --- packed weights ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.integers(2, 8), group=st.sampled_from([0, 32, 64, 128]), symmetric=st.booleans(),
     cols=st.sampled_from([32, 96, 160, 256]), seed=st.integers(0, 99), small=st.sampled_from([1.0, 1e-3, 1e-9]),
@@ -355,7 +355,7 @@ def test_a_byte_level_tokenizer_comes_back(name: str, text: str) -> None:
     assert again.chat_template == "{{ 1 }}"
     assert again.backend_tokenizer.get_vocab() == original.backend_tokenizer.get_vocab()
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(st.text() | st.lists(st.sampled_from(["It's", " x", "  ", "\n", "12", "<tool>", "<eos>", "é"])).map("".join))
     def same(line: str) -> None:
         ids = original(line)["input_ids"]
@@ -376,7 +376,7 @@ def test_a_sentencepiece_tokenizer_comes_back(prefix: bool, text: str) -> None:
     assert values["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
     again = tokens.rebuild("file", values)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(st.text() | st.lists(st.sampled_from(["return", " self", "  ", "def ", "\n", "é", "😀"])).map("".join))
     def same(line: str) -> None:
         ids = original(line)["input_ids"]
@@ -495,7 +495,7 @@ def test_hostile_headers_are_refused_in_a_sentence(sound: bytes, tmp_path: Path)
     assert "NaN or infinite" in refused(sound[:weights] + b"\xff" * 64, tmp_path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damage_anywhere_in_the_header_gives_a_sentence_or_a_model(
     sound: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -143,7 +143,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShrewForCausalLM, R
     return model, written(graph, tmp_path_factory.mktemp("mixed"))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(pieces=st.lists(st.integers(1, 16), max_size=8), length=st.integers(1, CONTEXT), seed=st.integers(0, 9))
 def test_any_pieces(mixed: tuple[ShrewForCausalLM, Runner], pieces: list[int], length: int, seed: int) -> None:
     model, runner = mixed
@@ -214,7 +214,7 @@ def values(blocks: Blocks) -> np.ndarray:
 GROUPS = (0, 16, 32, 48, 64, 128, 256)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(bits=st.integers(2, 8), group=st.sampled_from(GROUPS), cols=st.integers(1, 20), symmetric=st.booleans(),
        seed=st.integers(0, 99))  # fmt: skip
 def test_blocks_hold_the_same_values(bits: int, group: int, cols: int, symmetric: bool, seed: int) -> None:
@@ -395,7 +395,8 @@ def test_several_chat_templates_lie_in_the_pack(tiny_llama_folder: Path, tmp_pat
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("with tools", "utf-8")
     found = packed_folder(source, tmp_path / "packed")
     assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == sorted([*found["files"], "pack.json"])
-    assert template.of_folder(tmp_path / "packed").sources == {"default": "plain", "tool_use": "with tools"}
+    made = template.of_folder(tmp_path / "packed", found["files"])
+    assert made.sources == {"default": "plain", "tool_use": "with tools"}
 
 
 def test_a_graph_that_is_not_the_model_is_refused(

@@ -134,7 +134,7 @@ def test_the_page_holds_the_text_and_nothing_of_elsewhere(model: Path, tmp_path:
     assert all(drawn[a] >= drawn[b] for a, b in pairwise(order))  # up is a smaller y
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(min_size=1, max_size=80), st.sampled_from(["static", "space"]), st.integers(20, 60))
 @example(b"\x00\x00\x80\x80" + "\N{BLACK RIGHT-POINTING DOUBLE TRIANGLE}".encode() + b"\x00\x80\x80", "static", 23)
 def test_any_bytes_are_shown(text: bytes, rule: Any, width: int) -> None:
@@ -162,7 +162,10 @@ def test_bad_input_ends_in_a_sentence(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
     for words, told in [
+        ([str(mine), "--rule", "static", "--html", str(mine)], "would replace"),
         (["-"], "not a single byte"),
         ([""], "not a single byte"),
         ([str(tmp_path)], "is a folder"),
@@ -177,6 +180,7 @@ def test_bad_input_ends_in_a_sentence(
         assert err.startswith("shrew: ")
         assert err.count("\n") == 1
         assert out == ""
+    assert mine.read_text() == "mine"
     monkeypatch.setattr(show, "SHIPPED", tmp_path / "none")
     code, _, err = run(capsys, "text")
     assert (code, "none ships here; give one with --model" in err) == (2, True)

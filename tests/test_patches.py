@@ -102,7 +102,7 @@ def test_smoothing_is_the_recurrence_and_stops_at_documents() -> None:
 
 
 @given(st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=7, max_size=7), min_size=1, max_size=3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_bytes_are_members_of_the_patch_that_ends_behind_them(rows: list[list[tuple[bool, bool]]]) -> None:
     closed = torch.tensor([[item[0] for item in row] for row in rows])
     owner = torch.tensor([[item[1] for item in row] for row in rows]).long().cumsum(1)

@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from shrew import errors, folder
 from shrew.blocks import describe
-from shrew.blocks.patches.boundaries import boundaries
+from shrew.blocks.patches.boundaries import EntropySpec, boundaries
 from shrew.blocks.patches.entropy import entropies
+from shrew.blocks.patches.lend import asked
 from shrew.data import Document
 from shrew.packers.onnx.source import ours
 from shrew.tasks.text import Text
@@ -85,6 +87,18 @@ def test_entropies_are_lent_and_the_threshold_is_fitted(place: Path, text: str) 
     lengths = torch.tensor([row.shape[1]])
     wanted = boundaries(row, lengths, model.spec.front.rule, entropies(oracle, row, lengths))
     assert (ends[:, :-1] == wanted[:, 1:]).double().mean() > 0.97  # stored weights are rounded
+
+
+def test_the_threshold_is_not_that_of_beginnings(place: Path, text: str) -> None:
+    noise = "".join(np.random.default_rng(0).permutation(list(text[:1100])))
+
+    def threshold(*texts: str) -> float:
+        spec, _ = asked(folder.load(place / "patches").model.spec, str(place / "bytes"), texts)
+        assert spec.patches is not None and isinstance(spec.patches.rule, EntropySpec)
+        return spec.patches.rule.threshold
+
+    whole, begun, noisy = threshold(text[:40_000]), threshold("", noise + text[:40_000]), threshold(noise)
+    assert abs(begun - whole) < 0.1 * abs(noisy - whole)
 
 
 @pytest.mark.parametrize("name", ["patches", "space"])

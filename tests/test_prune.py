@@ -21,7 +21,7 @@ from shrew.moves.prune import Prune, least
 from shrew.moves.quantize import Quantize
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     zeros=st.floats(0, 1),
@@ -46,7 +46,7 @@ def test_the_bitmap_is_a_little_endian_stream() -> None:
     assert parts["w:bitmap"].tolist() == [0b00000101, 0b00000011] and parts["w:values"].tolist() == [1, 2, 3, 4]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 6), cols=st.integers(1, 20), share=st.floats(0.01, 0.99), seed=st.integers(0, 99))
 def test_the_lowest_of_each_row_go(rows: int, cols: int, share: float, seed: int) -> None:
     scores = torch.randint(0, 6, (rows, cols), generator=torch.Generator().manual_seed(seed)).float()

@@ -42,7 +42,6 @@ def test_rounding_eight_numbers() -> None:
     assert (codes.tolist(), steps.scales.tolist(), steps.zeros.tolist()) == ([[0, 1, 2, 7]], [[1]], [[0]])
 
 
-@settings(deadline=None)
 @given(st.integers(2, 8), st.integers(0, 40), st.booleans(), st.integers(1, 70), st.integers(0, 2**32))
 def test_what_is_on_the_grid_stays(bits: int, group: int, symmetric: bool, cols: int, seed: int) -> None:
     grid = Uniform(bits, group, symmetric)
@@ -53,7 +52,7 @@ def test_what_is_on_the_grid_stays(bits: int, group: int, symmetric: bool, cols:
     assert torch.equal(dequantize(encode(values, steps, grid), steps, grid), values)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 8), st.booleans(), st.integers(0, 2**32))
 def test_searching_the_range_never_hurts_much_and_bits_help(bits: int, symmetric: bool, seed: int) -> None:
     rows = matrix(seed, 8, 64)

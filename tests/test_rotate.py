@@ -29,7 +29,7 @@ SOME = {  # what cannot be turned with the residual stream, and why
 }
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 130), st.integers(0, 2**32))
 def test_every_size_gets_an_orthogonal_matrix_that_spreads(size: int, seed: int) -> None:
     matrix = hadamard(size, torch.Generator().manual_seed(seed))
@@ -41,7 +41,7 @@ def test_every_size_gets_an_orthogonal_matrix_that_spreads(size: int, seed: int)
         torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, size**-0.5))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3), st.booleans())
 def test_turning_both_sides_leaves_the_product(heads: int, width: int, rows: int, first: int, columns: bool) -> None:
     draw = torch.Generator().manual_seed(width)

@@ -81,7 +81,7 @@ def test_one_after_the_other_and_all_at_once(tiny: tuple[tiny_pack.Tiny, Model])
             assert [ids(answer) for answer in answers] == expected
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_joining_and_leaving_at_any_time(hybrid: tuple[tiny_pack.Tiny, Model], data: Any) -> None:
     made, model = hybrid
@@ -196,6 +196,18 @@ def test_log_probabilities_are_the_models_own_whatever_is_sampled(hybrid: tuple[
     rows = log_softmax(made.logits(PROMPTS[1] + ids(piece)))[len(PROMPTS[1]) - 1 :]
     for row, token in zip(rows, piece.tokens, strict=False):
         assert token.logprob == pytest.approx(row[token.id], abs=1e-4)
+
+
+def test_an_embedding_that_is_cancelled_is_not_computed(hybrid: tuple[tiny_pack.Tiny, Model]) -> None:
+    with Engine(hybrid[1], slots=1) as engine:
+        busy = engine.submit(greedy(PROMPTS[0], 400))
+        first, second = engine.embedding([5] * 500), engine.embedding(PROMPTS[3])
+        assert first.cancel()
+        busy.cancel()
+        assert np.isfinite(second.result(timeout=60)).all()
+        found = engine.metrics()
+        assert (found["requests_cancelled_total"], found["requests_length_total"]) == (2, 1)
+        assert found["prompt_tokens_total"] < 1000 and found["calls_total"] < 20
 
 
 def test_embeddings(tiny: tuple[tiny_pack.Tiny, Model]) -> None:

@@ -1,6 +1,12 @@
 """A packed folder is believed only as far as it was checked; and the runtime runs where there is no torch."""
 
+import ctypes
+import gzip
 import json
+import mmap
+import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import tiny_pack
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +24,8 @@ from hypothesis import strategies as st
 from shrew import machine
 from shrew.errors import FolderError, UsageError
 from shrew.runtime import Engine, Request, load
+from shrew.runtime.pack import PLAIN_ATTENTION
+from shrew.runtime.server import Options, Served
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +123,27 @@ def test_weights_that_lie_elsewhere(pack: Path) -> None:
         load(pack)
 
 
+def test_files_that_are_not_listed_are_not_read(pack: Path) -> None:
+    """No hash speaks for them."""
+    before = load(pack, threads=1)
+    other = json.loads(before.tokenizer.to_str()) | {"normalizer": {"type": "Lowercase"}}
+    (pack / "tokenizer.json.gz").write_bytes(gzip.compress(json.dumps(other).encode()))
+    (pack / "model.coded").write_bytes(b"nothing")
+    (pack / "chat_template.jinja").write_text("INJECTED")
+    (pack / "tokenizer_config.json").write_text('{"bos_token": "INJECTED", "chat_template": "INJECTED"}')
+    (pack / "additional_chat_templates").mkdir()
+    (pack / "additional_chat_templates" / "tool_use.jinja").write_text("INJECTED")
+    model = load(pack, threads=1)
+    assert model.tokenizer.to_str() == before.tokenizer.to_str()
+    served = Served("tiny", model, None, Options())
+    assert served.template.plain and served.config == {} and served.special("bos_token") == "<bos>"
+    found = manifest(pack)["files"]
+    del found["model.bin"]
+    change(pack, files=found)
+    with pytest.raises(FolderError, match=r"'model\.bin' is not listed"):
+        load(pack)
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.bin", "tokenizer.json"])
 def test_files_that_are_missing_short_or_changed(pack: Path, name: str) -> None:
     content = (pack / name).read_bytes()
@@ -153,7 +183,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_change_is_refused_in_a_sentence_or_harmless(sound: Path, tmp_path: Path, data: st.DataObject) -> None:
     found = manifest(sound)
@@ -233,3 +263,47 @@ print(int(status["VmHWM"].split()[0]) // 1024, "MB")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout.split()[0]) < 150, done.stdout
+
+
+def test_attention_is_the_plain_one_unless_said_otherwise(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime reads a variable when a graph is opened; it is there only then, and what a user sets counts."""
+    seen: list[str | None] = []
+    opened = onnxruntime.InferenceSession
+
+    def watched(*words: Any, **more: Any) -> Any:
+        seen.append(os.environ.get(PLAIN_ATTENTION))
+        return opened(*words, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", watched)
+    monkeypatch.delenv(PLAIN_ATTENTION, raising=False)
+    load(sound, threads=1)
+    assert seen == ["1"] and PLAIN_ATTENTION not in os.environ
+    monkeypatch.setenv(PLAIN_ATTENTION, "0")
+    load(sound, threads=1)
+    assert seen == ["1", "0"] and os.environ[PLAIN_ATTENTION] == "0"
+
+
+def large(held: mmap.mmap) -> int:
+    """kB of it that stand in large pages."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    found = False
+    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            found = start <= address < end
+        elif found and line.startswith("AnonHugePages:"):
+            return int(line.split()[1])
+    return 0
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no large pages here")
+def test_memory_of_a_block_stands_in_large_pages() -> None:
+    content = os.urandom(8 << 20)
+    with machine.large_pages():
+        held = mmap.mmap(-1, len(content), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        held[:] = content
+    assert held[:] == content
+    if tuple(int(part) for part in platform.release().split(".")[:2]) >= (6, 1):
+        assert large(held) >= 4 << 10
+    with pytest.raises(ZeroDivisionError), machine.large_pages():
+        _ = 1 / 0

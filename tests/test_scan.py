@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,7 @@ from shrew.scan.judge import Judge, Point
 BAD = 'def find(db, name):\n    return db.execute("SELECT * FROM t WHERE n = \'%s\'" % name)\n'
 GOOD = 'def add(a, b):\n    """Sum."""\n    return a + b\n'
 SHELL = 'def run(x):\n    import os\n    os.system("ls " + x)\n'
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to scan in, and a cache of its own."""
-    monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    yield tmp_path / "work"
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def write(files: dict[str, str], old: bool = True) -> None:
@@ -145,7 +137,7 @@ def test_what_code_means_does_count(language: str, one: str, two: str) -> None:
     assert normalise(one, language) != normalise(two, language)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(alphabet="def class(){}[]:;'\"`#/*\\\n \tx=é\x0c\r@", max_size=60), st.sampled_from(LANGUAGES))
 def test_any_text_gives_functions_inside_it(text: str, language: str) -> None:
     found: list[Function] = functions(source(text, language))
@@ -228,6 +220,43 @@ def test_a_baseline_leaves_new_alerts(run: Run) -> None:
     write({"b.py": SHELL})
     code, report = run(".", "--baseline", "known.json")
     assert (code, names(report)) == (1, ["b.py:run"])
+
+
+def test_a_hook_sees_of_named_files_what_a_scan_of_the_project_sees(run: Run) -> None:
+    files = ["a.py", "legacy/u.py", "src/tests/t.py", "src/b_test.py", "vendor/v.py", "env/lib/e.py", "src/b_pb2.py"]
+    write(dict.fromkeys(files, BAD) | {"env/pyvenv.cfg": "", ".shrew.toml": '[scan]\nexclude = ["legacy"]\n'})
+    assert len(run(*files)[1]["alerts"]) == len(files), "what is named is scanned, unless"
+    for more, most in (((), 1), (("--include-tests",), 3), (("--include-vendored",), 4)):
+        whole, named = run(".", *more), run("--force-exclude", *more, *files)
+        assert names(whole[1]) == names(named[1]) and len(named[1]["alerts"]) == most
+    assert run("--force-exclude", "legacy/u.py", "src/tests")[0] == 0
+
+
+def test_a_report_is_not_written_over_code(capsys: pytest.CaptureFixture[str]) -> None:
+    write({"a.py": BAD, "b.py": GOOD, "run": BAD})
+    for paths, out in ((".", "b.py"), ("a.py", "a.py"), ("a.py", "b.py"), ("run", "./run")):
+        for flag in ("--out", "--write-baseline"):
+            assert main(["scan", paths, flag, out, "--detector", "none"]) == 2
+            assert f"{flag}: '{out}' is a file with code" in capsys.readouterr().err
+    assert [Path(name).read_text() for name in ("a.py", "b.py", "run")] == [BAD, GOOD, BAD]
+
+
+def test_the_name_of_a_report_says_its_format(capsys: pytest.CaptureFixture[str]) -> None:
+    write({"a.py": BAD})
+    for name, kind in (("r.sarif", "sarif"), ("r.HTML", "html"), ("r.json", "json")):
+        assert main(["scan", ".", "--out", name, "--detector", "none"]) == 2
+        assert f"add --format {kind}" in capsys.readouterr().err and not Path(name).exists()
+        assert main(["scan", ".", "--out", name, "--format", kind, "--detector", "none"]) == 1
+    assert main(["scan", ".", "--out", "r.sarif", "--json", "--detector", "none"]) == 2
+    assert main(["scan", ".", "--out", "r.json", "--format", "gitlab", "--detector", "none"]) == 1
+
+
+def test_json_is_a_flag_as_with_every_verb(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    write({"a.py": BAD})
+    assert main(["scan", ".", "--json", "--detector", "none"]) == 1
+    assert json.loads(capsys.readouterr().out)["alerts"] == run(".")[1]["alerts"] != []
+    assert main(["scan", ".", "--json", "--format", "sarif"]) == 2
+    assert "--json and --format sarif exclude each other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["text", "json", "sarif", "gitlab", "html"])

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,8 @@ BAD = 'def find(db, name):\n    return db.execute("SELECT * FROM t WHERE n = \'%
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    Path("bad.py").write_text(BAD)
-    yield tmp_path / "work"
+def planted(place: Path) -> None:
+    (place / "bad.py").write_text(BAD)
 
 
 @pytest.fixture
@@ -350,7 +346,7 @@ def test_a_damaged_cache_is_thrown_away(damage: Callable[[Path], None], run: Run
     assert run()["said"] == ""
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 60_000), noise=st.binary(min_size=1, max_size=400))
 def test_noise_in_the_cache_changes_nothing(at: int, noise: bytes) -> None:
     spec = ScanSpec(detector="none")
@@ -382,7 +378,7 @@ def test_ctrl_c_keeps_what_was_learnt(run: Run, monkeypatch: pytest.MonkeyPatch)
         return analyse(*words)
 
     monkeypatch.setattr(pipeline, "analyse", stop)
-    assert main(["scan", ".", "--detector", "none"]) == 2
+    assert main(["scan", ".", "--detector", "none"]) == 130
     run()
     assert len(seen) == 4 + 3, "three of six were kept"
 
@@ -405,6 +401,7 @@ def test_ctrl_c_keeps_what_was_learnt(run: Run, monkeypatch: pytest.MonkeyPatch)
         ["--jobs", "0"],
         ["--point", "loud"],
         ["--out", "."],
+        ["bad.py", "--out", "bad.py"],
         ["--write-baseline", "."],
         ["--diff", "HEAD", "--write-baseline", "known.json"],
         [""],

@@ -49,7 +49,6 @@ def test_calls_know_what_stands_in_their_parentheses() -> None:
                      ("*", '("% % ,')}  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(TEXTS, st.sampled_from(LANGUAGES)), max_size=6))
 def test_a_row_depends_on_its_text_alone(items: list[tuple[str, str]]) -> None:
     texts, languages = [item[0] for item in items], [item[1] for item in items]
@@ -84,7 +83,7 @@ def test_buckets_are_the_same_everywhere() -> None:
     assert int(found.columns.sum()) == 2408509
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 100))
 def test_the_fit_is_the_minimum(seed: int, cost: float) -> None:
     """The loss is strictly convex: where its gradient is nothing there is no lower place. Slow dense gradient."""
@@ -185,7 +184,6 @@ def test_a_combination_finds_what_helps() -> None:
         combine.fit([1.0], [1.0], [[]], [1])
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=5, max_size=5))
 def test_points_are_the_lowest_thresholds_allowed(counts: list[int]) -> None:
     values = np.repeat([0.0, 0.1, 0.2, 0.5, 1.0, 0.01], [*counts, 200])

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,8 @@ FOLDER = judge.BUILT_IN.with_name("scan-hybrid")
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder to scan in, and a cache of its own."""
-    monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    Path("a.py").write_text(BAD)
-    yield tmp_path / "work"
+def planted(place: Path) -> None:
+    (place / "a.py").write_text(BAD)
 
 
 Run = Callable[..., dict[str, Any]]

@@ -190,7 +190,7 @@ JUNK = st.recursive(
 
 @given(JUNK, st.sampled_from(["runs", "results"]))
 @example({"runs": None, "test_id": None, "line_range": True}, "results")
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_any_json_gives_findings_or_is_refused(tmp_path_factory: pytest.TempPathFactory, junk: Any, key: str) -> None:
     path = written(tmp_path_factory.mktemp("x"), {key: [junk, result() | {"locations": junk}]})
     try:

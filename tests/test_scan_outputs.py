@@ -248,7 +248,7 @@ def test_paths_that_are_not_below_the_root() -> None:
     assert "uriBaseId" not in place["artifactLocation"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(reports(), st.booleans())
 def test_the_log_is_valid_whatever_was_scanned(found: Report, suppressed: bool) -> None:
     log = json.loads(sarif.sarif(found, suppressed))
@@ -320,7 +320,7 @@ def test_thousands_of_skipped_files_are_counted() -> None:
     assert text.count("binary") == 20 and "not scanned: 4,980 more\n" in text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(reports(), st.booleans())
 def test_the_text_holds_nothing_that_a_terminal_obeys(found: Report, explain: bool) -> None:
     text = show.text(found, explain)
@@ -331,7 +331,7 @@ def test_the_text_holds_nothing_that_a_terminal_obeys(found: Report, explain: bo
         assert text.count("\n") == lines
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(reports())
 def test_the_json_has_the_documented_fields(found: Report) -> None:
     text = show.to_json(found)
@@ -434,7 +434,7 @@ def test_thousands_of_alerts_and_lines_of_a_megabyte_are_bounded() -> None:
     assert len(sarif.sarif(report(*many[:5]))) - len(sarif.sarif(report())) < 20_000
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(reports())
 def test_whatever_was_scanned_is_only_text_on_the_page(found: Report) -> None:
     text = page(found)

@@ -27,18 +27,15 @@ class Started(subprocess.Popen[bytes]):
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def planted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six files, one of them odd and one that is none, and workers for however little."""
-    monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pipeline, "POOLED", 0)
     monkeypatch.setattr(pool.subprocess, "Popen", Started)
     STARTED.clear()
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
     for at in range(6):
-        Path(f"{at}.py").write_text(BAD * at + f"x = {at}\n")
-    Path("odd.py").write_bytes(b"# \xe9\n" + BAD.encode())
-    Path("none.py").write_bytes(bytes(range(256)))
+        (place / f"{at}.py").write_text(BAD * at + f"x = {at}\n")
+    (place / "odd.py").write_bytes(b"# \xe9\n" + BAD.encode())
+    (place / "none.py").write_bytes(bytes(range(256)))
 
 
 @pytest.fixture
@@ -125,7 +122,7 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_was_learnt(run: Run, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "Held", stop)
-        assert main(["scan", ".", "--jobs", "2"]) == 2
+        assert main(["scan", ".", "--jobs", "2"]) == 130
     assert len(STARTED) == 2 and ended()
     sent = list[str]()
     monkeypatch.setattr(pool.Pool, "submit", lambda self, task: sent.append(task.path) or pytest.fail("enough"))

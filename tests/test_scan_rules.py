@@ -338,7 +338,7 @@ def test_a_file_without_the_words_of_a_query_is_passed_over(text: str, fits: byt
 
 
 @given(st.text(st.sampled_from('()[]"@#.!_:? ;\\\n') | st.sampled_from("acelnoqu-"), max_size=60))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_text_is_a_query_or_refused(text: str) -> None:
     try:
         query.parse(text, parse(source("")).language)
@@ -350,7 +350,7 @@ PARTS = ["a", "[ab]", ".", "a*", "(?:a|b)", "b+?", "(ab)", "(a*)?", "a{2,5}", "^
 
 
 @given(st.lists(st.sampled_from(PARTS), max_size=8))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_an_expression_that_is_taken_ends(parts: list[str]) -> None:
     try:
         pattern = expressions.compile_safely("".join(parts) + "c")
@@ -379,7 +379,7 @@ PIECES = [
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=40), st.sampled_from(LANGUAGES))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_text_is_matched_and_always_the_same(pieces: list[str], language: str) -> None:
     text = "".join(pieces)
     hits = found(text, language)

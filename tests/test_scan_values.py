@@ -43,7 +43,7 @@ def test_names_of_variables_do_not_matter() -> None:
     assert found != values(text.format("a", "b", "c").replace("'ls ' + ", ""), "python")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(PIECES, max_size=30).map("".join), st.sampled_from(LANGUAGES))
 def test_any_text_has_the_same_values_again(text: str, language: str) -> None:
     found = values(text, language)
@@ -71,7 +71,7 @@ def test_both_tables_stand_side_by_side() -> None:
         assert (values_of**2).sum() == pytest.approx((len(first) > 0) + (len(second) > 0))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
 def test_what_moves_in_pairs_is_free(seed: int) -> None:
     """Counted pair by pair."""

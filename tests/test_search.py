@@ -23,7 +23,7 @@ from shrew.moves import apply_moves, parse_moves
 from shrew.moves.anatomy import find_layers
 from shrew.moves.source import Source
 from shrew.search import gate, trial
-from shrew.search.allocate import Group, allocate, extend
+from shrew.search.allocate import Group, extend
 from shrew.search.families import family
 from shrew.search.gate import Verdict, fixed_sequence, judge
 from shrew.search.kinds import Kind, widths
@@ -36,44 +36,6 @@ from shrew.tasks import Scores
 # Bits for weights
 
 BITS = tuple(widths(64, True).bits)
-
-sizes_and_damages = st.integers(1, 4).flatmap(
-    lambda count: st.tuples(
-        st.lists(st.lists(st.integers(1, 5000), min_size=3, max_size=3), min_size=count, max_size=count),
-        st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=count, max_size=count),
-    )
-)
-
-
-def damage_of(picked: list[int], damages: list[dict[int, float]]) -> float:
-    return sum(table[bits] for bits, table in zip(picked, damages, strict=True))
-
-
-@settings(deadline=None, max_examples=150)
-@given(sizes_and_damages, st.floats(0.2, 1.1))
-def test_allocation_against_trying_everything(drawn: Any, share: float) -> None:
-    sizes = [dict(zip((2, 3, 4), sorted(row), strict=True)) for row in drawn[0]]
-    damages = [dict(zip((2, 3, 4), row, strict=True)) for row in drawn[1]]
-    budget = round(share * sum(max(row.values()) for row in sizes))
-    ways = [list(way) for way in itertools.product((2, 3, 4), repeat=len(sizes))]
-    spent = {tuple(way): sum(size[bits] for size, bits in zip(sizes, way, strict=True)) for way in ways}
-    picked = allocate(sizes, damages, budget)
-    if picked is None:
-        assert min(spent.values()) > budget
-        return
-    assert spent[tuple(picked)] <= budget
-    # Sizes are rounded up to 1/4096 of the budget each, so it is at least as good as anything that fits in a bit less.
-    roomy = [way for way in ways if spent[tuple(way)] <= budget - len(sizes) * max(budget / 4096, 1)]
-    if roomy:
-        assert damage_of(picked, damages) <= min(damage_of(way, damages) for way in roomy) + 1e-12
-
-
-def test_allocation_with_nothing_to_spare() -> None:
-    sizes, damages = [{2: 100, 4: 200}, {2: 50, 4: 100}], [{2: 1.0, 4: 0.1}, {2: 0.2, 4: 0.1}]
-    assert allocate(sizes, damages, 149) is None
-    assert allocate(sizes, damages, 150) == [2, 2]
-    assert allocate(sizes, damages, 250) == [4, 2]  # the first group gains more
-    assert allocate(sizes, damages, 10**12) == [4, 4]
 
 
 def test_damage_at_unmeasured_widths_quarters_with_each_bit() -> None:
@@ -92,7 +54,7 @@ def test_damage_between_two_measured_grids_follows_the_power_that_they_show() ->
     assert [found["d"] / found["c"], found["a"] / found["e"]] == pytest.approx([10, 10])  # and of 1 beyond
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.sampled_from(BITS), st.sampled_from([0, 16, 32, 48, 64, 128]), st.booleans(), st.sampled_from(["gpt2", "olmoe"])
 )
@@ -384,7 +346,6 @@ def test_closing_in_takes_three_trials(power: float, offset: float) -> None:
     assert smallest().damage == pytest.approx((2.5 * (1 / 0.98 - 1) / 0.25 / offset) ** (1 / power), rel=0.11)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(1e-9, 10), st.floats(0.0, 1.5), st.integers(0, 2)), min_size=1, max_size=6),
        st.floats(1e-9, 10))  # fmt: skip
 def test_any_trial_leaves_the_curve_usable(points: list[tuple[float, float, int]], damage: float) -> None:
@@ -453,7 +414,7 @@ def test_what_adds_up_badly_is_mended() -> None:
     assert found.widths.pick(budget) in ([4, 2, 2], [2, 4, 2])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(0.3, 1.0))
 def test_a_repair_is_never_worse(seed: int, share: float) -> None:
     draw = np.random.default_rng(seed)

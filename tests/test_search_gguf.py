@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_distil import context_for
 from test_shrink import FLAGS, ONCE, light
@@ -37,7 +37,6 @@ def wide(tokenizer: Any, rest: int = 288) -> Loaded:
     return Loaded(LlamaForCausalLM(config).to(torch.bfloat16), tokenizer)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(PALETTE.bits)), st.integers(1, 9), st.integers(1, 6))
 def test_predicted_bytes_are_those_of_gguf(kind: str, rows: int, blocks_in_row: int) -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType

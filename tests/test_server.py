@@ -290,7 +290,7 @@ SANE: dict[str, Any] = {"/v1/completions": {"prompt": "a"}, "/v1/chat/completion
                         "/detokenize": {"tokens": [5]}}  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(sorted(SANE)), changes=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=3))
 def test_no_json_makes_it_fail(live: Live, path: str, changes: dict[str, Any]) -> None:
     body = json.dumps({**SANE[path], **changes}).encode()  # NaN, Infinity and half characters too
@@ -298,7 +298,7 @@ def test_no_json_makes_it_fail(live: Live, path: str, changes: dict[str, Any]) -
     assert found.status_code in (200, 400, 404), found.text
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(sorted(SANE)), body=st.binary(max_size=60))
 def test_no_bytes_make_it_fail(live: Live, path: str, body: bytes) -> None:
     assert live.send(path, body).status_code in (200, 400)  # b"{}" asks for something

@@ -5,7 +5,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -114,6 +114,19 @@ def test_a_client_that_does_not_read_is_cut_off(start_server: Any) -> None:
         live.wait(lambda: live.engine.cancelled == 1)
         live.wait(lambda: live.state.busy == 0)
         stuck.close()
+
+
+def test_an_embedding_whose_client_has_gone_is_cancelled(start_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_server() as live:
+        future: Future[Any] = Future()
+        asked: list[Any] = []
+        monkeypatch.setattr(live.engine, "embedding", lambda tokens: asked.append(tokens) or future)
+        gone = live.raw(b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                        b"content-length: 13\r\n\r\n" + b'{"input":"a"}')  # fmt: skip
+        live.wait(lambda: asked)
+        gone.close()
+        live.wait(future.cancelled)
+        live.wait(lambda: live.state.busy == 0)
 
 
 def test_a_full_queue_says_when_to_come_again(start_server: Any) -> None:

@@ -92,7 +92,7 @@ def test_what_a_norm_adds_to_its_weight() -> None:
         assert norms == [plus] * 4
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(0, 2**32))
 def test_factors_cross_grouped_heads(kv: int, copies: int, run: int, seed: int) -> None:
     """The definition: each query head reads the values of its group."""

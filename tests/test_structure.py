@@ -16,7 +16,7 @@ from shrew.folder import Loaded
 from shrew.moves.anatomy import Mlp, read_anatomy
 from shrew.moves.context import Context
 from shrew.moves.drop_layers import DropLayers, layer_scores
-from shrew.moves.narrow import Narrow, channel_scores, head_choices
+from shrew.moves.narrow import Narrow, channel_scores
 
 LAYERS = 3
 BASE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
@@ -198,7 +198,6 @@ def test_dead_heads_are_the_ones_cut(kind: str, context: Context, tmp_path: Path
         start = (part.layer % 2) * size
         with torch.no_grad():
             loaded.model.get_parameter(part.out)[:, start : start + size] = 0
-    assert head_choices(loaded) == [0.5]
     narrow = Narrow(heads=0.5).apply(loaded, context)
     torch.testing.assert_close(answers(narrow.model), answers(loaded.model), rtol=1e-4, atol=1e-4)
     check_folder(narrow, tmp_path / "model")
@@ -212,7 +211,6 @@ def test_heads_that_cannot_be_cut_are_refused(kind: str, context: Context) -> No
     loaded = make(kind)
     with pytest.raises(UnsupportedError, match="heads cannot be cut; leave heads at 1"):
         Narrow(heads=0.5).apply(loaded, context)
-    assert head_choices(loaded) == []
 
 
 # --- one at a time
@@ -343,8 +341,6 @@ def test_head_counts_an_architecture_refuses_are_named(context: Context) -> None
     loaded = make("llama", num_attention_heads=8, num_key_value_heads=4)
     with pytest.raises(UnsupportedError, match=r"llama takes no num_attention_heads 6.*multiple of the number"):
         Narrow(heads=0.75).apply(loaded, context)
-    assert head_choices(loaded) == [0.5, 0.25]
-    assert head_choices(make("qwen2", num_attention_heads=8, num_key_value_heads=4)) == [0.75, 0.5, 0.25]
 
 
 def test_what_no_pattern_fits_is_refused(context: Context) -> None:

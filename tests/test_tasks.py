@@ -325,7 +325,6 @@ def test_chance_of_labels_by_hand() -> None:
     assert chance_f1(np.array([0] * 9 + [1]), 2) == pytest.approx(2 * 0.9 / 1.9 / 2)  # lopsided: always the commonest
 
 
-@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 2**31))
 def test_weighted_values_equal_repeated_units(n: int, classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -340,7 +339,7 @@ def test_weighted_values_equal_repeated_units(n: int, classes: int, seed: int) -
     assert (read.task, read.units, read.classes) == (scores.task, scores.units, scores.classes)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(3, 40), st.integers(0, 2**31))
 def test_influence_is_the_derivative(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

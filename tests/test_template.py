@@ -180,7 +180,7 @@ def test_folders_hold_templates_in_several_ways(tmp_path: Path, form: str) -> No
         (tmp_path / "additional_chat_templates").mkdir()
         (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(tools, "utf-8")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
-    made = template.of_folder(tmp_path)
+    made = template.of_folder(tmp_path, None)
     assert not made.plain
     assert made.render([{"role": "user", "content": "hi"}]) == "<s>hi"
     if form in ("named", "folder"):
@@ -190,7 +190,7 @@ def test_folders_hold_templates_in_several_ways(tmp_path: Path, form: str) -> No
 
 
 def test_a_folder_without_a_template_gets_plain_lines(tmp_path: Path) -> None:
-    made = template.of_folder(tmp_path)
+    made = template.of_folder(tmp_path, None)
     assert made.plain and "\nUser:" in made.stop
     assert made.render([SYSTEM, *TALK[:1]]) == "System: Be brief.\nUser: What's <b>1 & 2</b>?\nAssistant:"
     talk = [TALK[0], {"role": "assistant", "content": "It is "}]
@@ -198,7 +198,7 @@ def test_a_folder_without_a_template_gets_plain_lines(tmp_path: Path) -> None:
 
 
 def test_tools_are_told_in_words_where_the_template_knows_none(tmp_path: Path) -> None:
-    for made in (template.of_folder(tmp_path), template.of_text(CHATML)):
+    for made in (template.of_folder(tmp_path, None), template.of_text(CHATML)):
         text = made.render([SYSTEM, *CALLED], [TOOL])
         assert '"name": "look"' in text and "Be brief." in text and "<tool_call>" in text
         assert text.count("“it”") == 1 and '{"at": "é", "n": 1}' in text
@@ -217,7 +217,7 @@ def test_tools_are_told_in_words_where_the_template_knows_none(tmp_path: Path) -
 def test_a_broken_folder_is_refused(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(FolderError, match=words):
-        template.of_folder(tmp_path)
+        template.of_folder(tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +260,11 @@ HOSTILE = {
     "format filter": "{{ '%*d' | format(999999999, 1) }}",
     "format method": "{{ '{:>999999999}'.format(1) }}",
     "nested format": "{{ '{:>{w}}'.format(1, w=999999999) }}",
+    "many widths": "{% set s = '{0:9999}' * 60000 %}{{ s.format('a') | length }}",
+    "many widths, filter": "{{ (['{0:9999}' * 60000] | map('attr', 'format') | first)('a') | length }}",
+    "many widths, %": "{{ (('%(a)9999d' * 60000) % {'a': 1}) | length }}",
+    "many precisions": "{{ ('{0:.9999f}' * 60000).format(1.5) | length }}",
+    "time": "{{ strftime_now('%9999d' * 400000) | length }}",
     "center": "{{ 'x'.center(999999999) }}",
     "indent": "{{ ('\\n' * 99999) | indent(99999) }}",
     "tojson": "{{ range(9999) | list | tojson(indent=99999) }}",

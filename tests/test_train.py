@@ -519,6 +519,19 @@ def test_an_output_that_cannot_be_written_is_said_before_any_work(home: Path) ->
     assert Path("thesis/chapter.tex").read_text() == "x"
 
 
+def test_what_is_read_is_not_written_over(home: Path, tiny_llama_folder: Path) -> None:
+    shutil.copytree(tiny_llama_folder, "model")
+    Path("model/shrew.json").write_text("{}")
+    Path("model/text.txt").write_text("text")
+    Path("model/r.toml").write_text(spec.to_toml(_values(out="model")))
+    for changes in ({"init": "model"}, {"init": "model/../model"}, {"data": ["model/*.txt"]}, {"tokenizer": "model"}):
+        with pytest.raises(errors.UsageError, match="writing model would replace model"):
+            _train(out="model", **changes)
+    with pytest.raises(errors.UsageError, match=r"would replace model/r\.toml"):
+        main(["model/r.toml"])
+    assert Path("model/model.safetensors").exists()
+
+
 def test_flags_overrule_the_recipe(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("r.toml").write_text(spec.to_toml(_values()))
     assert main(["r.toml", "--steps", "3", "--out", "other", "--lr", "0.001", "--json"]) == 0

@@ -195,7 +195,7 @@ def merge_tables(draw: st.DrawFn) -> tuple[list[str], list[tuple[str, str]]]:
     return tokens, draw(st.permutations(merges))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(table=merge_tables(), texts=st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=4))
 def test_any_order_of_merges_is_kept_step_by_step(table: Any, texts: list[str]) -> None:
     tokens, merges = table
@@ -210,7 +210,7 @@ def test_any_order_of_merges_is_kept_step_by_step(table: Any, texts: list[str]) 
     assert new.get_vocab() == {tokens[old_id]: number for number, old_id in enumerate(kept)}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     pieces=st.lists(st.text("abc", min_size=2, max_size=4), unique=True, max_size=12),
     scores=st.lists(st.floats(-20, -1), min_size=16, max_size=16),
@@ -241,7 +241,7 @@ def test_unknown_characters_cost_what_they_did() -> None:
     assert new.encode("abcdefghi").tokens == ["abc", "def", "ghi"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(table=merge_tables(), size=st.integers(1, 20), multiple=st.integers(1, 8), seed=st.integers(0, 99))
 def test_as_many_as_asked_for_rounded_up(table: Any, size: int, multiple: int, seed: int) -> None:
     tokens, merges = table

@@ -109,8 +109,10 @@ def test_flags_are_the_fields() -> None:
     args = parser.parse_args(["--bits", "3", "--group-size", "32", "--no-tied", "--method", "gptq"])
     assert spec.from_flags(Outer, args) == Outer(bits=3, group_size=32, tied=False, method="gptq")
     assert spec.from_flags(Outer, parser.parse_args([])) == Outer()
-    with pytest.raises(errors.SpecError, match="bits"):
-        spec.from_flags(Outer, parser.parse_args(["--bits", "99"]))
+    wrong = (("--bits", "9", "at most 8"), ("--bits", "1", "at least 2"), ("--rate", "1", "less than 1"))
+    for flag, value, limit in wrong:
+        with pytest.raises(errors.SpecError, match=f"^{flag} must be {limit}; it was given as {value}"):
+            spec.from_flags(Outer, parser.parse_args([flag, value]))
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(packed: Path, registry: Registr
 # --- the graph -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(bits=st.sampled_from([2, 4, 8]), size=st.sampled_from([16, 32, 64]), blocks=st.integers(1, 5),
        rows=st.integers(1, 9), zeros=st.booleans(), bias=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
 def test_unpacked_products_are_those_of_onnx_runtime(
@@ -442,7 +442,7 @@ def test_markdown_is_text_and_code(text: str, expected: list[list[str]]) -> None
 
 
 @needs_node
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(text=st.text("ab`~\n ", max_size=40))
 def test_markdown_loses_no_letter(text: str) -> None:
     found = page_script("return blocks(given).map((block) => block.text + (block.language ?? '')).join('');", text)

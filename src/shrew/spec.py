@@ -17,16 +17,16 @@ from collections.abc import Mapping
 from dataclasses import MISSING, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 import tomli_w
 from msgspec import Meta
 
-from shrew.errors import SpecError, nearest
+from shrew.errors import SpecError, UsageError, nearest
 
-__all__ = ["Kinds", "Meta", "add_flags", "digest", "doc", "dump", "from_flags", "parse", "parse_bytes", "parse_times",
-           "read_toml", "to_toml"]  # fmt: skip
+__all__ = ["Kinds", "Meta", "Parser", "add_flags", "digest", "doc", "dump", "from_flags", "given", "parse",
+           "parse_bytes", "parse_times", "read_toml", "to_toml"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -157,6 +157,45 @@ def to_toml(values: dict[str, Any], comment: str = "") -> str:
     return head + ("\n" if head else "") + tomli_w.dumps(values)
 
 
+class Parser(argparse.ArgumentParser):
+    """The parser of a verb. What is wrong is a UsageError in one sentence, with the nearest flag to an unknown one, and
+    a flag with one value is given once: of two values the first would be dropped in silence."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Once)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.removeprefix('argument ').rstrip('.')}; `{self.prog} --help` explains.")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """All of them are known: also those of a move, which argparse would hand on to the parser around it."""
+        found, left = super().parse_known_args(args, namespace)
+        for word in left:
+            if word.startswith("-"):
+                flag = word.partition("=")[0]
+                hint = nearest(flag, self._option_string_actions)
+                if hint.endswith("?"):
+                    raise UsageError(f"unknown flag '{flag}'; {hint}")
+                self.error(f"unknown flag '{flag}'")
+        if left:
+            self.error(f"'{left[0]}' is one word too many there: a flag takes one value, and words without a flag "
+                       "stand together")  # fmt: skip
+        return found, left
+
+
+class _Once(argparse.Action):
+    """Keeps a value; a second one in the same command line is refused."""
+
+    _filled: argparse.Namespace | None = None
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if self._filled is namespace:
+            raise argparse.ArgumentError(self, "given twice, and only one can hold; give it once")
+        self._filled = namespace
+        setattr(namespace, self.dest, values)
+
+
 def add_flags(parser: argparse._ActionsContainer, cls: Any) -> None:
     """One `--flag` for each field of a spec; nested tables stay recipe-only."""
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -172,7 +211,15 @@ def add_flags(parser: argparse._ActionsContainer, cls: Any) -> None:
         if base is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            parser.add_argument(flag, type=base, choices=choices, default=None, help=text)
+            kind = _number if base is float else base
+            parser.add_argument(flag, type=kind, choices=choices, default=None, help=text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number; write it like 0.98") from None
 
 
 def _flag_type(hint: Any) -> tuple[Any, list[Any] | None]:
@@ -190,8 +237,25 @@ def _flag_type(hint: Any) -> tuple[Any, list[Any] | None]:
 
 def from_flags(cls: type[T], args: argparse.Namespace, where: str = "flags") -> T:
     """The spec that the flags of `add_flags` say; flags not given keep their defaults."""
-    names = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    return parse(cls, {k: v for k, v in vars(args).items() if k in names and v is not None}, where)
+    return parse(cls, given(cls, args), where)
+
+
+_LIMITS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+
+
+def given(cls: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The fields that flags were given for. Raises SpecError, which names the flag, for a value out of range."""
+    hints, names = _hints(cls), {item.name for item in dataclasses.fields(cls)}
+    found = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    for name, value in found.items():
+        flag = "--" + name.replace("_", "-")
+        try:
+            msgspec.convert(_inner(hints[name], value, flag), hints[name])
+        except msgspec.ValidationError as error:
+            limit = re.match(r"Expected `\w+` ([<>]=?) (\S+)", str(error))
+            words = f"must be {_LIMITS[limit[1]]} {limit[2].removesuffix('.0')}" if limit else _plain(error)
+            raise SpecError(f"{flag} {words}; it was given as {value}.") from None
+    return found
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

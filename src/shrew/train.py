@@ -5,7 +5,6 @@ random generator is seeded by it, so a run that is killed at any step and starte
 The thread count changes the order of summation; it is stored in the checkpoint and used again on resume.
 """
 
-import argparse
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from shrew.blocks.stock import adopt, stock
 from shrew.data.pairs import DetectSpec, Pairs, Reader
 from shrew.data.tokenizer import read_tokenizer, train_tokenizer
 from shrew.errors import DataError, FolderError, ShrewError, SpecError, UnsupportedError, UsageError, nearest
+from shrew.folder.check import fetch
 from shrew.muon import optimizers
 from shrew.spec import Meta, doc
 
@@ -76,7 +76,7 @@ class Recipe:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shrew train", description="Train a small language model from a recipe.")
+    parser = spec.Parser(prog="shrew train", description="Train a small language model from a recipe.")
     parser.add_argument("recipe", type=Path, help="a TOML file with [train] and [model]")
     parser.add_argument("--json", action="store_true", help="print the last line of the log as JSON")
     parser.add_argument("--text", action="append", default=[], help="train on this instead of the recipe's data")
@@ -88,14 +88,17 @@ def main(argv: list[str]) -> int:
     spec.add_flags(group, DetectSpec)
     args = parser.parse_args(argv)
     values = spec.read_toml(args.recipe)
-    given = {k: v for k, v in vars(args).items() if v is not None} | ({"data": args.text} if args.text else {})
     for table, cls in (("train", TrainSpec), ("detect", DetectSpec)):
-        some = {k: v for k, v in given.items() if k in cls.__dataclass_fields__}
+        some = spec.given(cls, args)
+        if cls is TrainSpec and args.text:
+            some["data"] = args.text
         if isinstance(values.get(table), dict):
             values[table].update(some)
         elif some and table == "detect":
             raise UsageError(f"{args.recipe} has no [detect], which --{next(iter(some)).replace('_', '-')} is for.")
-    result = train(spec.parse(Recipe, values, str(args.recipe)))
+    recipe = spec.parse(Recipe, values, str(args.recipe))
+    files.check_apart(Path(recipe.train.out), [args.recipe])
+    result = train(recipe)
     if args.json:
         print(json.dumps(result))
     return 0
@@ -139,6 +142,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     out = Path(item.out)
     files.check_writable_target(out, folder.LINEAGE)
     files.check_writable_target(run / "checkpoint", "state.json")
+    files.check_apart(out, _read_by(recipe))
     state = _read_state(run)
     machine.keep_memory()
     threads = machine.choose_threads(state.get("threads") or item.threads or None)
@@ -171,6 +175,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
         say(f"Wrote {out}.")
     world.barrier()
     return result
+
+
+def _read_by(recipe: Recipe) -> list[str | Path]:
+    """The files and folders that a run reads."""
+    item, detect = recipe.train, recipe.detect or DetectSpec()
+    models = [fetch(name) for name in (item.init, item.entropy) if name]
+    return [*models, item.tokenizer, *item.data, *detect.pairs, *detect.negatives]
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

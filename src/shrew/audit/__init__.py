@@ -4,7 +4,6 @@ Types and bits are read off headers and sizes, and no weight is loaded; `--deep`
 runs the artefact beside the original.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,10 @@ ENDINGS = (".gguf", ".safetensors", ".onnx")
 @dataclass(frozen=True, kw_only=True)
 class Options:
     against: str = doc("the original (a model folder, a hub name, or 'starter'): measure what the artefact lost", "")
-    text: str = doc("text files, a folder or a glob: bits per byte, KL and agreement of the first choice", "")
+    text: list[str] = doc(
+        "a text file, folder or glob: bits per byte, KL and agreement of the first choice; may be repeated",
+        default_factory=list,
+    )
     task: str = doc("a task in JSONL: the score, and the answers that flipped", "")
     split: Literal["calibration", "healing", "search", "final", "all"] = doc("the part of the task", "final")
     deep: bool = doc("read every code: levels that are unused, groups of one value, weights stored twice", False)
@@ -103,15 +105,16 @@ def _file(path: Path) -> Audit:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("shrew audit", description="What a model file really holds.")
+    parser = spec.Parser("shrew audit", description="What a model file really holds.")
     parser.add_argument(
         "path", metavar="FILE|FOLDER", help="GGUF, safetensors or ONNX; a folder of any tool, a hub name, or 'starter'"
     )
     spec.add_flags(parser, Options)
+    parser.add_argument("--text", action="append", help=Options.__dataclass_fields__["text"].metadata["doc"])
     args = parser.parse_args(argv)
     options = spec.from_flags(Options, args)
     if bool(options.against) != bool(options.text or options.task):
-        need = "--text FILES or --task FILE" if options.against else "--against ORIGINAL"
+        need = "--text SOURCE or --task FILE" if options.against else "--against ORIGINAL"
         raise UsageError(f"to measure what was lost, {need} is needed too.")
     talk = Console(stderr=True, highlight=False)
     found = audit(args.path, options.deep)
@@ -138,7 +141,7 @@ def _measured(found: Audit, options: Options, talk: Console) -> list[Record]:
         talk.print(line, soft_wrap=True, markup=False)
 
     jobs = [tasks.read(options.task)] if options.task else []
-    jobs += [tasks.read_text_task([options.text])] if options.text else []
+    jobs += [tasks.read_text_task(options.text)] if options.text else []
     for task in jobs:
         task.examples(options.split)
         say(task.describe())

@@ -165,9 +165,13 @@ def _graph(path: Path) -> Loaded:
     if pack.manifest.kind == "detector":
         raise UnsupportedError(f"{path} is a detector, which `shrew scan` runs; audit the model folder it came from.")
     kind = GraphForCausalLM if pack.manifest.labels is None else GraphForSequenceClassification
-    with quiet():
+    with quiet(), tempfile.TemporaryDirectory() as place:  # transformers would read files that the pack does not list
+        for name in pack.manifest.files:
+            if any(Path(name).match(kind) for kind in TEXTS):
+                shutil.copyfile(path / name, Path(place) / name)
+        pack.tokenizer.save(str(Path(place) / "tokenizer.json"))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(place)
         except Exception as error:
             raise FolderError(f"{path} has no tokenizer that transformers loads ({error}).") from None
     return Loaded(kind(pack).eval(), tokenizer, path)

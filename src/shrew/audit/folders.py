@@ -74,7 +74,8 @@ def audit(path: Path) -> Audit:
     entries = entries_of(path)
     method = stated.get("quant_method") or ("gptq" if "bits" in stated else "")
     method = method if isinstance(method, str) else str(method)
-    if method == packed.METHOD:
+    own = config.get("quantization_config")
+    if isinstance(own, dict) and own.get("quant_method") == packed.METHOD:
         return _ours(path, config, entries)
     found, rest = assemble(entries)
     held = [_held(name, parts, weight) for name, (parts, weight) in found.items()]
@@ -88,8 +89,9 @@ def audit(path: Path) -> Audit:
         audit.findings += _unused_scales(found)
     elif method:
         audit.claims.append(f"quantization_config: {printable(str(method))}")
-        audit.findings.append(Finding("note", f"'{printable(str(method))}' is no method that the audit knows: tensors "
-                                      "are listed as they are stored.", "look at bits, not at types"))  # fmt: skip
+        why = "is said where no reader of it looks" if method == packed.METHOD else "is no method that the audit knows"
+        audit.findings.append(Finding("note", f"'{printable(str(method))}' {why}: tensors are listed as they are "
+                                      "stored.", "look at bits, not at types"))  # fmt: skip
     elif found:
         audit.findings.append(Finding("claim", f"{len(found)} weights are quantized and no config.json says so, so no "
                                       "reader will unpack them.", "copy the quantization_config of the tool that made "

@@ -7,7 +7,7 @@ compressed-tensors (weight_packed, or weight with weight_scale).
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,9 +166,9 @@ def scaled_weight(parts: Parts) -> Weight:
 def four_bit_weight(parts: Parts, name: str) -> Weight:
     """bitsandbytes' nf4 and fp4: what the quant_state says, compared with the sizes of the parts."""
     state = quant_state(parts, name)
-    codes, scales = parts[".weight"], parts.get(".weight.absmax")
+    codes, scales = parts.get(".weight"), parts.get(".weight.absmax")
     shape, block = tuple(state["shape"]), state["blocksize"]
-    if scales is None or codes.dtype != "U8" or codes.bytes != -(-count(shape) // 2):
+    if codes is None or scales is None or codes.dtype != "U8" or codes.bytes != -(-count(shape) // 2):
         raise parts.wrong(f"has no codes and scales of {list(shape)} weights in 4 bits")
     if count(scales.shape) != -(-count(shape) // block):
         raise parts.wrong(f"has scales that do not fit blocks of {block}")
@@ -273,8 +273,3 @@ def plain(name: str, entry: Entry) -> Held:
     bits = BITS[entry.dtype]
     quantized = entry.dtype not in DENSE and len(entry.shape) > 1 and bits <= 8
     return Held(printable(name), entry.shape, kind, bits, (Span(entry.file, entry.start, entry.bytes),), quantized)
-
-
-def stems(names: Iterable[str]) -> list[str]:
-    """Modules of weights: names without '.weight'."""
-    return [name.removesuffix(".weight") for name in names]

@@ -87,14 +87,14 @@ KNOWN = (
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shrew describe", description="Print what a model is made of and costs.")
+    parser = spec.Parser(prog="shrew describe", description="Print what a model is made of and costs.")
     parser.add_argument("model", type=Path, help="a recipe (TOML with [model]) or a model folder")
-    parser.add_argument("--sequence", nargs="+", type=_length, default=SEQUENCE, metavar="TOKENS",
-                        help="contexts to count at, like 4096 or 4k (default 1k 8k 128k)")  # fmt: skip
+    parser.add_argument("--sequence", action="append", type=_length, metavar="TOKENS",
+                        help="a context to count at, like 4096 or 4k (default 1k, 8k, 128k); repeatable")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     args = parser.parse_args(argv)
     item = read(args.model)
-    found = describe(item, args.sequence)
+    found = describe(item, args.sequence or SEQUENCE)
     if args.json:
         print(json.dumps({"model": str(args.model), **found}, indent=1))
     else:

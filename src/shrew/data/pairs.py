@@ -109,18 +109,29 @@ class Pair:
     family: int
 
 
+def removed_lines(before: str, after: str) -> frozenset[int]:
+    """The lines of `before`, counted from 0, that `after` lacks, without blank ones."""
+    return _removed(before.split("\n"), _steps(before, after))
+
+
 def changes(before: str, after: str) -> tuple[frozenset[int], list[tuple[int, int]]]:
     """The lines of `before` that `after` lacks, and where each change begins in both, by line from 0.
 
     Where the fix only added lines, the line that each addition now stands before is the one that was wrong."""
-    old, new = before.split("\n"), after.split("\n")
-    matched = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    steps = [step for step in matched.get_opcodes() if step[0] != "equal"]
-    removed = {line for _, low, high, _, _ in steps for line in range(low, high) if old[line].strip()}
-    if not removed:
-        removed = {next((line for line in range(low, len(old)) if old[line].strip()), max(low - 1, 0))
-                   for _, low, _, _, _ in steps}  # fmt: skip
-    return frozenset(removed), [(low, first) for _, low, _, first, _ in steps]
+    old, steps = before.split("\n"), _steps(before, after)
+    removed = _removed(old, steps) or frozenset(
+        next((line for line in range(low, len(old)) if old[line].strip()), max(low - 1, 0)) for _, low, _, _, _ in steps
+    )
+    return removed, [(low, first) for _, low, _, first, _ in steps]
+
+
+def _steps(before: str, after: str) -> list[tuple[str, int, int, int, int]]:
+    matched = difflib.SequenceMatcher(None, before.split("\n"), after.split("\n"), autojunk=False)
+    return [step for step in matched.get_opcodes() if step[0] != "equal"]
+
+
+def _removed(old: Sequence[str], steps: Sequence[tuple[str, int, int, int, int]]) -> frozenset[int]:
+    return frozenset(line for _, low, high, _, _ in steps for line in range(low, high) if old[line].strip())
 
 
 class Reader:

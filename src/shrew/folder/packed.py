@@ -148,14 +148,6 @@ def to_parts(name: str, packed: Packed) -> dict[str, Tensor]:
     return {f"{name}:{part}": stored(part, value) for part, value in packed.parts().items()}
 
 
-def stored_bytes(packed: Packed) -> int:
-    """The bytes of all parts in a file; of a coded weight as good as exact, by the entropy of its codes alone."""
-    if not packed.coded:
-        return sum(part.nbytes for part in to_parts("", packed).values())
-    return sum(entropy.size(value.numpy()) if part in packed.grid.widths else value.nbytes
-               for part, value in packed.parts().items())  # fmt: skip
-
-
 def from_parts(parts: dict[str, Tensor], entry: dict[str, Any]) -> Packed:
     """A Packed from the tensors of a file (keys ":codes", ":scales", ...) and its entry in config.json."""
     grid, shape, transposed = grid_of(entry), tuple(entry["shape"]), entry["transposed"]

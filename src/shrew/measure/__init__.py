@@ -151,9 +151,9 @@ def main(argv: list[str]) -> int:
         jobs.append(tasks.read_text_task(args.text))
     cache = spec.from_flags(kv.CacheSpec, args)
     if cache.kv and not jobs:
-        raise UsageError("--kv compares predictions; give --text FILES or --task FILE.")
+        raise UsageError("--kv compares predictions; give --text SOURCE or --task FILE.")
     if not jobs and args.no_cost:
-        raise UsageError("there is nothing to measure: give --task FILE or --text FILES, or leave out --no-cost.")
+        raise UsageError("there is nothing to measure: give --task FILE or --text SOURCE, or leave out --no-cost.")
     for task in jobs:
         task.examples(args.split)
         talk.print(task.describe(), soft_wrap=True, markup=False)
@@ -196,10 +196,11 @@ def main(argv: list[str]) -> int:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("shrew measure", description="Compare models; the first one is the baseline.")
+    parser = spec.Parser("shrew measure", description="Compare models; the first one is the baseline.")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a model folder, a hub name, or 'starter'")
     parser.add_argument("--task", action="append", metavar="FILE", help="a task in JSONL (may be given again)")
-    parser.add_argument("--text", nargs="+", metavar="SOURCE", help="text files, folders or globs: bits per byte")
+    parser.add_argument("--text", action="append", metavar="SOURCE",
+                        help="a text file, folder or glob: bits per byte (may be given again)")  # fmt: skip
     parser.add_argument("--split", default="final", choices=[*tasks.SHARES, "all"],
                         help="the part of each task that is measured (default final)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the records, one JSON line each, and no table")

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,14 +99,17 @@ def table(move: Move) -> dict[str, Any]:
 
 def contents(move: Move) -> dict[str, str]:
     """Hashes of the files and models that the settings of a move name, by name."""
-    found = {}
+    return {name: files.sha256(path) if path.is_file() else folder.identity(path) for name, path in _reads(move)}
+
+
+def _reads(move: Move) -> Iterator[tuple[str, Path]]:
+    """The files and models that the settings of a move name, and where they are."""
     for item in dataclasses.fields(move):  # type: ignore[arg-type]
         kind, name = item.metadata.get("reads"), getattr(move, item.name)
+        if kind == "file" and name and not Path(name).is_file():
+            raise DataError(f"{move.name}: {item.name} = '{name}': no such file.")
         if kind and name:
-            if kind == "file" and not Path(name).is_file():
-                raise DataError(f"{move.name}: {item.name} = '{name}': no such file.")
-            found[name] = files.sha256(Path(name)) if kind == "file" else folder.identity(fetch(name))
-    return found
+            yield name, Path(name) if kind == "file" else fetch(name)
 
 
 def apply_moves(
@@ -152,7 +155,7 @@ def _apply_recipe(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     recipe = spec.parse(Recipe, spec.read_toml(args.recipe), str(args.recipe))
     source = replace(recipe.source, model=args.model) if args.model else recipe.source
-    return _run(source, parse_moves(recipe.moves, str(args.recipe)), args)
+    return _run(source, parse_moves(recipe.moves, str(args.recipe)), args, [args.recipe])
 
 
 def _apply_one(argv: list[str]) -> int:
@@ -176,7 +179,7 @@ def _apply_one(argv: list[str]) -> int:
 
 
 def _parser(text: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shrew apply", description=text)
+    parser = spec.Parser(prog="shrew apply", description=text)
     _common(parser)
     return parser
 
@@ -211,11 +214,13 @@ def _float32_bytes(path: Path) -> float:
     return sum(item.bytes * 32 / item.bits_per_weight for item in folder.tensors(path) if item.bytes)
 
 
-def _run(source: Source, moves: list[Move], args: argparse.Namespace) -> int:
+def _run(source: Source, moves: list[Move], args: argparse.Namespace, read: Sequence[Path] = ()) -> int:
     out = getattr(args, "out", None)
     if out is None:
         raise UsageError("say where to write the model: --out FOLDER.")
     files.check_writable_target(out, folder.LINEAGE)
+    others = [path for move in moves for _, path in _reads(move)]
+    files.check_apart(out, [*read, fetch(source.model), source.task, *source.text, *others])
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -27,7 +27,6 @@ from shrew.moves.anatomy import (
     read_anatomy,
     rebuild,
     skeleton,
-    with_settings,
     with_widths,
 )
 from shrew.moves.context import Context
@@ -140,22 +139,6 @@ def _cut_attentions(model: Any, anatomy: Anatomy, share: float, settings: dict[s
         settings["num_key_value_heads"] = groups
     settings["head_dim"] = first.head_dim
     return list(anatomy.attentions)
-
-
-def head_choices(loaded: Loaded) -> list[float]:
-    """The shares of `heads` below 1 that this architecture can be cut to, largest first; empty when it cannot."""
-    anatomy = read_anatomy(loaded.model)
-    found = []
-    for groups in range(anatomy.attentions[0].kv_heads - 1 if anatomy.attentions else 0, 0, -1):
-        settings: dict[str, int] = {}
-        share = groups / anatomy.attentions[0].kv_heads
-        try:
-            attentions = _cut_attentions(loaded.model, anatomy, share, settings)
-            _check(loaded, with_settings(loaded.model.config, **settings), [], attentions)
-        except UnsupportedError:
-            continue
-        found.append(share)
-    return found
 
 
 def _check(loaded: Loaded, config: Any, mlps: list[Mlp], attentions: list[Attention]) -> None:

@@ -157,9 +157,10 @@ class Quantize:
         found = rate.round_to_rate(items, together, rate.crossings(loaded, ids), self.rate, self.damp, context.say)
         for target in targets:
             if target.name in found:
-                codes, steps = found[target.name]
-                shape = tuple(target.weight.shape)
-                loaded.keep(target.name, Packed(codes, steps, rate.GRID, shape, target.transposed, coded=True))
+                made, shape = found[target.name], tuple(target.weight.shape)
+                loaded.keep(
+                    target.name, Packed(made.codes, made.steps, made.grid, shape, target.transposed, coded=True)
+                )
 
     def _learn(
         self, loaded: Loaded, context: Context, targets: dict[str, tuple[Target, Grid]], block: Block,

@@ -58,7 +58,7 @@ def _ending(to: str) -> str:
 
 def _parser(to: str, options: Any) -> argparse.ArgumentParser:
     forms = "".join(f"\n  {name}: {line}" for name, (_, line) in PACKERS.items())
-    parser = argparse.ArgumentParser(
+    parser = spec.Parser(
         "shrew pack", description=f"Write a model in the form that another program runs.\n\nforms:{forms}\n\n"
         f"The flags below are those of --to {to}; another form's: shrew pack --to FORM --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip

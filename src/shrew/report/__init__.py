@@ -65,7 +65,6 @@ What was forgotten (band to bias) and the numbers carry "against": label, "diffe
 itself alone.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,11 +99,11 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from shrew import files, record
+    from shrew import files, record, spec
     from shrew.errors import DataError, UsageError
     from shrew.report import words
 
-    parser = argparse.ArgumentParser(
+    parser = spec.Parser(
         prog="shrew report", description="Make one self-contained page from the records of the last run in a file."
     )
     parser.add_argument("records", type=Path, help="records (JSON lines), as shrink and measure write them")

@@ -1,6 +1,5 @@
 """`shrew chat PACK`: a conversation in the terminal, or over a pipe: a message a line in, an answer out."""
 
-import argparse
 import json
 import sys
 import time
@@ -76,7 +75,7 @@ class Conversation:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("shrew chat", description="Talk with a model.")
+    parser = spec.Parser("shrew chat", description="Talk with a model.")
     parser.add_argument("model", metavar="MODEL", help="a packed folder; a model folder or 'starter' is packed first")
     parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_argument("--json", action="store_true", help="print each answer as a JSON object on a line")
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     sampling = spec.from_flags(Sampling, args)
     model = load(args.model, args.threads, verify=args.verify)
-    templates = template.of_folder(Path(args.model))
+    templates = template.of_folder(Path(args.model), model.manifest.files)
     if templates.plain:
         print(f"shrew: {template.PLAIN_NOTE}.", file=sys.stderr)
     with Engine(model, slots=1) as engine:

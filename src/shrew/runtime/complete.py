@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("shrew complete", description="Let a model go on with a text.")
+    parser = spec.Parser("shrew complete", description="Let a model go on with a text.")
     parser.add_argument("model", metavar="MODEL", help="a packed folder; a model folder or 'starter' is packed first")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to go on with")
     parser.add_argument("--stdin", action="store_true", help="read the prompt from standard input")

@@ -99,13 +99,19 @@ class Engine:
         self._enqueue(Job(answer, notify, self.context - len(request.prompt)))
         return answer
 
-    def embed(self, tokens: Sequence[int]) -> np.ndarray:
-        """float32 [width]: the mean of the last hidden states of a text, made of length 1. Raises as `submit` does."""
+    def embedding(self, tokens: Sequence[int]) -> "Future[np.ndarray]":
+        """Gives float32 [width]: the mean of the last hidden states of a text, made of length 1; cancelled, it is not
+        computed any further. Raises as `submit` does."""
         check_tokens(self.model.manifest, tokens, self.context, "text")
         future: Future[np.ndarray] = Future()
         answer = Answer(Request(prompt=tokens, max_tokens=0), self.vocabulary, self._cancelled)
+        future.add_done_callback(lambda ended: answer.cancel() if ended.cancelled() else None)
         self._enqueue(Job(answer, None, 0, future))
-        return future.result()
+        return future
+
+    def embed(self, tokens: Sequence[int]) -> np.ndarray:
+        """What `embedding` gives; waits for it."""
+        return self.embedding(tokens).result()
 
     def metrics(self) -> dict[str, float]:
         """Counters (names ending in `_total`) and gauges, since the engine was made."""
@@ -453,6 +459,8 @@ def _checked(
 
 
 def _resolve(future: "Future[np.ndarray]", total: np.ndarray, reason: str) -> None:
+    if not future.set_running_or_notify_cancel():
+        return  # nobody waits for it any more
     if not total.size or not np.isfinite(total).all():
         future.set_exception(RequestError(f"The text has no embedding ({reason})."))
     else:

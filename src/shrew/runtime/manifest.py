@@ -1,7 +1,8 @@
 """`pack.json`: what a packed folder holds, and the proof that it is whole.
 
 Nothing in it is believed before it is checked: names stay inside the folder, sizes are sane, sizes and hashes are those
-of the files. Keys that are not known are passed over, so that a later release may add some without a new format.
+of the files. A file that it does not list is none of the pack's, and nobody reads it. Keys that are not known are
+passed over, so that a later release may add some without a new format.
 """
 
 import math
@@ -19,7 +20,7 @@ FORMAT = 1
 NAME = "pack.json"
 GRAPH = "model.onnx"
 DATA, CODED = "model.bin", "model.coded"  # its weights: one or the other
-TOKENIZER = "tokenizer.json"
+TOKENIZER, SQUEEZED = "tokenizer.json", "tokenizer.json.gz"  # one or the other
 CAPACITY = "capacity"  # the dimension of a cache that grows with the text
 LARGEST_MANIFEST = 64 << 20  # it lists every weight of the largest models in a few megabytes
 LARGEST_STATE = 1 << 31  # bytes of one state of one sequence at full context
@@ -135,7 +136,9 @@ def _check_sense(manifest: Manifest, path: Path) -> None:
             faults.append(f"state '{state.name}' is no {state.kind} by its shape {list(state.shape)}")
         elif state.bytes(manifest.context) > LARGEST_STATE:
             faults.append(f"state '{state.name}' would take {state.bytes(manifest.context):,} bytes a sequence")
-    faults += [f"'{name}' is not listed among its files" for name in (GRAPH, TOKENIZER) if name not in manifest.files]
+    needed = ((GRAPH,), (DATA, CODED), (TOKENIZER, SQUEEZED))
+    faults += [f"'{names[0]}' is not listed among its files" for names in needed
+               if not manifest.files.keys() & set(names)]  # fmt: skip
     for name in manifest.files:
         if {name} != {PurePosixPath(name).name, PureWindowsPath(name).name} or name in ("", ".", ".."):
             faults.append(f"'{name}' is no plain file name")

@@ -1,5 +1,6 @@
 """A packed folder in memory: the graph in ONNX Runtime with its weights mapped, the manifest, the tokenizer."""
 
+import gzip
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -19,9 +20,13 @@ from shrew.runtime.manifest import Manifest
 UNUSED = {"start"}  # inputs that a graph need not have: some mixers do not ask where a token stands
 ROUNDS, CALLS = 4, 10
 FASTER = 1.1  # times as fast must more threads be to be worth the cores they keep from others
+LARGEST_TOKENIZER = 256 << 20  # bytes, unpacked; those of the largest vocabularies have a seventh
 ROWS = 8  # texts classified in one call
 # Threads that spin while they wait take the processor from everyone else, and on a shared machine from each other.
 SETTINGS = {"session.intra_op.allow_spinning": "0"}
+# Read when a graph is opened. Tiled attention needs little memory for whole texts, but for the one or few new tokens of
+# a call it took 1.3 to 2 times as long as the plain one (contexts of 64 to 2,048, AVX-512).
+PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +77,12 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     """
     folder = Path(path)
     manifest = manifests.read(folder, verify)
-    weights = _decoded(folder)
+    weights = _decoded(folder, manifest)
     try:
         count = _threads(threads, manifest, folder, weights)
-        graph = open_graph(folder / manifests.GRAPH, count, weights)
-        tokenizer = Tokenizer.from_file(str(folder / manifests.TOKENIZER))
+        with machine.large_pages():
+            graph = open_graph(folder / manifests.GRAPH, count, weights, whole=manifest.kind != "causal")
+        tokenizer = _tokenizer(folder, manifest)
     except UsageError:
         raise
     except Exception as error:  # both libraries raise bare Exceptions of many kinds
@@ -87,13 +93,28 @@ def load(path: str | Path, threads: int | None = None, verify: bool = True) -> M
     return model
 
 
-def _decoded(folder: Path) -> bytearray | None:
+def _tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """Raises what gzip and tokenizers raise, ValueError for one that unpacks to more than any tokenizer has."""
+    if manifests.SQUEEZED not in manifest.files:
+        return Tokenizer.from_file(str(folder / manifests.TOKENIZER))
+    packed = folder / manifests.SQUEEZED
+    with gzip.open(packed) as stream:
+        content = stream.read(LARGEST_TOKENIZER + 1)
+    if len(content) > LARGEST_TOKENIZER:
+        raise ValueError(f"{packed.name} is too large for a tokenizer")
+    return Tokenizer.from_buffer(content)
+
+
+def _decoded(folder: Path, manifest: Manifest) -> bytearray | None:
     """What `model.bin` would hold, where it is stored coded. Raises FolderError."""
-    return coded.restore(folder / manifests.CODED) if (folder / manifests.CODED).is_file() else None
+    return coded.restore(folder / manifests.CODED) if manifests.CODED in manifest.files else None
 
 
-def open_graph(path: Path, threads: int, weights: bytearray | None = None) -> onnxruntime.InferenceSession:
-    """A graph on the CPU, its weights mapped, or those in `weights`. Raises what ONNX Runtime raises."""
+def open_graph(
+    path: Path, threads: int, weights: bytearray | None = None, whole: bool = False
+) -> onnxruntime.InferenceSession:
+    """A graph on the CPU, its weights mapped, or those in `weights`; of `whole` texts or of some tokens at a time.
+    Raises what ONNX Runtime raises."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what fails is raised, and said in our words
@@ -102,7 +123,14 @@ def open_graph(path: Path, threads: int, weights: bytearray | None = None) -> on
         options.add_session_config_entry(key, value)
     if weights is not None:
         options.add_external_initializers_from_files_in_memory([manifests.DATA], [weights], [len(weights)])
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    before = os.environ.get(PLAIN_ATTENTION)
+    if before is None and not whole:
+        os.environ[PLAIN_ATTENTION] = "1"
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    finally:
+        if before is None:
+            os.environ.pop(PLAIN_ATTENTION, None)
 
 
 def _threads(requested: int | None, manifest: Manifest, folder: Path, weights: bytearray | None) -> int:
@@ -129,7 +157,8 @@ def _step_seconds(manifest: Manifest, folder: Path, counts: Sequence[int], weigh
                                     "start": np.zeros(1, np.int64), "wanted": np.zeros(1, np.int64)}  # fmt: skip
     for state in manifest.states:
         feeds[f"past.{state.name}"] = np.zeros((1, *state.sized(1)), state.dtype)
-    graphs = [open_graph(folder / manifests.GRAPH, count, weights) for count in counts]
+    whole = manifest.kind != "causal"
+    graphs = [open_graph(folder / manifests.GRAPH, count, weights, whole) for count in counts]
     given = {item.name: feeds[item.name] for item in graphs[0].get_inputs()}
     best = [float("inf")] * len(graphs)
     for _ in range(ROUNDS):

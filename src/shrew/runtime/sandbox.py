@@ -26,6 +26,7 @@ from jinja2.visitor import NodeTransformer
 WORK = 16_000_000  # characters and items that a rendering may make in all, on the way to its output
 NUMBER_BITS = 4096
 WIDTH = re.compile(r"\d{5}|[%{][^}%]*[*{]")  # a width in a format string that only wants memory
+NUMBER = re.compile(r"\d+")
 
 # Filters and methods whose result can be far longer than what they are given: subject times the largest of the rest.
 MULTIPLYING = frozenset(
@@ -34,6 +35,7 @@ MULTIPLYING = frozenset(
 )  # fmt: skip
 BYTES = frozenset(["encode", "to_bytes"])  # what makes bytes, whose methods and products nothing here measures
 DIGITS = 1000  # to round to; Python computes 10 to that power
+FORM = 1000  # characters that say how to write a time; the C library's widths may make 256 of each
 SIZED = (str, int, float, Mapping, list, tuple, range, KeysView, ValuesView, ItemsView)
 
 
@@ -170,6 +172,8 @@ def raise_exception(message: str) -> None:
 
 
 def strftime_now(form: str) -> str:
+    if len(form) > FORM:
+        raise SecurityError("it writes the time in too long a form")
     return datetime.now().strftime(form)
 
 
@@ -289,8 +293,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if not given:
             return
         subject, *rest = given
-        if name.startswith("format") and isinstance(subject, str) and WIDTH.search(subject):
-            raise SecurityError("it formats with a width that is too large")
+        if name.startswith("format") and isinstance(subject, str):
+            if WIDTH.search(subject):
+                raise SecurityError("it formats with a width that is too large")
+            for number in NUMBER.finditer(subject):  # widths and precisions, and in passing what else has digits
+                self.meter.spend(int(number[0]))
         largest = max((abs(int(arg)) if isinstance(arg, int | float) else size(arg) for arg in rest), default=1)
         amount = size(subject) * max(largest, 1)
         if amount > WORK:

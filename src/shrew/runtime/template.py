@@ -6,7 +6,7 @@ sandbox that ends (shrew.runtime.sandbox). Jinja is imported when the first temp
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -133,9 +133,10 @@ class ChatTemplate:
             raise TemplateError(f"the chat template fails on these messages ({words}).") from None
 
 
-def of_folder(folder: Path) -> ChatTemplate:
-    """The chat templates of a model folder or pack; plain lines if it has none."""
-    config = _read_json(folder / "tokenizer_config.json")
+def of_folder(folder: Path, listed: Container[str] | None) -> ChatTemplate:
+    """The chat templates of a model folder (`listed` None), or of a pack, whose manifest lists what belongs to it;
+    plain lines if it has none."""
+    config = _read_json(folder / "tokenizer_config.json") if _is_given("tokenizer_config.json", listed) else {}
     held = config.get("chat_template")
     sources: dict[str, str] = {}
     if isinstance(held, str):
@@ -148,10 +149,11 @@ def of_folder(folder: Path) -> ChatTemplate:
             sources[str(item.get("name"))] = item["template"]
     elif isinstance(held, dict):
         sources = {str(name): str(text) for name, text in held.items()}
-    if (alone := folder / "chat_template.jinja").is_file():
+    if (alone := folder / "chat_template.jinja").is_file() and _is_given(alone.name, listed):
         sources["default"] = _read_text(alone)
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        sources[path.stem] = _read_text(path)
+    if listed is None:  # a pack has no folders in it
+        sources |= {path.stem: _read_text(path)
+                    for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}  # fmt: skip
     if any(len(text) > SOURCE_BYTES for text in sources.values()):
         raise FolderError(f"{folder}: a chat template is larger than {SOURCE_BYTES:,} characters.")
     special = {}
@@ -161,6 +163,10 @@ def of_folder(folder: Path) -> ChatTemplate:
         if isinstance(value, str):
             special[name] = value
     return ChatTemplate(sources, special)
+
+
+def _is_given(name: str, listed: Container[str] | None) -> bool:
+    return listed is None or name in listed
 
 
 def of_text(source: str, **special: str) -> ChatTemplate:

@@ -4,7 +4,6 @@ Offline and without torch: tree-sitter parses, rules and a linear first stage ju
 the detector on what is left. Each of them is loaded when it is first needed.
 """
 
-import argparse
 import importlib.metadata
 import io
 import sys
@@ -25,8 +24,8 @@ from shrew.scan.diff import Diff
 from shrew.scan.functions import LANGUAGES
 from shrew.scan.judge import BUILT_IN, Judge
 from shrew.scan.pipeline import Matcher, Scan, by_file
-from shrew.scan.sources import Walk, root_of
-from shrew.spec import parse_bytes
+from shrew.scan.sources import Walk, language_of, root_of
+from shrew.spec import Parser, parse_bytes
 
 if TYPE_CHECKING:
     from shrew.scan.baseline import Known
@@ -39,10 +38,11 @@ __all__ = ["Alert", "Report", "ScanSpec", "main", "scan"]
 LARGEST = 1 << 28  # bytes of a file, whatever --max-file-size says: offsets of a tree have 32 bits
 PATIENCE = 2.0  # seconds before progress is shown
 REFRESH = 0.5
+ENDINGS = {".sarif": ["sarif"], ".json": ["json", "sarif", "gitlab"], ".html": ["html"], ".htm": ["html"]}
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser("shrew scan", description="Find functions that may be vulnerable.")
+    parser = Parser("shrew scan", description="Find functions that may be vulnerable.")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="files and folders; with --diff: this folder")
     config.add_flags(parser)
     args = parser.parse_args(argv)
@@ -59,6 +59,14 @@ def main(argv: list[str]) -> int:
     for flag, name in (("--out", spec.out), ("--write-baseline", spec.write_baseline)):
         if name is not None and Path(name).is_dir():
             raise UsageError(f"{flag}: '{name}' is a folder; name a file in it.")
+        if name is not None and language_of(name) and Path(name).exists():
+            raise UsageError(f"{flag}: '{name}' is a file with code, which would be written over; give another name.")
+        if name is not None:
+            files.check_apart(Path(name), paths)
+    wanted = ENDINGS.get(Path(spec.out or "").suffix.lower())
+    if wanted and spec.format not in wanted:
+        raise UsageError(f"--out: '{spec.out}' is named like another format than {spec.format}; add --format "
+                         f"{wanted[0]}, or end the name in another way.")  # fmt: skip
     report = scan(paths, spec, root, say=_say)
     if spec.write_baseline:
         from shrew.scan import baseline
@@ -132,7 +140,7 @@ def _pool(spec: ScanSpec, stack: ExitStack) -> "Pool | None":
 
 
 def _walk(paths: list[str], root: str, spec: ScanSpec) -> Walk:
-    return Walk(paths, root, spec.exclude, spec.include_tests, spec.include_vendored)
+    return Walk(paths, root, spec.exclude, spec.include_tests, spec.include_vendored, spec.force_exclude)
 
 
 def _folder(name: str | None) -> Path | None:

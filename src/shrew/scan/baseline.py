@@ -77,7 +77,8 @@ def read(path: Path) -> list[Known]:
             raise DataError(f"{path} is larger than any baseline; {again}.")
         content = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such baseline; {again}.") from None
+        raise DataError(f"{path}: no such baseline; make one from a state that you trust: shrew scan PATH "
+                        f"--write-baseline {path}") from None  # fmt: skip
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     try:

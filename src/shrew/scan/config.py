@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from shrew import spec
-from shrew.errors import SpecError, nearest
+from shrew.errors import SpecError, UsageError, nearest
 from shrew.scan import cwe as weaknesses
 from shrew.spec import Meta, doc
 
@@ -58,6 +58,7 @@ class ScanSpec:
     baseline: str | None = doc("a file of known alerts: only new ones count", None)
     write_baseline: str | None = doc("make everything found known: write it to this file, and exit with 0", None)
     exclude: list[str] = doc("leave out files and folders like this glob; repeatable", default_factory=list)
+    force_exclude: bool = doc("leave out also what is named: for hooks, which name the files that changed", False)
     include_tests: bool = doc("scan tests too", False)
     include_vendored: bool = doc("scan vendored and generated code too", False)
     max_file_size: str = doc("leave out files larger than this", "2MB")
@@ -80,13 +81,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if hints[item.name] == list[str]:
             word = "GLOB" if item.name == "exclude" else "FILE"
             parser.add_argument(f"--{item.name}", action="append", metavar=word, help=item.metadata["doc"])
+    parser.add_argument("--json", action="store_true", help="the same as --format json")
 
 
 def from_flags(args: argparse.Namespace, root: str) -> ScanSpec:
     """Flags over the settings file in `root`; lists of both are joined. Raises SpecError for what is unknown there."""
+    if args.json and args.format not in (None, "json"):
+        raise UsageError(f"--json and --format {args.format} exclude each other; give one.")
     kept, where = _kept(Path(root))
-    known = {item.name for item in dataclasses.fields(ScanSpec)}
-    given = {name: value for name, value in vars(args).items() if name in known and value is not None}
+    given = spec.given(ScanSpec, args) | ({"format": "json"} if args.json else {})
     spec.parse(ScanSpec, kept, where)  # so that an error names the file
     for name, value in kept.items():
         if isinstance(value, list):

@@ -242,16 +242,19 @@ class Grams:
         importance: np.ndarray | None = None,
         bits: int = BITS,
         twins: np.ndarray | None = None,
+        given: bool = True,
     ) -> "Grams":
         """Weights that minimise |w / free|**2 / 2 + cost * (sum of the logistic losses, each times its `importance`),
         then rounded to what a file holds. `labels` are 1 for vulnerable and 0 for not. `free` is 1, or what `moved`
-        says of `twins`, the places [k, 2] of texts and their repairs."""
+        says of `twins`, the places [k, 2] of texts and their repairs. Not `given`: no weights in the second table."""
         truth = np.asarray(labels, np.float64)
         if len(set(truth.tolist())) < 2:
             raise DataError("n-gram weights need texts of both kinds, vulnerable and not.")
         each = np.full(len(truth), cost) if importance is None else cost * np.asarray(importance, np.float64)
         width, found = 2 << bits, both(texts, languages, bits)
         free = np.ones(width) if twins is None else moved(found, twins, width)
+        if not given:
+            free[width // 2 :] = 0.0
         weights, bias = logistic(replace(found, given=found.values * free[found.columns]), truth, each, width)
         weights = weights * free
         blocks = weights.reshape(-1, BLOCK)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shrew.scan.grams import Grams
     from shrew.scan.rules import Finding
 
-__all__ = ["BUILT_IN", "Judge", "Point"]
+__all__ = ["BUILT_IN", "Judge", "Point", "line_effects"]
 
 BUILT_IN = Path(__file__).parents[1] / "models" / "scan"  # one that is only asked for by NAME is "scan-NAME"
 LONGEST, LARGEST = 200, 2_000_000  # lines of a function that are told apart by leaving each out; characters in all
@@ -97,7 +97,8 @@ class Judge:
         """The first stage's logit of each function; None where there is no first stage."""
         if self._grams is None or not texts:
             return [None] * len(texts)
-        return [round(float(logit), DIGITS) for logit in self._grams.score(list(texts), list(languages))]
+        found: list[float | None] = [*_logits(self._grams, texts, languages)]
+        return found
 
     def passes(self, gram: float | None) -> bool:
         """Whether a function goes to the detector on the first stage's word alone."""
@@ -120,14 +121,8 @@ class Judge:
         ]
 
     def lines(self, text: str, language: str) -> tuple[float, ...]:
-        """How much the first stage's logit falls without each line; () where there is no first stage, or no end."""
-        lines = text.split("\n")
-        if self._grams is None or len(lines) > LONGEST or len(lines) * len(text) > LARGEST:
-            return ()
-        without = ["\n".join([*lines[:at], "", *lines[at + 1 :]]) for at in range(len(lines))]
-        whole, *rest = self.grams([text, *without], [language] * (len(lines) + 1))
-        assert whole is not None
-        return tuple(round(whole - (other or 0.0), DIGITS) for other in rest)
+        """`line_effects` of the first stage; () where there is none."""
+        return () if self._grams is None else line_effects(self._grams, text, language)
 
     def probability(self, score: Score | None, gram: float | None, findings: "Sequence[Finding]") -> float:
         """Calibrated, where there is a model; else an order by the rules' severities."""
@@ -147,6 +142,20 @@ class Judge:
             if probability >= self._settings.points[name].threshold:
                 return severity
         return "low"
+
+
+def line_effects(grams: "Grams", text: str, language: str) -> tuple[float, ...]:
+    """How much the logit falls without each line of a text; () where telling them apart would take too long."""
+    lines = text.split("\n")
+    if len(lines) > LONGEST or len(lines) * len(text) > LARGEST:
+        return ()
+    without = ["\n".join([*lines[:at], "", *lines[at + 1 :]]) for at in range(len(lines))]
+    whole, *rest = _logits(grams, [text, *without], [language] * (len(lines) + 1))
+    return tuple(round(whole - other, DIGITS) for other in rest)
+
+
+def _logits(grams: "Grams", texts: Sequence[str], languages: Sequence[str]) -> list[float]:
+    return [round(float(logit), DIGITS) for logit in grams.score(list(texts), list(languages))]
 
 
 def _read(path: Path) -> _Settings:

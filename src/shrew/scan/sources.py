@@ -71,7 +71,8 @@ class Walk:
     """The files below `paths`, each once, in an order that depends on names alone.
 
     What cannot be entered or read is told to `skip(shown, why)`. Memory grows with the widest folder, not with the
-    tree. Folders and files named in `paths` are scanned whatever they are called.
+    tree. Folders and files named in `paths` are scanned whatever they are called; with `force` only if a walk of the
+    root would come to them.
     """
 
     paths: list[str]
@@ -79,6 +80,7 @@ class Walk:
     exclude: list[str] = field(default_factory=list)
     tests: bool = False
     vendored: bool = False
+    force: bool = False
     skip: Callable[[str, str], None] = lambda shown, why: None
     left_out: LeftOut = field(default_factory=LeftOut)
 
@@ -102,6 +104,8 @@ class Walk:
             status = os.stat(top)  # noqa: PTH116 (a path given by hand may be a link)
         except OSError as error:
             raise UsageError(f"{top} cannot be scanned ({error.strerror}); give a folder or a file.") from None
+        if self.force and not self._reached(top, stat.S_ISDIR(status.st_mode)):
+            return
         if not stat.S_ISDIR(status.st_mode):
             yield from self._file(top, os.path.basename(top), status, named=True)  # noqa: PTH119
             return
@@ -130,6 +134,19 @@ class Walk:
                 except OSError as error:
                     self.skip(shown(item.path, self.root), f"cannot be read ({error.strerror})")
             stack += reversed(folders)
+
+    def _reached(self, top: str, folder: bool) -> bool:
+        """Whether nothing on the way from the root to a path that is named is left out."""
+        path, names = self.root, Path(os.path.relpath(top, self.root)).parts
+        for at, name in enumerate(names, 1):
+            path = os.path.join(path, name)  # noqa: PTH118
+            inside = folder or at < len(names)
+            if not self._wanted(path, name, inside):
+                return False
+            if inside and not self.vendored and os.path.exists(os.path.join(path, "pyvenv.cfg")):  # noqa: PTH110, PTH118
+                self.left_out.vendored += 1
+                return False
+        return True
 
     def _link(self, path: str) -> None:
         """Links are not followed: what they lead to inside the tree is scanned in its own place. The rest is told."""

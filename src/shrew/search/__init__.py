@@ -1,21 +1,21 @@
 """`shrew shrink`: the smallest model that keeps a wanted share of the quality, with the proof.
 
 1. Score the original; measure what each part of each layer loses at 2, 3 and 4 bits, and what each cut loses.
-2. Solve for the best bits under any byte budget (exact knapsack), for each structural cut. (For coded weights both are
+2. Solve for the best bits under any byte budget (a knapsack), for each structural cut. (For coded weights both are
    simpler: what three rates lose is measured, and one rate for all weights follows from the budget.)
 3. Score one candidate of each cut at one size, heal those within reach briefly, and keep the cut that comes out best.
 4. Heal candidates of that cut fully and close in on the smallest that holds on the search split.
 5. Only then open the final split, for a few named candidates, from the safest downward.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from shrew import files, folder, record, report, spec
-from shrew.errors import FloorNotMet, SpecError, UsageError
+from shrew.errors import FloorNotMet
+from shrew.folder.check import fetch
 from shrew.moves.source import Source
 from shrew.search.run import Run
 from shrew.search.wanted import ShrinkSpec
@@ -24,7 +24,7 @@ __all__ = ["ShrinkSpec", "main"]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = spec.Parser(
         prog="shrew shrink", description="Find the smallest model that keeps the quality, and prove it."
     )
     parser.add_argument("model", help="model folder or hub name; 'starter' is the one that ships")
@@ -38,11 +38,8 @@ def main(argv: list[str]) -> int:
     wanted = spec.from_flags(ShrinkSpec, args)
     goals = wanted.goals()
     out = args.out or Path(f"{Path(args.model).name}-small")
-    if out.resolve() == Path(args.model).resolve():
-        raise UsageError(f"{out} is the model itself; choose another output folder.")
+    files.check_apart(out, [fetch(args.model), args.task, *args.text, wanted.fairness])
     files.check_writable_target(out, folder.LINEAGE)
-    if wanted.keep is not None and wanted.keep < 0.05:
-        raise SpecError(f"--keep {wanted.keep} is a share of 1; write 0.98 for 98 %.")
     source = Source(model=args.model, task=args.task, text=args.text, seed=args.seed)
     command = "shrew shrink " + " ".join(argv)
     run = Run(source, wanted, goals, out, command, _say)

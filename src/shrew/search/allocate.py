@@ -1,4 +1,4 @@
-"""Which grid for which weights: an exact multiple-choice knapsack over measured damage. Pure arithmetic."""
+"""Which grid for which weights: a multiple-choice knapsack over measured damage. Pure arithmetic."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from shrew.search.kinds import Kind, Palette
 
-CELLS = 4096  # the byte budget is cut into so many cells; sizes are rounded up, so the budget is never exceeded
+CELLS, EACH = 4096, 256  # at least so many cells of bytes in all, and for each group
 
 
 @dataclass(frozen=True)
@@ -54,35 +54,35 @@ def allocate(
 ) -> list[Kind] | None:
     """The grid of each group that minimises the sum of damages within `budget` bytes; None if nothing fits.
 
-    Exact dynamic programming over `CELLS` cells of bytes (up to rounding sizes up to whole cells).
+    Dynamic programming over cells of bytes. What the budget leaves above the smallest size of every group is cut into
+    `CELLS` of them, or `EACH` a group; sizes are rounded up, so that it is never exceeded, and at most a cell of each
+    group, together a 256th of what is dealt out, stays unused.
     """
-    least = sum(min(item.values()) for item in sizes)
-    if least > budget:
+    least = [min(size.values()) for size in sizes]
+    spare = budget - sum(least)
+    if spare < 0:
         return None
     ideal = [min(size, key=damage.__getitem__) for size, damage in zip(sizes, damages, strict=True)]
     if sum(size[kind] for size, kind in zip(sizes, ideal, strict=True)) <= budget:
         return ideal
-    cell = max(budget / CELLS, 1.0)
-    room = int(budget / cell)
-    best = np.zeros(room + 1)
+    cell = max(-(-spare // max(CELLS, EACH * len(sizes))), 1)
+    room = spare // cell
+    needs = [{kind: -(-(length - low) // cell) for kind, length in size.items()}
+             for size, low in zip(sizes, least, strict=True)]  # fmt: skip
+    best = np.zeros(room + 1)  # the least damage of the groups so far within so many cells
     choices: list[np.ndarray] = []
-    for size, damage in zip(sizes, damages, strict=True):
-        new = np.full(room + 1, np.inf)
-        choice = np.zeros(room + 1, dtype=np.int64)
-        for number, (kind, length) in enumerate(size.items()):
-            need = int(np.ceil(length / cell))
-            if need <= room:
-                total = np.full(room + 1, np.inf)
-                total[need:] = best[: room + 1 - need] + damage[kind]
-                choice = np.where(total < new, number, choice)
-                new = np.minimum(new, total)
+    for need, damage in zip(needs, damages, strict=True):
+        new, choice = np.full(room + 1, np.inf), np.zeros(room + 1, np.uint8)
+        for number, (kind, cells) in enumerate(need.items()):
+            if cells <= room:
+                total = best[: room + 1 - cells] + damage[kind]
+                np.putmask(choice[cells:], total < new[cells:], number)
+                np.minimum(new[cells:], total, out=new[cells:])
         best = new
         choices.append(choice)
-    if not np.isfinite(best[room]):  # only the rounding of cells stands in the way: the smallest of each
-        return [min(size, key=size.__getitem__) for size in sizes]
     picked, left = [], room
-    for size, choice in zip(reversed(sizes), reversed(choices), strict=True):
-        kind = list(size)[int(choice[left])]
+    for need, choice in zip(reversed(needs), reversed(choices), strict=True):
+        kind = list(need)[int(choice[left])]
         picked.append(kind)
-        left -= int(np.ceil(size[kind] / cell))
+        left -= need[kind]
     return picked[::-1]

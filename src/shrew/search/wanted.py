@@ -8,15 +8,15 @@ from shrew.errors import SpecError
 from shrew.search.kinds import Palette, blocks, widths
 from shrew.spec import Meta, doc
 
-Share = Annotated[float, Meta(gt=0, le=1)]
 ALONE = 0.98  # the floor when nothing else was asked for
+LEAST = 0.05  # below it a percentage was meant
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShrinkSpec:
     """What the user asks for; everything else is derived and printed."""
 
-    keep: Share | None = doc("share of the quality to keep; 0.98 if nothing is asked", None)
+    keep: float | None = doc("share of the quality to keep; 0.98 if nothing is asked", None)
     under: str | None = doc("largest weights file, such as 16MB", None)
     faster: str | None = doc("at least so many times faster, such as 2x", None)
     memory: str | None = doc("largest peak memory of a fresh process, such as 500MB", None)
@@ -41,6 +41,8 @@ class ShrinkSpec:
     jobs: Annotated[int, Meta(ge=0)] = doc("trials at a time; 0: one a core", 0)
 
     def __post_init__(self) -> None:
+        if self.keep is not None and not LEAST <= self.keep <= 1:
+            raise SpecError(f"--keep {self.keep:g} is no share from {LEAST} to 1; write 0.98 for 98 %.")
         if self.gguf and self.coded:
             raise SpecError("--gguf and --coded exclude each other: GGUF holds no coded weights; leave one out.")
 

@@ -1,6 +1,5 @@
 """`shrew patch TEXT|FILE|-`: how a text is cut into patches, and how hard each of its bytes is to tell."""
 
-import argparse
 import dataclasses
 import json
 import os
@@ -49,13 +48,15 @@ class PatchSpec:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shrew patch", description="Show how a text is cut into patches of bytes.")
+    parser = spec.Parser(prog="shrew patch", description="Show how a text is cut into patches of bytes.")
     parser.add_argument("text", help="a text, a file with one, or - for what comes on standard input")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the picture as a page, too")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     spec.add_flags(parser, PatchSpec)
     args = parser.parse_args(argv)
     asked = spec.from_flags(PatchSpec, args)
+    if args.html:
+        files.check_apart(args.html, [args.text, asked.model])
     text, left_out = read_text(args.text, asked.most)
     found = cut(text, asked, left_out)
     if args.html:

@@ -43,6 +43,7 @@ def pack(name: str, out: Path, options: Options, say: Callable[[str], None]) -> 
     path = Path(name).expanduser()
     if not path.is_file():
         raise FolderError(f"{path} is no file; --to folder reads a GGUF file.")
+    files.check_apart(out, [path])
     loaded, architecture = read(path)
     loaded.lineage = {"parent": {"name": path.name, "sha256": files.sha256(path)}, "moves": []}
     folder.save(loaded, out)

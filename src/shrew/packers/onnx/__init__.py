@@ -3,6 +3,7 @@
 Our blocks say the model first (`shrew.blocks.stock`), so there is one emitter a block and none a model type.
 """
 
+import gzip
 import json
 import tempfile
 from collections import Counter
@@ -22,7 +23,7 @@ from shrew.packers.onnx import check
 from shrew.packers.onnx.build import CHUNK, Built, build
 from shrew.packers.onnx.weights import VALUES_OF, Weights
 from shrew.runtime import coded
-from shrew.runtime.manifest import CODED, DATA
+from shrew.runtime.manifest import CODED, DATA, SQUEEZED, TOKENIZER
 from shrew.runtime.manifest import GRAPH as MODEL
 from shrew.spec import doc
 
@@ -44,7 +45,8 @@ class Options:
         "text on which the shipped graph is compared with the exact one: a file, folder or glob; default: modules of "
         "Python's standard library", None,
     )  # fmt: skip
-    coded: bool = doc("store weights coded by their entropy: fewer bytes, decoded when the model is loaded", False)
+    coded: bool = doc("store weights coded by their entropy and the tokenizer compressed: fewer bytes, decoded when "
+                      "the model is loaded", False)  # fmt: skip
     kv: Literal[0, 8, 4] = doc("bits of cached keys and values, with steps fitted to more of that text; 0: in full", 0)
 
 
@@ -55,6 +57,7 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     files.check_writable_target(out, MANIFEST)
     say(machine.choose_threads().reason)
     loaded = folder.load(name)
+    files.check_apart(out, [loaded.path or name, options.text or ""])
     refuse_corrections(loaded.packed, "the graph")
     if loaded.is_classifier and options.kv:
         raise UnsupportedError(f"{name} is a classifier and keeps no keys and values; leave out --kv.")
@@ -85,6 +88,8 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
                 if coded.restore(where / CODED) != (where / DATA).read_bytes():
                     raise AssertionError(f"{CODED} is not what {DATA} was")
                 (where / DATA).unlink()
+                (where / SQUEEZED).write_bytes(gzip.compress((where / TOKENIZER).read_bytes(), mtime=0))
+                (where / TOKENIZER).unlink()
             manifest = built.manifest(loaded, name) | {
                 "accuracy_level": level, "exact": exact, "shipped": shipped | {"text": options.text or TEXT},
                 "weights": built.weights.effective, "files": _hashes(where)}  # fmt: skip
@@ -139,7 +144,7 @@ def _checked(
     graph, context = built.graph, built.context
     fast: Any
     if built.whole:
-        slow: Any = check.Labeller(check.opened(path))
+        slow: Any = check.Labeller(check.opened(path, whole=True))
         exact = (check.exact_detections if built.families else check.exact_labels)(slow, loaded.model, text)
     else:
         slow = check.Runner(check.opened(path), full.graph.states, min(context, check.WINDOW), CHUNK, graph.align)
@@ -157,7 +162,7 @@ def _checked(
     if not graph.has_codes:
         return exact, nothing, 0
     if built.whole:
-        fast = check.Labeller(check.opened(model))
+        fast = check.Labeller(check.opened(model, whole=True))
         at_zero, at_four = check.label_seconds([slow, fast], text)
     else:
         fast = check.Runner(check.opened(model), graph.states, min(context, check.WINDOW), CHUNK, graph.align)
@@ -180,11 +185,11 @@ def _write_texts(where: Path, loaded: Loaded, name: str) -> None:
         loaded.tokenizer.save_pretrained(where, save_jinja_files=not several)
         if loaded.model.can_generate():
             loaded.model.generation_config.to_json_file(where / "generation_config.json")
-    if not (where / "tokenizer.json").exists():
+    if not (where / TOKENIZER).exists():
         raise UnsupportedError(f"{name}: its tokenizer has no tokenizer.json, which the runtime needs; convert it to a "
                                "fast tokenizer first.")  # fmt: skip
-    held = json.loads((where / "tokenizer.json").read_text("utf-8"))  # without its indentation it is less than half
-    (where / "tokenizer.json").write_text(json.dumps(held, ensure_ascii=False, separators=(",", ":")), "utf-8")
+    held = json.loads((where / TOKENIZER).read_text("utf-8"))  # without its indentation it is less than half
+    (where / TOKENIZER).write_text(json.dumps(held, ensure_ascii=False, separators=(",", ":")), "utf-8")
     parent = {"name": Path(name).name, "sha256": folder.identity(loaded.path) if loaded.path else None}
     versions = folder.versions() | {"onnxruntime": onnxruntime.__version__}
     lineage = loaded.lineage | {"format": 1, "packed": {"from": parent, "versions": versions}}

@@ -81,9 +81,9 @@ class Runner:
         return tokens, np.concatenate(parts)
 
 
-def opened(path: Path) -> onnxruntime.InferenceSession:
+def opened(path: Path, whole: bool = False) -> onnxruntime.InferenceSession:
     """A graph as the runtime opens it, with as many threads as torch has."""
-    return open_graph(path, torch.get_num_threads())
+    return open_graph(path, torch.get_num_threads(), whole=whole)
 
 
 def lengths(context: int, text: Sequence[int]) -> tuple[list[int], int]:

@@ -1,12 +1,12 @@
 """Weights as a graph stores them: the codes that were chosen, in blocks, or dense in the narrowest exact type."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shrew.folder.grids import Product, Steps
+from shrew.folder.grids import Product, Steps, Uniform
 from shrew.folder.packed import Packed, pack_bits
 from shrew.packers.carry import as_uniform
 
@@ -116,6 +116,29 @@ class Weights:
             held = self.packed[name].grid
             self.effective[name] = held.label() + (f" in {blocks.bits} bits" if blocks.bits != held.bits else "")
         return blocks
+
+    def scale(self, name: str, exponent: int) -> bool:
+        """Multiply what a linear layer gives by 2^exponent, exactly; False where its weights cannot hold that."""
+        if f"{name}.low.weight" in self.dense:
+            name = f"{name}.high"
+        held = self.packed.get(f"{name}.weight")
+        factor = 2.0**exponent
+        if held is not None:
+            steps = held.steps
+            if isinstance(held.grid, Product):
+                scales = steps.scales.int() + 4 * exponent
+                if int(scales.min()) < 0 or int(scales.max()) > 255:
+                    return False
+                steps = replace(steps, scales=scales.to(torch.uint8))
+            elif isinstance(held.grid, Uniform):
+                steps = replace(steps, scales=steps.scales * factor)
+            else:
+                return False
+            self.packed[f"{name}.weight"] = replace(held, steps=steps)
+        for part in (f"{name}.weight", f"{name}.bias"):
+            if part in self.dense:
+                self.dense[part] = self.dense[part].detach() * factor
+        return True
 
     def exact(self, *names: str, rows: Tensor | None = None) -> Tensor:
         """The rows of weights, one under the other, dense, in the narrowest type that holds them."""

@@ -18,12 +18,14 @@ import onnx
 
 from shrew import files
 from shrew.errors import FolderError, ShrewError, UnsupportedError
+from shrew.folder.check import fetch
 from shrew.packers.onnx import Options as OnnxOptions
 from shrew.packers.onnx import Say
 from shrew.packers.onnx import pack as pack_onnx
 from shrew.packers.web import graph, tokenizer, vendor
 from shrew.runtime import manifest as manifests
 from shrew.runtime import page, template
+from shrew.runtime.manifest import Manifest
 from shrew.runtime.template import PLAIN_ROLES, PLAIN_STOP
 from shrew.spec import doc
 
@@ -91,6 +93,7 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
 
     Raises UnsupportedError for what a browser cannot run, ShrewError where the runtime cannot be fetched."""
     files.check_writable_target(out, MARK)
+    files.check_apart(out, [fetch(name)])
     if (Path(name) / manifests.NAME).is_file():
         return _write(Path(name), out, options, say)
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,14 +108,14 @@ def _write(packed: Path, out: Path, options: Options, say: Say) -> dict[str, Any
         raise UnsupportedError(f"{packed} is a classifier, and the page is for models that write; pack it --to onnx.")
     if any(state.dtype in ("int8", "uint8") for state in held.states):
         raise UnsupportedError(f"{packed} holds keys and values in few bits, and the page cannot; pack without --kv.")
-    if manifests.CODED in held.files:
+    if {manifests.CODED, manifests.SQUEEZED} & held.files.keys():
         raise UnsupportedError(f"{packed} holds coded weights, which the page cannot read; pack without --coded.")
     weights = {name: file.bytes for name, file in held.files.items() if Path(name).suffix == ".bin"}
     if sum(weights.values()) > LARGEST:
         raise UnsupportedError(f"{packed} has {sum(weights.values()):,} bytes of weights, and a page can hold "
                                f"{LARGEST:,}; make it smaller with `shrew shrink`.")  # fmt: skip
     parts = {"model/tokenizer.json": _json(tokenizer.compiled(packed / manifests.TOKENIZER)),
-             "model/chat.json": _json(chat := _chat(packed))}  # fmt: skip
+             "model/chat.json": _json(chat := _chat(packed, held))}  # fmt: skip
     model = _read(packed / manifests.GRAPH)
     unpacked = _unpack(model, say)
     parts["model/model.onnx"] = model.SerializeToString()
@@ -166,9 +169,9 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
 
 
-def _chat(packed: Path) -> dict[str, Any]:
+def _chat(packed: Path, manifest: Manifest) -> dict[str, Any]:
     """How a conversation becomes text: the folder's template, or plain lines."""
-    held = template.of_folder(packed)
+    held = template.of_folder(packed, manifest.files)
     source = "" if held.plain else held.source()
     return {"template": source, "special": held.special, "stop": PLAIN_STOP if held.plain else [], "roles": PLAIN_ROLES}
 

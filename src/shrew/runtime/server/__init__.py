@@ -1,6 +1,5 @@
 """`shrew serve PACK...`: packed models behind an API that OpenAI's clients speak."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ __all__ = ["Options", "Served", "State", "application", "main"]
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shrew serve", description="Serve packed models over HTTP, as OpenAI does.")
+    parser = spec.Parser(prog="shrew serve", description="Serve packed models over HTTP, as OpenAI does.")
     parser.add_argument("packs", nargs="+", metavar="PACK", type=Path,
                         help="packed folders; a model folder or 'starter' is packed first")  # fmt: skip
     spec.add_flags(parser, Options)

@@ -22,9 +22,8 @@ from shrew.runtime.server.stream import (
     Understood,
     error_event,
     event,
-    run,
+    respond,
     usage_dict,
-    whole,
 )
 
 
@@ -54,14 +53,7 @@ class Job(Understood):
 
 
 async def chat(state: State, request: ChatRequest) -> Response | Stream:
-    served = state.find(request.model)
-    asked.check_causal(served)
-    job = await state.call(understand, state, served, request)
-    pieces = run(served, job.requests, state.options.timeout)
-    if request.stream:
-        return Stream(_events(state, job, pieces))
-    meter = Meter(served, state.metrics)
-    return await state.call(_reply, job, await whole(job, pieces, meter), meter)
+    return await respond(state, request, understand, _events, _reply)
 
 
 def understand(state: State, served: Served, request: ChatRequest) -> Job:

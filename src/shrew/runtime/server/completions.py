@@ -20,9 +20,8 @@ from shrew.runtime.server.stream import (
     Understood,
     error_event,
     event,
-    run,
+    respond,
     usage_dict,
-    whole,
 )
 
 KIND = "text_completion"
@@ -67,14 +66,7 @@ class Job(Understood):
 
 
 async def completions(state: State, request: CompletionRequest) -> Response | Stream:
-    served = state.find(request.model)
-    asked.check_causal(served)
-    job = await state.call(understand, state, served, request)
-    pieces = run(served, job.requests, state.options.timeout)
-    if request.stream:
-        return Stream(_events(state, job, pieces))
-    meter = Meter(served, state.metrics)
-    return await state.call(_reply, job, await whole(job, pieces, meter), meter)
+    return await respond(state, request, understand, _events, _reply)
 
 
 def understand(state: State, served: Served, request: CompletionRequest) -> Job:

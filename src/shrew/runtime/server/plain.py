@@ -1,5 +1,6 @@
 """What is answered in one piece: models, embeddings, tokens, health, metrics, the description and the page."""
 
+import asyncio
 import base64
 from collections.abc import Sequence
 from typing import Any
@@ -108,7 +109,7 @@ async def embeddings(state: State, request: EmbeddingRequest) -> Response:
     vectors = []
     for ids in rows:  # one at a time, so that one request does not take every place
         async with served.gate.sequence():
-            vectors.append(await state.wait(served.engine.embed, ids))
+            vectors.append(await asyncio.wrap_future(served.engine.embedding(ids)))
     total = sum(map(len, rows))
     data = [
         {"object": "embedding", "index": number, "embedding": _written(vector, request.encoding_format)}

@@ -22,7 +22,7 @@ from shrew.spec import Meta, doc
 
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 T = TypeVar("T")
-WORKERS = 2  # threads beside the event loop, of each kind
+WORKERS = 2  # threads beside the event loop
 OPEN = {"/", "/health"}  # paths that need no key
 BODIES = 16  # bodies of the largest size that may be in memory at once
 
@@ -96,8 +96,9 @@ class Served:
         self.manifest, self.tokenizer = model.manifest, model.tokenizer
         self.created = int(time.time())
         self.gate = Gate(options.slots, options.queue)
-        self.config = tokenizer_config(Path(model.path))
-        self.template = template.of_folder(Path(model.path))
+        listed = self.manifest.files
+        self.config = tokenizer_config(Path(model.path)) if "tokenizer_config.json" in listed else {}
+        self.template = template.of_folder(Path(model.path), listed)
 
     @cached_property
     def form(self) -> str:
@@ -151,20 +152,14 @@ class State:
     tasks: set[asyncio.Future[None]] = field(default_factory=set)
 
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WORKERS, "words"))
-    waits: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(WORKERS, "waits"))
 
     async def call(self, work: Callable[..., T], *given: Any) -> T:
         """Run what takes a while (tokenizing, templates, grammars) beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work, *given)
 
-    async def wait(self, work: Callable[..., T], *given: Any) -> T:
-        """Run what waits for an engine, apart from what does not."""
-        return await asyncio.get_running_loop().run_in_executor(self.waits, work, *given)
-
     def close(self) -> None:
         """Leave the threads; what they do is bounded and nobody waits for it."""
-        for pool in (self.pool, self.waits):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def failed(self, error: BaseException) -> None:
         """An error that ends a request: a bug is shown to the one who runs the server, what was foreseen is not."""

@@ -7,17 +7,19 @@ queue. What is left of them when the request ends, however it ends, is cancelled
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
+from starlette.responses import Response
 
 from shrew.runtime.request import Piece, Request, Usage
+from shrew.runtime.server import asked
 from shrew.runtime.server.faults import Fault, fault_of
 from shrew.runtime.server.metrics import Metrics
-from shrew.runtime.server.state import Served
+from shrew.runtime.server.state import Served, State
 
 DONE = b"data: [DONE]\n\n"
 FAILED = {
@@ -25,6 +27,9 @@ FAILED = {
     "cancelled": (503, "The server is stopping."),
     "error": (500, "The model failed on this request."),
 }
+
+
+Job = TypeVar("Job", bound="Understood")
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,23 @@ async def whole(job: Understood, pieces: AsyncIterator[tuple[int, Piece]], meter
             meter.piece(piece)
             parts[number].append(piece)
     return parts
+
+
+async def respond(
+    state: State, request: Any, understand: Callable[..., Job],
+    events: Callable[[State, Job, AsyncIterator[tuple[int, Piece]]], AsyncIterator[bytes]],
+    reply: Callable[[Job, list[list[Piece]], "Meter"], Response],
+) -> Response | Stream:  # fmt: skip
+    """The answer of a model that completes, streamed or whole. `understand(state, served, request)` refuses all that
+    can be refused, before an answer begins."""
+    served = state.find(request.model)
+    asked.check_causal(served)
+    job = await state.call(understand, state, served, request)
+    pieces = run(served, job.requests, state.options.timeout)
+    if request.stream:
+        return Stream(events(state, job, pieces))
+    meter = Meter(served, state.metrics)
+    return await state.call(reply, job, await whole(job, pieces, meter), meter)
 
 
 class Meter:
