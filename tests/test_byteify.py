@@ -27,7 +27,6 @@ from shrew.moves.quantize import Quantize
 from shrew.tasks.text import Text
 
 SMALL: dict[str, Any] = {"size": 3.0, "width": 16, "decoder": 1, "window": 16, "rows": 2}
-FLAGS = [part for name, value in SMALL.items() for part in (f"--{name}", value)]
 ORIGINALS: dict[str, Callable[[], Loaded]] = {
     "bytes": lambda: tiny(byte_tokenizer(290, TEXT), num_hidden_layers=2),
     "pieces": lambda: tiny(piece_tokenizer()),
@@ -122,8 +121,9 @@ def test_a_folder_that_measures_writes_and_shows_its_patches(
     texts = [json.loads(line)["text"] for line in stories.read_text().splitlines()[-12:]]
     task = Text(splits={"final": [Document(str(number), text) for number, text in enumerate(texts)]})
     for steps in (1, 60):
-        code, said = apply(trained_llama_folder, "byteify", "--text", stories, *FLAGS, "--rows", 4, "--lr", 1e-2,
-                           "--steps", steps, "--out", tmp_path / str(steps))  # fmt: skip
+        asked = {**SMALL, "rows": 4, "lr": 1e-2, "steps": steps, "out": tmp_path / str(steps)}
+        flags = [part for name, value in asked.items() for part in (f"--{name}", value)]
+        code, said = apply(trained_llama_folder, "byteify", "--text", stories, *flags)
         assert code == 0, said
         loaded = folder.load(tmp_path / str(steps))
         columns = task.score(loaded, "final").columns

@@ -77,7 +77,7 @@ def test_the_text_is_held_to_a_form(run: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "given", "said"),
     [
-        (["x", "--max-tokens", "0"], None, "max_tokens: Expected"),
+        (["x", "--max-tokens", "0"], None, "--max-tokens must be at least 1"),
         (["x", "--stdin"], b"y", "given twice"),
         (["x", "--regex", "("], None, "unclosed group"),
         (["x", "--regex", "a", "--schema", "b"], None, "exclude each other"),

@@ -201,5 +201,5 @@ def test_what_has_no_such_cache_is_refused(tiny_llama_folder: Path, tiny_classif
             with_rounded_cache(Loaded(model, llama.tokenizer), CacheSpec(kv=8, kv_keys="channel"))
     with pytest.raises(UsageError, match="a head of 16 channels is no multiple"):
         with_rounded_cache(llama, CacheSpec(kv=8, kv_group=5))
-    with pytest.raises(UsageError, match="give --text FILES"):
+    with pytest.raises(UsageError, match="give --text SOURCE or --task FILE"):
         measure.main([str(tiny_llama_folder), "--kv", "8"])

@@ -226,7 +226,7 @@ def write_classifier(folder: Path, labels: list[str]) -> np.ndarray:
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10),
-              folder / "model.onnx")  # fmt: skip
+              folder / "model.onnx", save_as_external_data=True, location="model.bin", size_threshold=256)  # fmt: skip
     tokenizer().save(str(folder / "tokenizer.json"))
     seal(folder, {"format": 1, "shrew": "0.1.0", "kind": "classifier", "name": "tiny", "vocabulary": VOCABULARY,
                   "width": 4, "context": 64, "pad": 2, "labels": labels})  # fmt: skip

@@ -180,8 +180,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
 def _read_by(recipe: Recipe) -> list[str | Path]:
     """The files and folders that a run reads."""
     item, detect = recipe.train, recipe.detect or DetectSpec()
-    models = [fetch(name) for name in (item.init, item.entropy) if name]
-    return [*models, item.tokenizer, *item.data, *detect.pairs, *detect.negatives]
+    model = fetch(item.init) if item.init else ""
+    return [model, item.entropy, item.tokenizer, *item.data, *detect.pairs, *detect.negatives]
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
