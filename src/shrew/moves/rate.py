@@ -34,7 +34,7 @@ FEW = 2e-3  # of the codes may be cut off for that
 DEARER = 1.15  # times the damage are still worth it
 LEAST_ROW = 1e-3  # of the mean: rows that the text never needed are not thrown away
 SAMPLE = 1 << 16  # weights of a tensor that an estimate of the rate looks at
-PASSES = 6  # of rounding with error feedback, until the rate is met
+PASSES = 8  # of rounding with error feedback, until the rate is met
 NEAR = 0.99  # of the rate is near enough
 TOLERANCE = 1e-2  # of the largest logit: another order of sums in bf16
 DRAWS = 8  # of a classifier's label, since a text has only one
@@ -248,9 +248,12 @@ def round_to_rate(
     groups = _grouped(items, together)
     log_step, slope = _estimated(items, columns, rate), min(1.0, 0.4 + 0.2 * rate)
     best: tuple[float, dict[str, Rounded]] | None = None
-    last: tuple[float, float] | None = None
+    ends = dict[bool, tuple[float, float]]()  # the last steps that took too much and too little, and bits beyond
+    kept = dict[str, Product]()
     for _ in range(PASSES):
-        found = {name: each for group in groups for name, each in _rounded(group, columns, log_step, damp).items()}
+        found = dict[str, Rounded]()
+        for group in groups:
+            found |= _rounded(group, columns, log_step, damp, kept.get(group[0].name))
         for seam in across:
             _move_steps(found, seam)
         got = sum(each.bits for each in found.values()) / sum(item.rows.numel() for item in items)
@@ -259,11 +262,20 @@ def round_to_rate(
             best = got, found
         if NEAR * rate <= got <= rate:
             break
+        much, beyond = got > rate, got - 0.5 * (1 + NEAR) * rate
+        before, (far, instead) = ends.get(much), ends.get(not much, (0.0, 0.0))
+        ends[much] = log_step, beyond
+        if len(ends) == 2:
+            # A change of grid is a jump of bits, and no step would meet a rate inside it: from now on there is none.
+            kept = kept or {name: each.grid for name, each in found.items()}
+            if before is not None:  # the Illinois algorithm: an end that stays counts half
+                ends[not much] = far, instead = far, 0.5 * instead
+            log_step += (far - log_step) * beyond / (beyond - instead)
+            continue
         # Bits for an octave: fewer than one where many codes are 0 or steps are as fine as codes allow.
-        if last is not None and abs(last[0] - log_step) > 1e-3:
-            slope = min(max((got - last[1]) / (last[0] - log_step), 0.2), 1.2)
-        last = log_step, got
-        log_step += (got - 0.5 * (1 + NEAR) * rate) / slope
+        if before is not None:
+            slope = min(max((beyond - before[1]) / (before[0] - log_step), 0.2), 1.2)
+        log_step += beyond / slope
     assert best is not None
     if best[0] > rate:
         raise UnsupportedError(f"these weights take {best[0]:.2f} bits each at least; ask for a rate above {rate}.")
@@ -324,9 +336,11 @@ def _grouped(items: Sequence[Coded], together: Sequence[set[str]]) -> list[list[
     return found
 
 
-def _rounded(group: Sequence[Coded], columns: dict[str, Tensor], log_step: float, damp: float) -> dict[str, Rounded]:
-    """Weights that stand together, by name: all within 4 bits where few codes would not be, and where what that cuts
-    off does little damage once later columns have made up for it."""
+def _rounded(
+    group: Sequence[Coded], columns: dict[str, Tensor], log_step: float, damp: float, grid: Product | None = None
+) -> dict[str, Rounded]:
+    """Weights that stand together, by name: on `grid`, or where none is given all within 4 bits if few codes would not
+    be, and what that cuts off does little damage once later columns have made up for it."""
     steps = [steps_of(item.rows, item.sensitivity.rows, columns[item.name], log_step) for item in group]
     uppers = [grids.decompose(item.sensitivity.hessian[None], damp)[0] for item in group]
 
@@ -334,6 +348,8 @@ def _rounded(group: Sequence[Coded], columns: dict[str, Tensor], log_step: float
         return {item.name: Rounded(grids.feed_back(item.rows[None], upper, each, grid), each, grid)
                 for item, upper, each in zip(group, uppers, steps, strict=True)}  # fmt: skip
 
+    if grid is not None:
+        return made(grid)
     wide, half = made(GRID), 2 ** (NARROW.bits - 1)
     least = 2 ** (GRID.bits - 1) - half
     far = sum(int(((each.codes < least) | (each.codes >= least + 2 * half)).sum()) for each in wide.values())
