@@ -194,7 +194,8 @@ def picture(records: Sequence[Record]) -> str:
     for label, size, alone in (("bytes of the whole file", "bytes", False),
                                ("bytes of the linear layers", "linear_bytes", True)):  # fmt: skip
         series: dict[str, list[Point]] = {}
-        for peer in dict.fromkeys(item.detail["peer"] for item in records if item.metric == "kl"):
+        peers = dict.fromkeys(item.detail["peer"] for item in records if item.metric == "kl")
+        for peer in sorted(peers, key=lambda peer: peer != "Shrew"):
             found = [item for item in records if item.metric == "kl" and item.detail["peer"] == peer
                      and (item.detail["alone"] or not alone)]  # fmt: skip
             if found:
