@@ -22,8 +22,10 @@ ROUNDS, CALLS = 4, 10
 FASTER = 1.1  # times as fast must more threads be to be worth the cores they keep from others
 LARGEST_TOKENIZER = 256 << 20  # bytes, unpacked; those of the largest vocabularies have a seventh
 ROWS = 8  # texts classified in one call
-# Threads that spin while they wait take the processor from everyone else, and on a shared machine from each other.
-SETTINGS = {"session.intra_op.allow_spinning": "0"}
+# Threads that fall asleep after every product lose a third of two threads' speed; those that spin as long as they like
+# take the processor from everyone else, and on a shared machine from each other. The time between two products does.
+SETTINGS = {"session.intra_op.allow_spinning": "1", "session.intra_op.spin_duration_us": "20",
+            "session.force_spinning_stop": "1"}  # fmt: skip
 # Read when a graph is opened. Tiled attention needs little memory for whole texts, but for the one or few new tokens of
 # a call it took 1.3 to 2 times as long as the plain one (contexts of 64 to 2,048, AVX-512).
 PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
