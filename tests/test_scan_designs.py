@@ -16,6 +16,7 @@ from shrew.scan.grams import Grams, logistic, rows
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import choose
 import scan
+import scan_points
 
 BAD = 'def {name}({a}):\n    {q} = "SELECT " + {a}\n    return db.execute({q})\n'
 GOOD = 'def {name}({a}):\n    {q} = "SELECT ?"\n    return db.execute({q}, {a})\n'
@@ -106,3 +107,39 @@ def test_designs_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     best, found = choose.menu(data, 5)
     of: dict[str, Record] = {item.model: item for item in found if item.metric == "auc_over_plain"}
     assert best == right and of[right].value == 1.0 and of["both"].value == 0.0
+
+
+def test_few_false_alarms_and_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ordinary functions like the repaired ones leave all vulnerable ones above; like the vulnerable ones, hardly any."""
+    one = pairs(tmp_path / "one.jsonl", "x")
+    monkeypatch.setattr(scan, "ENOUGH", 20)
+    for kind, least, most in ((GOOD, 1.0, 1.0), (BAD, 0.0, 0.25)):
+        texts = [kind.format(name=f"n{number}", a=f"b{number}", q=f"r{number}") for number in range(20)]
+        calm = tmp_path / "calm.jsonl"
+        rows = [{"text": text, "language": "python", "project": "p"} for text in texts]
+        calm.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        asked = ["calm", str(one), str(calm), "--samples", "20", "--records", str(tmp_path / kind[-6:-4])]
+        monkeypatch.setattr(sys, "argv", ["scan_points", *asked])
+        scan_points.main()
+        found = {(item.model, item.metric): item for item in record.read(tmp_path / kind[-6:-4])}
+        assert least <= found["n-grams + rules", "recall_at_0.05"].value <= most  # type: ignore[operator]
+        assert 0 <= found["n-grams + rules", "brier"].value < 0.2  # type: ignore[operator]
+    calm.write_text("")
+    monkeypatch.setattr(sys, "argv", ["scan_points", *asked])
+    with pytest.raises(SystemExit, match="has 0 functions"):
+        scan_points.main()
+
+
+def test_later_pairs_are_asked_of_what_earlier_ones_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scan_points.split([2011, 2012, 2013, 2014]) == 2012
+    assert scan_points.split([2011, 2011, 2011, 2014]) == 2011
+    rows = [json.loads(line) for line in pairs(tmp_path / "one.jsonl", "x", 12).read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["cve"] = f"CVE-{2010 + number}-1" if number < 10 else None
+    (tmp_path / "dated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["time", str(tmp_path / "dated.jsonl"), "--language", "python", "--samples", "20"]
+    monkeypatch.setattr(sys, "argv", ["scan_points", *asked, "--records", str(tmp_path / "found")])
+    scan_points.main()
+    found = {(item.model, item.metric): item for item in record.read(tmp_path / "found")}
+    assert found["our n-grams", "auc"].n == 5
+    assert found["our n-grams", "auc"].value == 1.0
