@@ -110,7 +110,7 @@ def test_designs_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_few_false_alarms_and_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ordinary functions like the repaired ones leave all vulnerable ones above; like the vulnerable ones, hardly any."""
+    """Ordinary functions like the repaired ones leave all vulnerable ones above; like the bad ones, hardly any."""
     one = pairs(tmp_path / "one.jsonl", "x")
     monkeypatch.setattr(scan, "ENOUGH", 20)
     for kind, least, most in ((GOOD, 1.0, 1.0), (BAD, 0.0, 0.25)):
