@@ -9,12 +9,18 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from shrew import spec
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.scan import cwe as weaknesses
+from shrew.scan.functions import COMMENTS
 from shrew.spec import Meta, doc
+
+if TYPE_CHECKING:
+    from tree_sitter import Tree
+
+    from shrew.scan.functions import Source
 
 __all__ = ["Held", "Ignore", "ScanSpec", "add_flags", "comments", "from_flags"]
 
@@ -136,24 +142,28 @@ def _kept(root: Path) -> tuple[dict[str, Any], str]:
 
 # --- what is held back -----------------------------------------------------------------------------------------------
 
-_MARK = re.compile(r"#|//|/\*|^=begin")
 _IGNORE = re.compile(r"\bshrew:\s*ignore\b(?:\s*\[([^\]]{0,400})\])?")
 
 
-def comments(text: str) -> list[tuple[int, list[str]]]:
+def comments(source: "Source", tree: "Tree") -> list[tuple[int, list[str]]]:
     """The comments `shrew: ignore` and `shrew: ignore[CWE-89, path-traversal]`: the line that each speaks of, and its
-    words ([]: everything). One that has a line to itself speaks of the next."""
-    if "shrew:" not in text:
+    words ([]: everything). One that has a line to itself speaks of the next. What the syntax tree holds for a string is
+    no comment, whatever it says."""
+    if b"shrew:" not in source.data:
         return []
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if "shrew:" not in line or (mark := _MARK.search(line)) is None:
+    from shrew.scan.rules.syntax import nodes_of
+
+    data, found = source.data, []
+    for node in nodes_of(COMMENTS, tree.root_node):
+        if data.find(b"shrew:", node.start_byte, node.end_byte) < 0:
             continue
-        alone = not line[: mark.start()].strip()
-        for match in _IGNORE.finditer(line, mark.end()):
+        alone = not data[data.rfind(b"\n", 0, node.start_byte) + 1 : node.start_byte].strip()
+        text = data[node.start_byte : node.end_byte].decode("utf-8", "replace").rstrip()
+        line = node.start_point[0] + 1 + (text.count("\n") + 1 if alone else 0)
+        for match in _IGNORE.finditer(text):
             words = [word.strip() for word in (match[1] or "").split(",") if word.strip()]
             if match[1] is None or words:  # `ignore[]` names nothing
-                found.append((number + alone, words))
+                found.append((line, words))
     return found
 
 

@@ -374,13 +374,12 @@ def analyse(
         Fact(fact.name, fact.start, fact.end, fact.key, fact.spans, fact.digest, fact.gram, row)
         for fact, row in zip(bare, rows, strict=True)
     ]
-    return Facts(hash, language, made, _ignores(text, found), odd)
+    return Facts(hash, language, made, _ignores(comments(source, tree), found), odd)
 
 
-def _ignores(text: str, found: "Sequence[Function]") -> list[tuple[int, list[str]]]:
+def _ignores(ignores: list[tuple[int, list[str]]], found: "Sequence[Function]") -> list[tuple[int, list[str]]]:
     """The comments that hold alerts back. One at the line of a name that stands below decorators or annotations is one
     at the function's first line, too."""
-    ignores = comments(text)
     lines = {}
     for each in found if ignores else ():
         if each.text.startswith("@"):
