@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from shrew import spec
+from shrew import files, spec
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.scan import cwe as weaknesses
 from shrew.scan.functions import COMMENTS
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Held", "Ignore", "ScanSpec", "add_flags", "comments", "from_flags"]
 
 POINTS = ("quiet", "balanced", "thorough")  # from the fewest alerts to the most
+LARGEST = 16 << 20  # bytes of a file of settings
 SHIPPED = ("hybrid",)  # detectors that are not asked unless they are named
 
 
@@ -111,13 +112,13 @@ def _kept(root: Path) -> tuple[dict[str, Any], str]:
     if os.path.lexists(own):
         if not own.is_file():
             raise SpecError(f"{own} is no file, so no settings can be read from it; rename it, or make it a TOML file.")
-        values, where = spec.read_toml(own), f"{own.name} [scan]"
+        values, where = _toml(own), f"{own.name} [scan]"
         if strange := set(values) - {"scan"}:
             raise SpecError(f"{own.name}: unknown table '{min(strange)}'; known: scan.")
         found = values.get("scan", {})
     elif project.is_file():
         try:
-            values = spec.read_toml(project)
+            values = _toml(project)
         except SpecError:
             return {}, ""  # somebody else's file, and perhaps what is scanned
         where = "pyproject.toml [tool.shrew.scan]"
@@ -138,6 +139,14 @@ def _kept(root: Path) -> tuple[dict[str, Any], str]:
     if isinstance(found.get("rules"), list):
         found["rules"] = [os.path.join(root, name) if isinstance(name, str) else name for name in found["rules"]]  # noqa: PTH118
     return found, where
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    """Of a file that came with what is scanned, and so may be anything."""
+    try:
+        return spec.parse_toml(files.read_whole(path, LARGEST, "no settings are so long", SpecError), path)
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read ({error.strerror}); make it readable, or rename it.") from None
 
 
 # --- what is held back -----------------------------------------------------------------------------------------------
