@@ -190,6 +190,31 @@ def test_comments_and_settings_hold_alerts_back(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "held"),
+    [
+        ("a.py", 'import os\ndef f(x):\n    os.system("ls " + x + "# shrew: ignore")\n', False),
+        ("a.py", 'import os\ndef f(x):\n    os.system("ls " + x + f"# shrew: ignore {x}")\n', False),
+        ("a.py", 'import os\ndef f(x):\n    """\n    # shrew: ignore\n    """; os.system("ls " + x)\n', False),
+        ("a.py", 'import os\ndef f(x):\n    os.system("# ls " + x)  # why; shrew: ignore\n', True),
+        ("a.js", "function f(x) {\n  eval(x + '// shrew: ignore');\n}\n", False),
+        ("a.js", "function f(x) {\n  eval(x + `/* shrew: ignore */`);\n}\n", False),
+        ("a.js", "function f(x) {\n  eval(x + 'http://a'); // shrew: ignore\n}\n", True),
+        ("a.js", "function f(x) {\n  /* known:\n     shrew: ignore */\n  eval(x + 'a');\n}\n", True),
+        ("a.c", '#include <stdlib.h>\nvoid f(char *x) {\n  gets(x); puts("// shrew: ignore");\n}\n', False),
+        ("a.c", "#include <stdlib.h>\nvoid f(char *x) {\n  gets(x); /* shrew: ignore */\n}\n", True),
+        ("a.rb", 'def f(x)\n  eval("#{x} # shrew: ignore")\nend\n', False),
+        ("a.rb", 'def f(x)\n=begin\nshrew: ignore\n=end\n  eval("#{x} 1")\nend\n', True),
+    ],
+)
+def test_only_a_comment_holds_an_alert_back_and_no_text_that_looks_like_one(
+    run: Run, name: str, text: str, held: bool
+) -> None:
+    write({name: text})
+    _, report = run(".")
+    assert (names(report), names(report, "suppressed")) == (([], [f"{name}:f"]) if held else ([f"{name}:f"], []))
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[scan]\nignored = 1\n", "unknown key 'ignored'; did you mean 'ignore'?"),

@@ -20,7 +20,7 @@ from shrew.__main__ import main
 from shrew.errors import DataError
 from shrew.scan import ScanSpec, scan
 from shrew.scan.config import comments
-from shrew.scan.functions import PARSE_SECONDS, Source, functions, normalise
+from shrew.scan.functions import PARSE_SECONDS, Source, functions, normalise, parse
 from shrew.scan.judge import Judge
 from shrew.scan.pipeline import analyse
 from shrew.scan.rules import load_rules
@@ -146,6 +146,9 @@ def test_a_folder_that_cannot_be_entered(run: Run, monkeypatch: pytest.MonkeyPat
         (BAD.encode("utf-16"), "read as UTF-16"),
         (BAD.encode("utf-32"), "read as UTF-32"),
         (b"# " + b"x" * 200 + b"\0\n" + BAD.encode(), "null bytes in it"),
+        (b"import os\0\n" + BAD.encode(), "null bytes in it"),
+        (b"x = 1\0\0\n" + BAD.encode(), "null bytes in it"),
+        (b"\x01\x02" + BAD.encode(), ""),
     ],
 )
 def test_odd_files_are_scanned_all_the_same(content: bytes, note: str, run: Run) -> None:
@@ -232,9 +235,37 @@ def test_the_time_of_a_file_grows_with_its_length(text: str, language: str) -> N
 
 @pytest.mark.parametrize("line", ["#" * 10**6, "# shrew: " * 10**5, "# shrew: ignore[" * 10**4, " shrew:" * 10**5])
 def test_comments_are_found_in_no_time(line: str) -> None:
+    text = f"# shrew: ignore\n{line}\n" + "# shrew: ignore\n" * 10**4
+    source = Source("a.py", "python", text.encode(), text)
+    tree = parse(source)
     began = time.process_time()
-    comments(f"# shrew: ignore\n{line}\n" + "# shrew: ignore\n" * 10**4)
+    comments(source, tree)
     assert time.process_time() - began < 2
+
+
+def devices() -> list[str]:
+    os.mkfifo("pipe")
+    with Path("hole").open("wb") as stream:
+        stream.truncate(1 << 40)
+    return ["/dev/zero", "pipe", "hole"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes by name here")
+@pytest.mark.parametrize("flag", ["--rules", "--findings", "--baseline"])
+def test_what_has_no_end_is_refused_and_not_read(flag: str, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in devices():
+        assert main(["scan", "bad.py", "--detector", "none", flag, name]) == 2
+        told = capfd.readouterr().err
+        assert told.count("\n") == 1 and f"{name} is " in told and told.endswith(".\n"), told
+        assert ("larger than" if name == "hole" else "no regular file") in told
+
+
+def test_settings_without_end_are_refused_and_those_of_others_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("pyproject.toml", ".shrew.toml"):
+        with Path(name).open("wb") as stream:
+            stream.truncate(1 << 40)
+        assert main(["scan", "bad.py", "--detector", "none"]) == (2 if name == ".shrew.toml" else 1)
+    assert "larger than 16 MB" in capfd.readouterr().err
 
 
 def test_settings_nested_without_end(capfd: pytest.CaptureFixture[str]) -> None:

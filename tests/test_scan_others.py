@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from shrew.__main__ import main
 from shrew.errors import DataError
 from shrew.scan.others import read_findings
 from shrew.scan.rules import Finding
@@ -169,6 +170,29 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(DataError, match="cannot be read"):
             read_findings(path)
+
+
+def test_findings_below_the_point_are_counted_by_tool(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "a.py").write_text("def f(a):\n    b = a + 1\n    return b  # shrew: ignore\n")
+    lines = [{"startLine": number} for number in (1, 2, 3)]
+    found = [{"physicalLocation": {"artifactLocation": {"uri": "a.py"}, "region": line}} for line in lines]
+    path = written(place, sarif(*(result(locations=[item]) for item in found)))
+    bandit = written(place, {"results": [{"test_id": "B1", "filename": "a.py", "line_number": 2}]}, "y.json")
+
+    def notes(*words: str) -> list[str]:
+        capsys.readouterr()
+        main(["scan", "a.py", "--findings", str(path), "--findings", str(bandit), "--json", *words])
+        told: list[str] = json.loads(capsys.readouterr().out)["notes"]
+        return [line for line in told if "below the point" in line]
+
+    [quiet] = notes("--point", "quiet")
+    assert "point 'quiet'" in quiet and "(1 of bandit, 2 of t)" in quiet, "without the one that is held back"
+    assert "--point thorough shows more" in quiet and "--detector none shows all" in quiet
+    [thorough] = notes("--point", "thorough")
+    assert "--point thorough" not in thorough
+    assert notes("--detector", "none") == []
+    main(["scan", "a.py", "--findings", str(path)])
+    assert "(2 of t)" in capsys.readouterr().out
 
 
 def test_a_file_with_nothing_found_is_read(tmp_path: Path) -> None:

@@ -104,6 +104,46 @@ def test_values_are_followed_by_name(lines: str, hit: bool) -> None:
     assert bool(found(f"def f(c, n):\n{body}\n    c.execute(q)\n")) is hit
 
 
+@pytest.mark.parametrize(
+    ("call", "cwe"),
+    [
+        ("pickle.loads(request.data)", "CWE-502"),
+        ("pickle.loads(flask.request.data)", "CWE-502"),
+        ("pickle.loads(base64.b64decode(request.cookies['session']))", "CWE-502"),
+        ("pickle.load(request.files['f'])", "CWE-502"),
+        ("yaml.load(request.data)", "CWE-502"),
+        ("yaml.load(request.data, Loader=yaml.Loader)", "CWE-502"),
+        ("yaml.safe_load(request.data)", ""),
+        ("json.loads(request.data)", ""),
+        ("pickle.loads(BUILT_IN)", ""),
+        ("db.execute(request.args['q'])", "CWE-89"),
+        ("db.execute(request.args.get('q', ''))", "CWE-89"),
+        ("db.execute(flask.request.values['q'] + ' limit 10')", "CWE-89"),
+        ("cursor.execute(request.form['q'])", "CWE-89"),
+        ("sqlite3.connect('a').execute(request.form['q'])", "CWE-89"),
+        ("connection.cursor().execute(request.form['q'])", "CWE-89"),
+        ("db.session.execute(text(request.form['q']))", "CWE-89"),
+        ("db.session.execute(text('SELECT ' + request.form['q']))", "CWE-89"),
+        ("cursor.execute(QUERIES[request.form['q']])", ""),
+        ("cursor.execute('SELECT 1 WHERE a = ?', [request.form['q']])", ""),
+        ("cursor.execute('SELECT %d' % int(request.form['q']))", ""),
+        ("schema.execute(request.json['query'])", ""),
+        ("db.session.execute(select(T).where(T.a == request.form['q']))", ""),
+        ("db.execute(sql.SQL('SELECT {}').format(sql.Identifier(request.form['q'])))", ""),
+        ("Markup(request.args['a'])", "CWE-79"),
+        ("Markup('<b>' + request.args['a'])", "CWE-79"),
+        ("Markup('<b>' + escape(request.args['a']))", ""),
+        ("lxml.etree.fromstring(request.data)", "CWE-611"),
+        ("ldap.search_s('dc=a', 2, '(uid=' + request.args['a'] + ')')", "CWE-90"),
+        ("ssh.exec_command('ls ' + request.args['a'])", "CWE-78"),
+    ],
+)
+def test_what_a_request_brings_is_from_outside_also_where_the_request_is_imported(call: str, cwe: str) -> None:
+    head = "import base64, flask, json, lxml.etree, pickle, sqlite3, yaml\nfrom flask import request\n"
+    head += "from markupsafe import Markup, escape\nfrom psycopg2 import sql\nfrom sqlalchemy import select, text\n"
+    assert {item.cwe for item in found(f"{head}def f():\n    return {call}\n")} == {cwe} - {""}
+
+
 HANDLER = "class A({}):\n    {}def {}(self, n):\n        return open(n)\n"
 
 

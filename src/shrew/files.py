@@ -1,14 +1,16 @@
-"""Writing without ever leaving half a file: temporary name, fsync, rename."""
+"""Writing without ever leaving half a file (temporary name, fsync, rename), and reading without ever waiting or growing
+without end."""
 
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shrew.errors import UsageError
+from shrew.errors import DataError, UsageError
 
 
 def sync_folder(folder: Path) -> None:
@@ -50,6 +52,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
+
+
+def read_whole(path: Path, limit: int, more: str, error: type[UsageError] = DataError) -> bytes:
+    """The bytes of a regular file of at most `limit`; else `error`, with what to do (`more`) where it is larger.
+    OSError for what cannot be opened. A device would be read without end, and a pipe that nobody writes to would block.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=opener) as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{path} is no regular file, but a device or a pipe; write what it gives to a file first.")
+        content = b"" if status.st_size > limit else stream.read(limit + 1)
+    if max(status.st_size, len(content)) > limit:
+        raise error(f"{path} is larger than {limit >> 20} MB; {more}.")
+    return content
 
 
 def check_writable_target(path: Path, mark: str) -> None:

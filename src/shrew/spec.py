@@ -26,7 +26,7 @@ from msgspec import Meta
 from shrew.errors import SpecError, UsageError, nearest
 
 __all__ = ["Kinds", "Meta", "Parser", "add_flags", "digest", "doc", "dump", "from_flags", "given", "parse",
-           "parse_bytes", "parse_times", "read_toml", "to_toml"]  # fmt: skip
+           "parse_bytes", "parse_times", "parse_toml", "read_toml", "to_toml"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -145,10 +145,18 @@ def digest(value: Any) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """Parse a TOML file into plain values."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return parse_toml(path.read_bytes(), path)
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file; give the path of a recipe (TOML).") from None
-    except (ValueError, RecursionError, OSError) as error:  # no UTF-8, no TOML, a number or nesting without end
+    except OSError as error:
+        raise SpecError(f"{path} is no readable TOML: {error}.") from None
+
+
+def parse_toml(content: bytes, path: Path) -> dict[str, Any]:
+    """The plain values of a TOML file that was read from `path`."""
+    try:
+        return tomllib.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number or nesting without end
         raise SpecError(f"{path} is no readable TOML: {error}.") from None
 
 

@@ -73,9 +73,7 @@ def read(path: Path) -> list[Known]:
     """The entries of a file. DataError, in one sentence, for what is missing, damaged or of a newer Shrew."""
     again = "write it again from a scan of a state that you trust"
     try:
-        if path.stat().st_size > LARGEST:
-            raise DataError(f"{path} is larger than any baseline; {again}.")
-        content = path.read_bytes()
+        content = files.read_whole(path, LARGEST, again)
     except FileNotFoundError:
         raise DataError(f"{path}: no such baseline; make one from a state that you trust: shrew scan PATH "
                         f"--write-baseline {path}") from None  # fmt: skip

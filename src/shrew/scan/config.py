@@ -9,16 +9,23 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from shrew import spec
+from shrew import files, spec
 from shrew.errors import SpecError, UsageError, nearest
 from shrew.scan import cwe as weaknesses
+from shrew.scan.functions import COMMENTS
 from shrew.spec import Meta, doc
+
+if TYPE_CHECKING:
+    from tree_sitter import Tree
+
+    from shrew.scan.functions import Source
 
 __all__ = ["Held", "Ignore", "ScanSpec", "add_flags", "comments", "from_flags"]
 
 POINTS = ("quiet", "balanced", "thorough")  # from the fewest alerts to the most
+LARGEST = 16 << 20  # bytes of a file of settings
 SHIPPED = ("hybrid",)  # detectors that are not asked unless they are named
 
 
@@ -105,13 +112,13 @@ def _kept(root: Path) -> tuple[dict[str, Any], str]:
     if os.path.lexists(own):
         if not own.is_file():
             raise SpecError(f"{own} is no file, so no settings can be read from it; rename it, or make it a TOML file.")
-        values, where = spec.read_toml(own), f"{own.name} [scan]"
+        values, where = _toml(own), f"{own.name} [scan]"
         if strange := set(values) - {"scan"}:
             raise SpecError(f"{own.name}: unknown table '{min(strange)}'; known: scan.")
         found = values.get("scan", {})
     elif project.is_file():
         try:
-            values = spec.read_toml(project)
+            values = _toml(project)
         except SpecError:
             return {}, ""  # somebody else's file, and perhaps what is scanned
         where = "pyproject.toml [tool.shrew.scan]"
@@ -134,26 +141,38 @@ def _kept(root: Path) -> tuple[dict[str, Any], str]:
     return found, where
 
 
+def _toml(path: Path) -> dict[str, Any]:
+    """Of a file that came with what is scanned, and so may be anything."""
+    try:
+        return spec.parse_toml(files.read_whole(path, LARGEST, "no settings are so long", SpecError), path)
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read ({error.strerror}); make it readable, or rename it.") from None
+
+
 # --- what is held back -----------------------------------------------------------------------------------------------
 
-_MARK = re.compile(r"#|//|/\*|^=begin")
 _IGNORE = re.compile(r"\bshrew:\s*ignore\b(?:\s*\[([^\]]{0,400})\])?")
 
 
-def comments(text: str) -> list[tuple[int, list[str]]]:
+def comments(source: "Source", tree: "Tree") -> list[tuple[int, list[str]]]:
     """The comments `shrew: ignore` and `shrew: ignore[CWE-89, path-traversal]`: the line that each speaks of, and its
-    words ([]: everything). One that has a line to itself speaks of the next."""
-    if "shrew:" not in text:
+    words ([]: everything). One that has a line to itself speaks of the next. What the syntax tree holds for a string is
+    no comment, whatever it says."""
+    if b"shrew:" not in source.data:
         return []
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if "shrew:" not in line or (mark := _MARK.search(line)) is None:
+    from shrew.scan.rules.syntax import nodes_of
+
+    data, found = source.data, []
+    for node in nodes_of(COMMENTS, tree.root_node):
+        if data.find(b"shrew:", node.start_byte, node.end_byte) < 0:
             continue
-        alone = not line[: mark.start()].strip()
-        for match in _IGNORE.finditer(line, mark.end()):
+        alone = not data[data.rfind(b"\n", 0, node.start_byte) + 1 : node.start_byte].strip()
+        text = data[node.start_byte : node.end_byte].decode("utf-8", "replace").rstrip()
+        line = node.start_point[0] + 1 + (text.count("\n") + 1 if alone else 0)
+        for match in _IGNORE.finditer(text):
             words = [word.strip() for word in (match[1] or "").split(",") if word.strip()]
             if match[1] is None or words:  # `ignore[]` names nothing
-                found.append((number + alone, words))
+                found.append((line, words))
     return found
 
 

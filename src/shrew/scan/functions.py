@@ -129,7 +129,7 @@ _DECLARE = re.compile(
 )
 # A definition with its decorators; or decorators alone, so that no run of them is read again from each of its lines.
 _MARGIN = re.compile(rb"^(?:(?:@[^\n]*\n)+(?:(?:async )?def\b|class\b)?|(?:async )?def\b|class\b)", re.M)
-_COMMENTS = words("comment line_comment block_comment html_comment hash_bang_line")
+COMMENTS = words("comment line_comment block_comment html_comment hash_bang_line")
 # Text whose blanks count, with children (escapes) that do not cover all of it.
 _WHOLE = words("string_content interpreted_string_literal_content raw_string_content heredoc_content string_fragment")
 
@@ -180,7 +180,7 @@ def normalise(text: str, language: str) -> str:
         while len(open_blocks) > 1 and start >= open_blocks[-1]:
             open_blocks.pop()
             parts.append(b"<")
-        if kind in _COMMENTS or (blocks and kind == "expression_statement" and _is_docstring(node)):
+        if kind in COMMENTS or (blocks and kind == "expression_statement" and _is_docstring(node)):
             if gap := data[at:start].strip():
                 parts.append(gap)
             at = max(at, end)

@@ -14,6 +14,7 @@ from xml.parsers import expat
 
 import msgspec
 
+from shrew import files
 from shrew.errors import DataError
 from shrew.scan import cwe as weaknesses
 from shrew.scan.rules import Finding
@@ -40,9 +41,7 @@ def read_findings(path: Path | str, say: Callable[[str], None] = lambda line: No
     """
     path = Path(path)
     try:
-        if path.stat().st_size > LARGEST:
-            raise DataError(f"{path} is larger than {LARGEST >> 20} MB; give findings of fewer files at a time.")
-        text = path.read_bytes().decode("utf-8-sig")
+        text = files.read_whole(path, LARGEST, "give findings of fewer files at a time").decode("utf-8-sig")
     except OSError:
         raise DataError(f"{path} cannot be read; give a file of findings: {_FORMS}.") from None
     except UnicodeDecodeError:

@@ -24,7 +24,7 @@ from shrew.scan import cwe as weaknesses
 from shrew.scan import diff as changes
 from shrew.scan.alerts import Alert, Report, ordered
 from shrew.scan.cache import Cache, Fact, Facts, Score
-from shrew.scan.config import Held, ScanSpec, comments
+from shrew.scan.config import POINTS, Held, ScanSpec, comments
 from shrew.scan.functions import MODULE, Function, Source, cut, functions, module, parse
 from shrew.scan.judge import Judge
 from shrew.scan.sources import Entry, Walk, decode, read, shown
@@ -130,6 +130,7 @@ class Scan:
         self._pending: list[tuple[_File, Fact, list[Finding]]] = []
         self._files = self._functions = 0
         self._ranked: set[str] = set()  # files of other tools' findings that were met
+        self._below: Counter[str] = Counter()  # findings of other tools in functions below the point, by tool
         self.given = self.rules.given
         self.walk.skip = lambda path, why: self._skipped.append((path, why))
 
@@ -174,6 +175,11 @@ class Scan:
         if missed:
             found.append(f"{missed.total():,} findings of other tools are in files that were not scanned, the first "
                          f"in {min(missed)}.")  # fmt: skip
+        if self._below:
+            tools = ", ".join(f"{number:,} of {tool}" for tool, number in sorted(self._below.items()))
+            looser = "" if self.spec.point == POINTS[-1] else f"--point {POINTS[-1]} shows more of them, "
+            found.append(f"not shown: findings of other tools ({tools}) in functions whose score is below the point "
+                         f"'{self.spec.point}'; {looser}--detector none shows all.")  # fmt: skip
         if not self._files and not self._skipped:
             found.append("nothing was scanned: no file here is in a language that is known."
                          if self.diff is None else "nothing was scanned: no function changed.")  # fmt: skip
@@ -303,6 +309,7 @@ class Scan:
         probability = self.judge.probability(score, fact.gram, counted)
         asked = any(item.tool == "shrew" and item.rule in self.given for item in active)
         if probability < self.judge.point(self.spec.point).threshold and not asked:
+            self._below.update(item.tool for item in active if item.tool != "shrew")
             return None
         cwe = _weakness(counted, score)
         own = "" if findings else file.held.why(cwe, fact.start, fact.end, fact.start)
@@ -374,13 +381,12 @@ def analyse(
         Fact(fact.name, fact.start, fact.end, fact.key, fact.spans, fact.digest, fact.gram, row)
         for fact, row in zip(bare, rows, strict=True)
     ]
-    return Facts(hash, language, made, _ignores(text, found), odd)
+    return Facts(hash, language, made, _ignores(comments(source, tree), found), odd)
 
 
-def _ignores(text: str, found: "Sequence[Function]") -> list[tuple[int, list[str]]]:
+def _ignores(ignores: list[tuple[int, list[str]]], found: "Sequence[Function]") -> list[tuple[int, list[str]]]:
     """The comments that hold alerts back. One at the line of a name that stands below decorators or annotations is one
     at the function's first line, too."""
-    ignores = comments(text)
     lines = {}
     for each in found if ignores else ():
         if each.text.startswith("@"):

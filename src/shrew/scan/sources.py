@@ -43,6 +43,7 @@ NEVER = words(".git .hg .svn .bzr __pycache__ .mypy_cache .ruff_cache .pytest_ca
 # Bytes that text does not have; tab, line ends, form feed and escape are left in.
 _CONTROL = bytes([*range(9), 11, *range(14, 27), *range(28, 32)])
 BINARY_SHARE = 0.02
+FEW_CONTROL = 8  # whose share of a small file says nothing
 UTF_32, UTF_16 = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"), (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -255,7 +256,7 @@ def decode(data: bytes) -> tuple[str, str]:
                 break
     odd = ""
     control = len(data) - len(data.translate(None, _CONTROL))
-    if control > BINARY_SHARE * len(data):
+    if control > max(FEW_CONTROL, BINARY_SHARE * len(data)):
         raise DataError("a binary file")
     if control and b"\0" in data:
         data, odd = data.replace(b"\0", b" "), "null bytes in it, read as blanks"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
 
-from shrew import spec
+from shrew import files, spec
 from shrew.errors import SpecError, nearest
 from shrew.scan.rules import expressions, query
 from shrew.scan.rules.flow import LABELS
@@ -151,11 +151,12 @@ def _is_name(name: str) -> bool:
 def read(path: Path) -> list[Stated]:
     """The rules of a TOML file. Raises SpecError, naming file and rule, for anything that is not as it should be."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise SpecError(f"{path} is larger than {LARGEST >> 20} MB; split the file of rules.")
-    except OSError:
+        content = files.read_whole(path, LARGEST, "split the file of rules", SpecError)
+    except FileNotFoundError:
         raise SpecError(f"{path}: no such file; give the path of a file of rules (TOML).") from None
-    values = spec.read_toml(path)
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read ({error.strerror}); give the path of a file of rules (TOML).") from None
+    values = spec.parse_toml(content, path)
     for key in values:
         if key not in ("rule", "lists"):
             raise SpecError(f"{path}: unknown key '{key}'; {nearest(key, ('rule', 'lists'))}")
