@@ -174,8 +174,8 @@ class Bounded(NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(self._call("tick", [], node.lineno), lineno=node.lineno))
         return node
 
-    def _call(self, name: str, args: list[Any], line: int) -> nodes.Node:
-        return nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None).set_lineno(line)
+    def _call(self, name: str, args: list[Any], line: int) -> nodes.Expr:
+        return nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None, lineno=line)
 
 
 class GenerationTag(Extension):
