@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted import Live, ScriptedEngine, official, says
 
-from shrew.runtime.request import Piece, Request
+from shrew.runtime.request import Piece, Request, Usage
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -256,6 +256,20 @@ def test_hostile_schemas_are_refused(live: Live, depth: int) -> None:
     ):
         found = live.send("/v1/chat/completions", body)
         assert found.status_code == 400 and "nested" in found.json()["error"]["message"]
+
+
+def test_a_grammar_that_cannot_be_met_is_the_clients_fault(start_server: Any) -> None:
+    def refuses(engine: ScriptedEngine, request: Request) -> Iterator[Piece]:
+        yield Piece("half")
+        yield Piece("", finish="error", usage=Usage(1, 1, 0, 0.0), error="The constraint is too complex.", refused=True)
+
+    with start_server(refuses) as live:
+        for stream in (False, True):
+            found = live.post("/v1/completions", {"prompt": "a", "stream": stream})
+            assert found.status_code == (200 if stream else 400)
+            body = found.text.split("data: ")[-2] if stream else found.text
+            error = json.loads(body)["error"]
+            assert error["message"] == "The constraint is too complex." and error["type"] == "invalid_request_error"
 
 
 def test_a_failing_engine_is_a_500_and_the_next_request_is_served(start_server: Any, capfd: Any) -> None:

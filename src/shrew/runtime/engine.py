@@ -23,6 +23,7 @@ from shrew.runtime.job import FOREVER, Job
 from shrew.runtime.pack import Model, check_tokens
 from shrew.runtime.prefix import Prefixes
 from shrew.runtime.request import Finish, Request
+from shrew.runtime.schema import ConstraintError
 from shrew.runtime.speculative import MOST, Speculator, check_drawn
 from shrew.runtime.states import Runner, call_end, sequence_bytes
 from shrew.runtime.text import Vocabulary
@@ -211,7 +212,7 @@ class Engine:
                 self._round()
             except Exception as error:  # a fault of ours ends what runs; what comes next may well succeed
                 for job in [*self._decoding, *self._filling]:
-                    self._leave(job, "error", error=_sentence(error))
+                    self._leave(job, "error", error=error)
 
     def _round(self) -> None:
         if self._sweep or time.monotonic() >= self._next_deadline:
@@ -227,7 +228,7 @@ class Engine:
             try:
                 self._fill(job)
             except Exception as error:
-                self._leave(job, "error", error=_sentence(error))
+                self._leave(job, "error", error=error)
 
     def _end_some(self) -> None:
         """Those that were cancelled or whose time is over."""
@@ -254,7 +255,7 @@ class Engine:
             self._runner.clear(job.row)
             job.kept = self._prefixes.root
         except Exception as error:
-            self._leave(job, "error", error=_sentence(error))
+            self._leave(job, "error", error=error)
 
     def _spent(self) -> float:
         """CPU-seconds of the process since this was last asked."""
@@ -348,7 +349,7 @@ class Engine:
         best = logits.argmax(axis=1).tolist()
         self._counts["steps"] += 1
         share = self._spent() / len(rows)
-        ended: list[tuple[Job, Finish, bool, str]] = []
+        ended: list[tuple[Job, Finish, bool, Exception | None]] = []
         for row, job in enumerate(rows):
             job.fed += 1
             job.cpu += share
@@ -362,10 +363,10 @@ class Engine:
                 else:
                     finish, stopped = job.add(*job.choose(logits[row]), self._eos)
             except Exception as error:
-                ended.append((job, "error", False, _sentence(error)))
+                ended.append((job, "error", False, error))
                 continue
             if finish:
-                ended.append((job, finish, stopped, ""))
+                ended.append((job, finish, stopped, None))
                 continue
             runner.tokens[row, 0] = job.text[-1]
             runner.start[row] = job.fed
@@ -391,7 +392,8 @@ class Engine:
         runner.reserve(job.fed + len(tokens))
         logits, _ = runner.call(0, tokens, job.fed, len(tokens))
         self._counts["calls"] += 1
-        used, end, error = 0, NO_END, ""
+        used, end = 0, NO_END
+        error: Exception | None = None
         tie = self._speculator.tie * float(logits[0].std())
         try:
             while used < len(tokens) and end == NO_END:
@@ -405,7 +407,7 @@ class Engine:
                 if not is_right:
                     break
         except Exception as fault:
-            end, error = ("error", False), _sentence(fault)
+            end, error = ("error", False), fault
         if used < len(tokens) and runner.has_recurrent:
             runner.back(0)
             if used:
@@ -421,7 +423,7 @@ class Engine:
             job.tell()
         return True
 
-    def _leave(self, job: Job, finish: Finish, stopped: bool = False, error: str = "") -> None:
+    def _leave(self, job: Job, finish: Finish, stopped: bool = False, error: Exception | None = None) -> None:
         """The end of a request, wherever it is."""
         if job in self._decoding:
             if finish != "error":  # what was answered may be the beginning of the next prompt
@@ -442,9 +444,10 @@ class Engine:
         self._counts["cached_tokens"] += job.cached
         self._counts["completion_tokens"] += job.made
         self._mean_seconds += 0.1 * (time.monotonic() - job.born - self._mean_seconds)
-        job.end(finish, stopped, error)
+        reason = "" if error is None else _sentence(error)
+        job.end(finish, stopped, reason, isinstance(error, ConstraintError))
         if job.future is not None:
-            _resolve(job.future, job.hidden if finish == "length" else np.zeros(0), error or finish)
+            _resolve(job.future, job.hidden if finish == "length" else np.zeros(0), reason or finish)
         job.tell()
 
 

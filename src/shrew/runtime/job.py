@@ -120,6 +120,6 @@ class Job:
             return "stop", False
         return ("length", False) if self.left < 1 else (None, False)
 
-    def end(self, finish: Finish, stopped: bool, error: str) -> None:
+    def end(self, finish: Finish, stopped: bool, error: str, refused: bool) -> None:
         usage = Usage(self.prompt, self.made, self.cached, self.cpu)
-        self.answer.put(End(finish, usage, stopped, error))
+        self.answer.put(End(finish, usage, stopped, error, refused))

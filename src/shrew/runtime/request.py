@@ -79,3 +79,4 @@ class Piece:
     finish: Finish | None = None
     usage: Usage | None = None
     error: str = ""
+    refused: bool = False  # the error is that the request's own constraint cannot be met

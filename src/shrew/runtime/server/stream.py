@@ -83,6 +83,8 @@ async def run(served: Served, requests: Sequence[Request], seconds: float) -> As
                 number, piece = await queue.get()
                 if isinstance(piece, BaseException):
                     raise piece
+                if piece.refused:
+                    raise Fault(400, piece.error)
                 if piece.finish in FAILED:
                     status, message = FAILED[piece.finish]
                     raise Fault(status, piece.error or message)
