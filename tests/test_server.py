@@ -106,6 +106,9 @@ def test_embeddings(client: openai.OpenAI, live: Live) -> None:
     for one, other in zip(packed.data, plain.data, strict=True):
         assert one.embedding == pytest.approx(other.embedding)
         assert sum(value**2 for value in one.embedding) == pytest.approx(1)
+    tokens = packed.usage.prompt_tokens
+    costs = {"cpu_seconds": 0.5, "joules": 3.0}  # of two texts
+    assert packed.usage.model_dump() == {"prompt_tokens": tokens, "total_tokens": tokens, **costs}
     assert live.post("/v1/embeddings", {"input": "a", "dimensions": 3}).status_code == 400
 
 
