@@ -73,10 +73,10 @@ class ScriptedEngine:
             self.most = max(self.most, self.running)
         return ScriptedAnswer(self, request, notify)
 
-    def embedding(self, tokens: list[int]) -> "Future[np.ndarray]":
-        future: Future[np.ndarray] = Future()
+    def embedding(self, tokens: list[int]) -> "Future[tuple[np.ndarray, Usage]]":
+        future: Future[tuple[np.ndarray, Usage]] = Future()
         vector = np.bincount(tokens, minlength=16)[:16].astype(np.float32) + 1
-        future.set_result(vector / np.linalg.norm(vector))
+        future.set_result((vector / np.linalg.norm(vector), Usage(len(tokens), 0, 0, 0.25, 1.5)))
         return future
 
     def metrics(self) -> dict[str, float]:

@@ -52,6 +52,12 @@ def _alphabet() -> list[tuple[int, str]]:
     return [*((byte, chr(byte)) for byte in plain), *((byte, chr(256 + at)) for at, byte in enumerate(others))]
 
 
+@pytest.mark.parametrize("grammar", ['start: "a" start', 'start: "a" b\nb: "c" b'])
+def test_a_grammar_whose_texts_never_end_is_refused(grammar: str) -> None:
+    with pytest.raises(ConstraintError, match="no end that could be found"):
+        grammars().lark(grammar, 10)
+
+
 def walk(held: Any, most: int, seed: int, among: Grammars) -> str:
     """The text of tokens drawn evenly from all that are allowed."""
     draw, tokens = np.random.default_rng(seed), []

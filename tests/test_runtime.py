@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from shrew.errors import BusyError, RequestError, UnsupportedError, UsageError
 from shrew.runtime import Answer, Engine, Model, Piece, Request, load
+from shrew.runtime.constrain import ConstraintError
 
 PROMPTS = [[random.Random(seed).randrange(3, 264) for _ in range(5 + 23 * seed % 71)] for seed in range(12)]
 
@@ -204,7 +205,7 @@ def test_an_embedding_that_is_cancelled_is_not_computed(hybrid: tuple[tiny_pack.
         first, second = engine.embedding([5] * 500), engine.embedding(PROMPTS[3])
         assert first.cancel()
         busy.cancel()
-        assert np.isfinite(second.result(timeout=60)).all()
+        assert np.isfinite(second.result(timeout=60)[0]).all()
         found = engine.metrics()
         assert (found["requests_cancelled_total"], found["requests_length_total"]) == (2, 1)
         assert found["prompt_tokens_total"] < 1000 and found["calls_total"] < 20
@@ -334,7 +335,7 @@ def test_one_that_fails_ends_alone(hybrid: tuple[tiny_pack.Tiny, Model], tmp_pat
         finished = False
 
         def mask(self, left: int) -> np.ndarray | None:
-            raise RequestError("no token can follow here.")
+            raise ConstraintError("no token can follow here.")
 
         def advance(self, token: int) -> None: ...
 
@@ -360,6 +361,7 @@ def test_one_that_fails_ends_alone(hybrid: tuple[tiny_pack.Tiny, Model], tmp_pat
         assert [end.finish for end in ends] == ["error"] * 5
         assert ends[0].error == "no token can follow here."
         assert "264" in ends[1].error
+        assert [end.refused for end in ends] == [True, False, False, False, False]
         assert all("no usable" in end.error for end in ends[2:])
         with pytest.raises(RequestError, match="no embedding"):
             engine.embed([5, 40])

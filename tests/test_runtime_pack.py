@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from shrew import machine
 from shrew.errors import FolderError, UsageError
-from shrew.runtime import Engine, Request, load
+from shrew.runtime import Engine, Request, engine, load
 from shrew.runtime.pack import PLAIN_ATTENTION
 from shrew.runtime.server import Options, Served
 
@@ -236,7 +236,7 @@ def test_threads_are_tried_out_once(sound: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_program_that_ends_ends_its_engines(sound: Path) -> None:
     script = f"""
-from shrew.runtime import Engine, Request, load
+from shrew.runtime import Engine, Request, engine, load
 engine = Engine(load({str(sound)!r}, verify=False))
 next(engine.submit(Request(prompt=[5, 6], max_tokens=500, ignore_eos=True)))
 raise SystemExit(3)
@@ -253,7 +253,7 @@ import sys
 for name in ("torch", "transformers", "onnx", "safetensors", "psutil"):
     sys.modules[name] = None
 from pathlib import Path
-from shrew.runtime import Engine, Request, load
+from shrew.runtime import Engine, Request, engine, load
 with Engine(load({str(tmp_path / "pack")!r}, verify=False), slots=4, context=1000) as engine:
     piece = engine.submit(Request(prompt=[5, 6, 7], max_tokens=5, temperature=0, ignore_eos=True)).result()
 assert piece.finish == "length", piece
@@ -307,3 +307,33 @@ def test_memory_of_a_block_stands_in_large_pages() -> None:
         assert large(held) >= 4 << 10
     with pytest.raises(ZeroDivisionError), machine.large_pages():
         _ = 1 / 0
+
+
+def test_usage_has_joules_where_a_counter_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_pack.write(tmp_path / "pack")
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+
+    class Counting(machine.Joules):
+        """Of which each call uses 0.25 joules."""
+
+        def __init__(self) -> None:
+            super().__init__(tmp_path)
+
+        def spent(self) -> float | None:
+            if counter.exists():
+                counter.write_text(str((int(counter.read_text()) + 250_000) % 10_000_000))
+            return super().spent()
+
+    monkeypatch.setattr(engine, "Joules", Counting)
+    request = Request(prompt=[5, 6, 7], max_tokens=4, temperature=0, ignore_eos=True)
+    with Engine(load(tmp_path / "pack")) as running:
+        usage = running.submit(request).result().usage
+    assert usage is not None and usage.joules is None and list(usage.cost()) == ["cpu_seconds"]
+    counter.parent.mkdir()
+    counter.write_text("9500000")
+    counter.with_name("max_energy_range_uj").write_text("9999999")
+    with Engine(load(tmp_path / "pack")) as running:
+        answer = running.submit(request)
+        usage = answer.result().usage
+        assert running.embedding([5, 6]).result()[1].joules == 0.25
+    assert usage is not None and usage.joules == 1.25  # a call for the prompt, and four steps

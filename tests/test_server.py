@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted import Live, ScriptedEngine, official, says
 
-from shrew.runtime.request import Piece, Request
+from shrew.runtime.request import Piece, Request, Usage
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -106,6 +106,9 @@ def test_embeddings(client: openai.OpenAI, live: Live) -> None:
     for one, other in zip(packed.data, plain.data, strict=True):
         assert one.embedding == pytest.approx(other.embedding)
         assert sum(value**2 for value in one.embedding) == pytest.approx(1)
+    tokens = packed.usage.prompt_tokens
+    costs = {"cpu_seconds": 0.5, "joules": 3.0}  # of two texts
+    assert packed.usage.model_dump() == {"prompt_tokens": tokens, "total_tokens": tokens, **costs}
     assert live.post("/v1/embeddings", {"input": "a", "dimensions": 3}).status_code == 400
 
 
@@ -256,6 +259,20 @@ def test_hostile_schemas_are_refused(live: Live, depth: int) -> None:
     ):
         found = live.send("/v1/chat/completions", body)
         assert found.status_code == 400 and "nested" in found.json()["error"]["message"]
+
+
+def test_a_grammar_that_cannot_be_met_is_the_clients_fault(start_server: Any) -> None:
+    def refuses(engine: ScriptedEngine, request: Request) -> Iterator[Piece]:
+        yield Piece("half")
+        yield Piece("", finish="error", usage=Usage(1, 1, 0, 0.0), error="The constraint is too complex.", refused=True)
+
+    with start_server(refuses) as live:
+        for stream in (False, True):
+            found = live.post("/v1/completions", {"prompt": "a", "stream": stream})
+            assert found.status_code == (200 if stream else 400)
+            body = found.text.split("data: ")[-2] if stream else found.text
+            error = json.loads(body)["error"]
+            assert error["message"] == "The constraint is too complex." and error["type"] == "invalid_request_error"
 
 
 def test_a_failing_engine_is_a_500_and_the_next_request_is_served(start_server: Any, capfd: Any) -> None:

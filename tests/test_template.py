@@ -210,7 +210,7 @@ def test_tools_are_told_in_words_where_the_template_knows_none(tmp_path: Path) -
         ("[", "no readable JSON"),
         ("[]", "no JSON object"),
         ('{"chat_template": [1]}', "no list of templates"),
-        (json.dumps({"chat_template": "x" * 1_000_001}), "larger than"),
+        (json.dumps({"chat_template": "x" * 100_001}), "larger than"),
         ("\udcff", "no readable JSON"),
     ],
 )
@@ -238,6 +238,28 @@ def test_messages_that_do_not_fit_are_refused(messages: list[Any], words: str) -
 def test_a_template_that_does_not_fit_the_messages_is_refused() -> None:
     with pytest.raises(TemplateError, match=r"fails on these messages \(TypeError"):
         template.of_text(CHATML).render([{"role": "user", "content": 3}])
+
+
+def test_the_filters_and_methods_of_real_templates_are_there(tiny_tokenizer: Any) -> None:
+    """What is in the templates of the larger model families, beside what is above."""
+    source = """\
+{%- set ns = namespace(last=messages|length - 1, system='') %}
+{%- for m in messages[::-1] %}{% set index = (messages|length - 1) - loop.index0 %}
+{%- if m.role == 'user' and not (m.content.startswith('<t>') and m.content.endswith('</t>')) %}{% set ns.last = index %}
+{%- endif %}{% endfor %}
+{{- messages|selectattr('role', 'equalto', 'user')|map(attribute='content')|map('trim')|list|join('; ') }}
+{{- (messages|rejectattr('role', 'in', ['user'])|list|first).content.split('</think>')[-1].lstrip('\\n') }}
+{{- messages[1].content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].strip() }}
+{{- messages|groupby('role')|map('first')|sort|unique|join(',')|title|replace('U', 'u')|indent(2)|default('x', true) }}
+{{- messages[0]|dictsort|tojson(indent=2) }}{{ messages[0]|items|list|string }}{{ messages[0].get('x', 'none')|upper }}
+{%- for key, value in messages[0].items()|sort(reverse=true) %}{{ key|e ~ value|length|float|round(1)|int|abs }}
+{%- endfor %}
+{{- [3, 1]|max ~ [3, 1]|min ~ [3, 1]|sum ~ '%s-%s'|format(1, 'a') ~ 'a,b'.partition(',')[2] ~ ns.last // 2 }}
+{{- messages|select('mapping')|reject('none')|list|count ~ ('x' if messages[0] is mapping and 1 is number else 'y') }}
+{{- messages[0]['content']|capitalize|lower|safe ~ 'abc'[:2] ~ [1, 2, 3]|reverse|list|batch(2)|list }}
+{{- 'a\\nb'.splitlines() }}"""
+    wanted = tiny_tokenizer.apply_chat_template(TALK, chat_template=source, tokenize=False)
+    assert template.of_text(source).render(TALK, add_generation_prompt=False) == wanted
 
 
 # --- hostile templates -----------------------------------------------------------------------------------------------
@@ -298,10 +320,32 @@ HOSTILE = {
     "round": "{{ 1 | round(9999999, 'floor') }}",
     "sum of lists": "{{ ([[''] * 4000] * 1000) | sum(start=[]) | length }}",
     "sum of a generator": "{{ ([[''] * 4000] * 1000) | map('list') | sum(start=[]) | length }}",
+    "wordwrap": "{{ (' '*1000000)|wordwrap(1) }}",
+    "striptags": "{{ ('<!---->' * 500000)|striptags }}",
+    "striptags method": "{{ (('<!---->' * 500000)|safe).striptags() }}",
+    "urlize": "{{ ('www.a.b ' * 400000)|urlize|length }}",
+    "pprint": "{{ ('\\n' * 1900000)|pprint|length }}",
+    "sorted text": "{{ ('你' * 3900000)|sort|length }}",
+    "batched text": "{{ ('你' * 3900000)|batch(2)|list|length }}",
+    "sought from the end": "{{ ('a' * 1900000).rsplit('ab' + 'a' * 900000)|length }}",
+    "found from the end": "{{ ('a' * 1900000).rfind('ab' + 'a' * 900000) }}",
+    "stripped": "{{ ('a' * 1900000).strip('b' * 1900000 + 'a')|length }}",
+    "trimmed": "{{ ('a' * 1900000)|trim('b' * 1900000 + 'a')|length }}",
+    "numbers that collide": "{{ range(0, 99999 * (2**61 - 1), 2**61 - 1)|unique|list|length }}",
+    "keys that collide": "{{ {}.fromkeys(range(0, 99999 * (2**61 - 1), 2**61 - 1))|length }}",
+    "pairs that collide": "{{ dict(range(0, 99999 * (2**61 - 1), 2**61 - 1)|batch(2))|length }}",
+    "literals that collide": "{% set d = {" + ",".join(f"{n}:1" for n in range(10_001)) + "} %}",
+    "large quotient": "{{ (('f' * 1500000)|int(base=16)) // (('f' * 750000)|int(base=16)) }}",
+    "long attributes": "{{ range(99999)|map(attribute='real.' * 99999)|list|length }}",
+    "namespaces printed": "{% set s = namespace() %}" + "{% set s = namespace(a=s, b=s) %}" * 60 + "{{ s|string }}",
+    "parts kept": "{% set x = 'a' * 3000000 %}" + "".join(f"{{% set a{n} = x[1:] %}}" for n in range(1000)),
+    "compared": "{% set x = 'ab' * 1500000 %}{% set y = 'ab' * 700000 + 'b' %}" + "{% if y in x %}{% endif %}" * 1900,
+    "statements": "".join(f"{{% set a{n}=1 %}}" for n in range(2500)) + "{% if x %}{% endif %}" * 2500,
     "include": "{% include 'x' %}",
     "import": "{% import 'os' as os %}{{ os }}",
 }
 ESCAPES = ("class", "globals", "subclasses", "attr", "format attribute", "map attribute", "environment")
+HARMLESS = ("lipsum", "namespaces", "namespaces printed", "tuples", "deep lists", "center", "nested format")
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -315,7 +359,7 @@ def test_a_hostile_template_is_stopped(case: str) -> None:
         assert "\n" not in str(error) and str(error).startswith("the chat template")
         assert len(str(error)) < 300
     else:
-        assert case in {*ESCAPES, "lipsum", "namespaces", "tuples", "deep lists", "center", "nested format"}, text[:300]
+        assert case in {*ESCAPES, *HARMLESS}, text[:300]
         assert "class" not in text and "function" not in text and len(text) < 300_000
     assert time.monotonic() - begun < 5  # 0.3 seconds on a machine with nothing else to do
     assert threading.active_count() == threads

@@ -27,6 +27,7 @@ DAY = 24 * 3600
 ROUNDS = 3
 ROUND_SECONDS = 0.1
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+RAPL = Path("/sys/class/powercap")
 MADV_COLLAPSE, LARGE_PAGE = 25, 2 << 20  # of Linux
 
 
@@ -208,6 +209,33 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+class Joules:
+    """What the processor packages use, by their own counters (RAPL): everything that runs on the machine counts."""
+
+    def __init__(self, root: Path = RAPL) -> None:
+        self.limits: dict[Path, int] = {}  # readable package counters, not their parts: where each wraps, microjoules
+        for folder in sorted(root.glob("*-rapl:*")) if root.is_dir() else []:
+            if folder.name.count(":") == 1:
+                with suppress(OSError, ValueError):
+                    int((folder / "energy_uj").read_text())
+                    self.limits[folder / "energy_uj"] = int((folder / "max_energy_range_uj").read_text())
+        self._before = self._read()
+
+    def _read(self) -> list[int]:
+        return [int(path.read_text()) for path in self.limits]
+
+    def spent(self) -> float | None:
+        """Joules since this was last asked, or since the start; None where no counter can be read."""
+        if not self.limits:
+            return None
+        try:
+            before, self._before = self._before, self._read()
+        except (OSError, ValueError):  # it may be taken away meanwhile
+            return None
+        parts = zip(before, self._before, self.limits.values(), strict=True)
+        return sum((now - then) % (limit + 1) for then, now, limit in parts) / 1e6
 
 
 def keep_memory() -> None:

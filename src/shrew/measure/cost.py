@@ -18,6 +18,7 @@ from shrew.blocks import describe
 from shrew.blocks.model import ShrewForCausalLM
 from shrew.errors import ShrewError
 from shrew.folder import Loaded
+from shrew.machine import RAPL, Joules
 from shrew.measure.statistics import Interval, student_quantile
 from shrew.tasks import likelihood
 
@@ -183,36 +184,19 @@ class Energy:
     source: str
 
 
-RAPL = Path("/sys/class/powercap")
-
-
-def rapl_counters(root: Path = RAPL) -> dict[Path, int]:
-    """Readable package counters (not their parts) and the value at which each wraps, in microjoules."""
-    found = {}
-    for folder in sorted(root.glob("*-rapl:*")) if root.is_dir() else []:
-        if folder.name.count(":") == 1:
-            try:
-                int((folder / "energy_uj").read_text())
-                found[folder / "energy_uj"] = int((folder / "max_energy_range_uj").read_text())
-            except (OSError, ValueError):
-                continue
-    return found
-
-
 def energy(work: Callable[[], Any], root: Path = RAPL) -> Energy:
     """Run `work` and say what it took: RAPL joules of the processor packages if readable, else CPU-seconds.
 
     The package counter covers everything that ran on the machine meanwhile.
     """
-    counters = rapl_counters(root)
-    before = {path: int(path.read_text()) for path in counters}
+    counted = Joules(root)
     start = time.process_time()
     work()
     spent = time.process_time() - start
-    if not counters:
+    joules = counted.spent()
+    if joules is None:
         return Energy(spent, "CPU-seconds", "process time")
-    joules = sum((int(path.read_text()) - before[path]) % (limit + 1) for path, limit in counters.items()) / 1e6
-    return Energy(joules, "J", "RAPL, " + ", ".join(path.parent.name for path in counters))
+    return Energy(joules, "J", "RAPL, " + ", ".join(path.parent.name for path in counted.limits))
 
 
 def prefill_energy(loaded: Loaded, passes: int = 5, prompt: int = 256) -> Energy:

@@ -18,6 +18,7 @@ class End:
     usage: Usage
     stopped: bool = False  # by a stop string
     error: str = ""
+    refused: bool = False  # by the request's own constraint
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class Answer:
                 self._is_done = True
                 text.append(self._writer.end(item.stopped))
                 behind = self._writer.behind(last=not item.stopped)
-                return Piece("".join(text), behind, prompt, item.finish, item.usage, item.error)
+                return Piece("".join(text), behind, prompt, item.finish, item.usage, item.error,
+                             item.refused)  # fmt: skip
         behind = self._writer.behind()
         return Piece("".join(text), behind, prompt) if any(text) or behind or prompt else None
 
@@ -97,4 +99,5 @@ class Answer:
             pieces[-1].finish,
             pieces[-1].usage,
             pieces[-1].error,
+            pieces[-1].refused,
         )

@@ -93,7 +93,10 @@ def ending(matcher: Any, pieces: Sequence[bytes], is_json: bool, seconds: float 
     found = search(matcher, b"", STATES // 4, pieces, is_json, limit)[0]
     if found is None:
         found = headlong(matcher, min(time.monotonic() + seconds / 4, limit))
-    return search(matcher, b"", STATES, pieces, is_json, limit)[0] if found is None else found
+    if found is None:
+        found = search(matcher, b"", STATES, pieces, is_json, limit)[0]
+    # A matcher that failed on the way, on a rule that never ends, says that the text may end there
+    return found if found is not None and follows(matcher, b"", found) else None
 
 
 def search(

@@ -215,7 +215,10 @@ def _plain(piece: Piece, with_tokens: bool) -> dict[str, Any]:
 
 def usage(piece: Piece) -> dict[str, Any] | None:
     """What an answer cost, as JSON."""
-    return asdict(piece.usage) | {"cpu_seconds": round(piece.usage.cpu_seconds, 6)} if piece.usage else None
+    if piece.usage is None:
+        return None
+    found = asdict(piece.usage) | piece.usage.cost()
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _line(engine: Engine, token: Token) -> str:

@@ -312,7 +312,8 @@ class Closing:
 
     def _check(self, matcher: Any) -> None:
         if matcher.is_error():
-            raise ConstraintError(f"the constraint became too complex: {_said(matcher.get_error())}.")
+            words = _said(matcher.get_error()).removeprefix("parser error: ")
+            raise ConstraintError(f"the constraint became too complex ({words}); make it smaller or less ambiguous.")
 
 
 JSON_FORM = {"whitespace_flexible": False, "coerce_one_of": True}

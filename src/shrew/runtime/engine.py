@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from shrew.errors import BusyError, RequestError, ShrewError, UnsupportedError, UsageError
+from shrew.machine import Joules
 from shrew.runtime import sampling
 from shrew.runtime.answer import Answer
-from shrew.runtime.job import FOREVER, Job
+from shrew.runtime.job import FOREVER, Embedding, Job
 from shrew.runtime.pack import Model, check_tokens
 from shrew.runtime.prefix import Prefixes
-from shrew.runtime.request import Finish, Request
+from shrew.runtime.request import Finish, Request, Usage
+from shrew.runtime.schema import ConstraintError
 from shrew.runtime.speculative import MOST, Speculator, check_drawn
 from shrew.runtime.states import Runner, call_end, sequence_bytes
 from shrew.runtime.text import Vocabulary
@@ -81,6 +83,7 @@ class Engine:
         self._next_deadline = FOREVER
         self._closing = self._cancel_all = False
         self._cpu = 0.0  # the process's, when the last call began
+        self._joules = Joules()
         self._counts: Counter[str] = Counter()
         self._cpu_seconds = self._mean_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name=f"engine {manifest.name}", daemon=True)
@@ -99,19 +102,19 @@ class Engine:
         self._enqueue(Job(answer, notify, self.context - len(request.prompt)))
         return answer
 
-    def embedding(self, tokens: Sequence[int]) -> "Future[np.ndarray]":
-        """Gives float32 [width]: the mean of the last hidden states of a text, made of length 1; cancelled, it is not
-        computed any further. Raises as `submit` does."""
+    def embedding(self, tokens: Sequence[int]) -> "Future[Embedding]":
+        """Gives float32 [width], the mean of the last hidden states of a text, made of length 1, and what it cost;
+        cancelled, it is not computed any further. Raises as `submit` does."""
         check_tokens(self.model.manifest, tokens, self.context, "text")
-        future: Future[np.ndarray] = Future()
+        future: Future[Embedding] = Future()
         answer = Answer(Request(prompt=tokens, max_tokens=0), self.vocabulary, self._cancelled)
         future.add_done_callback(lambda ended: answer.cancel() if ended.cancelled() else None)
         self._enqueue(Job(answer, None, 0, future))
         return future
 
     def embed(self, tokens: Sequence[int]) -> np.ndarray:
-        """What `embedding` gives; waits for it."""
-        return self.embedding(tokens).result()
+        """The vector that `embedding` gives; waits for it."""
+        return self.embedding(tokens).result()[0]
 
     def metrics(self) -> dict[str, float]:
         """Counters (names ending in `_total`) and gauges, since the engine was made."""
@@ -207,11 +210,12 @@ class Engine:
                     if not self._waiting:
                         return
                 self._cpu = time.process_time()
+                self._joules.spent()
             try:
                 self._round()
             except Exception as error:  # a fault of ours ends what runs; what comes next may well succeed
                 for job in [*self._decoding, *self._filling]:
-                    self._leave(job, "error", error=_sentence(error))
+                    self._leave(job, "error", error=error)
 
     def _round(self) -> None:
         if self._sweep or time.monotonic() >= self._next_deadline:
@@ -227,7 +231,7 @@ class Engine:
             try:
                 self._fill(job)
             except Exception as error:
-                self._leave(job, "error", error=_sentence(error))
+                self._leave(job, "error", error=error)
 
     def _end_some(self) -> None:
         """Those that were cancelled or whose time is over."""
@@ -254,14 +258,18 @@ class Engine:
             self._runner.clear(job.row)
             job.kept = self._prefixes.root
         except Exception as error:
-            self._leave(job, "error", error=_sentence(error))
+            self._leave(job, "error", error=error)
 
-    def _spent(self) -> float:
-        """CPU-seconds of the process since this was last asked."""
+    def _charge(self, jobs: Sequence[Job]) -> None:
+        """Share what was spent since the last time among those it was spent for."""
         now = time.process_time()
         spent, self._cpu = now - self._cpu, now
         self._cpu_seconds += spent
-        return spent
+        joules = self._joules.spent()
+        for job in jobs:
+            job.cpu += spent / len(jobs)
+            if joules is not None:
+                job.joules = (job.joules or 0.0) + joules / len(jobs)
 
     def _fill(self, job: Job) -> None:
         """One more call on a prompt; after the last one the job is among those being answered.
@@ -282,7 +290,7 @@ class Engine:
             job.give(logits, hidden)
             job.fed = end
             self._keep(job)
-        job.cpu += self._spent()
+        self._charge([job])
         if job.fed == job.target:
             job.show_prompt()
             if job.left < 1:
@@ -347,11 +355,10 @@ class Engine:
         logits = runner.step(len(rows))
         best = logits.argmax(axis=1).tolist()
         self._counts["steps"] += 1
-        share = self._spent() / len(rows)
-        ended: list[tuple[Job, Finish, bool, str]] = []
+        self._charge(rows)
+        ended: list[tuple[Job, Finish, bool, Exception | None]] = []
         for row, job in enumerate(rows):
             job.fed += 1
-            job.cpu += share
             job.plain_next = False
             try:
                 if job.sampler.is_plain:
@@ -362,10 +369,10 @@ class Engine:
                 else:
                     finish, stopped = job.add(*job.choose(logits[row]), self._eos)
             except Exception as error:
-                ended.append((job, "error", False, _sentence(error)))
+                ended.append((job, "error", False, error))
                 continue
             if finish:
-                ended.append((job, finish, stopped, ""))
+                ended.append((job, finish, stopped, None))
                 continue
             runner.tokens[row, 0] = job.text[-1]
             runner.start[row] = job.fed
@@ -391,7 +398,8 @@ class Engine:
         runner.reserve(job.fed + len(tokens))
         logits, _ = runner.call(0, tokens, job.fed, len(tokens))
         self._counts["calls"] += 1
-        used, end, error = 0, NO_END, ""
+        used, end = 0, NO_END
+        error: Exception | None = None
         tie = self._speculator.tie * float(logits[0].std())
         try:
             while used < len(tokens) and end == NO_END:
@@ -405,13 +413,13 @@ class Engine:
                 if not is_right:
                     break
         except Exception as fault:
-            end, error = ("error", False), _sentence(fault)
+            end, error = ("error", False), fault
         if used < len(tokens) and runner.has_recurrent:
             runner.back(0)
             if used:
                 runner.call(0, tokens[:used], job.fed, 0)
         job.fed += used
-        job.cpu += self._spent()
+        self._charge([job])
         self._speculator.note(len(guesses), max(used - 1, 0))
         finish, stopped = end
         if finish:
@@ -421,7 +429,7 @@ class Engine:
             job.tell()
         return True
 
-    def _leave(self, job: Job, finish: Finish, stopped: bool = False, error: str = "") -> None:
+    def _leave(self, job: Job, finish: Finish, stopped: bool = False, error: Exception | None = None) -> None:
         """The end of a request, wherever it is."""
         if job in self._decoding:
             if finish != "error":  # what was answered may be the beginning of the next prompt
@@ -442,9 +450,10 @@ class Engine:
         self._counts["cached_tokens"] += job.cached
         self._counts["completion_tokens"] += job.made
         self._mean_seconds += 0.1 * (time.monotonic() - job.born - self._mean_seconds)
-        job.end(finish, stopped, error)
+        reason = "" if error is None else _sentence(error)
+        job.end(finish, stopped, reason, isinstance(error, ConstraintError))
         if job.future is not None:
-            _resolve(job.future, job.hidden if finish == "length" else np.zeros(0), error or finish)
+            _resolve(job.future, job.hidden if finish == "length" else np.zeros(0), job.usage, reason or finish)
         job.tell()
 
 
@@ -458,13 +467,13 @@ def _checked(
     return check_drawn(guesses, proposed, sampler.dense(shaped), at, (sampler.draw(), sampler.draw()))
 
 
-def _resolve(future: "Future[np.ndarray]", total: np.ndarray, reason: str) -> None:
+def _resolve(future: "Future[Embedding]", total: np.ndarray, usage: Usage, reason: str) -> None:
     if not future.set_running_or_notify_cancel():
         return  # nobody waits for it any more
     if not total.size or not np.isfinite(total).all():
         future.set_exception(RequestError(f"The text has no embedding ({reason})."))
     else:
-        future.set_result((total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32))
+        future.set_result(((total / max(float(np.linalg.norm(total)), 1e-12)).astype(np.float32), usage))
 
 
 def _sentence(error: Exception) -> str:

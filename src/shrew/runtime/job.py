@@ -15,13 +15,14 @@ from shrew.runtime.sampling import Sampler, Top, log_probabilities
 from shrew.runtime.text import Vocabulary, Watch
 
 FOREVER = float("inf")
+Embedding = tuple[np.ndarray, Usage]  # of a text, float32 [width], and what it cost
 
 
 class Job:
     """A request, its tokens so far, and its row of states. For the engine's thread."""
 
     def __init__(
-        self, answer: Answer, notify: Callable[[], Any] | None, room: int, future: "Future[np.ndarray] | None" = None
+        self, answer: Answer, notify: Callable[[], Any] | None, room: int, future: "Future[Embedding] | None" = None
     ) -> None:
         """`room`: tokens that fit after the prompt. With a `future` it is there for its hidden states, not to go on."""
         request = answer.request
@@ -35,6 +36,7 @@ class Job:
         self.fed = 0  # tokens of the text that the states stand after
         self.cached = 0
         self.cpu = 0.0
+        self.joules: float | None = None  # of the processor packages, where they count
         self.kept: Block | None = None  # the end of what the prefixes hold of this text
         self.plain_next = False  # the next token is to be computed by a single step
         self._scored: list[tuple[int, float | None, Top]] = [(self.text[0], None, ())]
@@ -120,6 +122,9 @@ class Job:
             return "stop", False
         return ("length", False) if self.left < 1 else (None, False)
 
-    def end(self, finish: Finish, stopped: bool, error: str) -> None:
-        usage = Usage(self.prompt, self.made, self.cached, self.cpu)
-        self.answer.put(End(finish, usage, stopped, error))
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt, self.made, self.cached, self.cpu, self.joules)
+
+    def end(self, finish: Finish, stopped: bool, error: str, refused: bool) -> None:
+        self.answer.put(End(finish, self.usage, stopped, error, refused))

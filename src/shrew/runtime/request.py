@@ -58,12 +58,19 @@ class Token:
 
 @dataclass(frozen=True)
 class Usage:
-    """What an answer cost. `cpu_seconds` is its share of the process's, by tokens computed in each step."""
+    """What an answer cost. `cpu_seconds` is its share of the process's, by tokens computed in each step, and `joules`
+    its share of what the processor packages used meanwhile, whoever used it; None where no counter can be read."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int  # of the prompt, taken from an earlier one
     cpu_seconds: float
+    joules: float | None = None
+
+    def cost(self) -> dict[str, float]:
+        """What was really measured of it, as JSON has it."""
+        found = {"cpu_seconds": self.cpu_seconds} | ({} if self.joules is None else {"joules": self.joules})
+        return {name: round(value, 6) for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -79,3 +86,4 @@ class Piece:
     finish: Finish | None = None
     usage: Usage | None = None
     error: str = ""
+    refused: bool = False  # the error is that the request's own constraint cannot be met

@@ -2,14 +2,16 @@
 
 Jinja's sandbox keeps a template from reaching Python. It does not keep it from `'a' * 10**10`, from a loop in a loop in
 a loop, or from a list of lists of lists that is small until it is printed. Here every step that can repeat checks a
-deadline, and everything that can make something long is measured before it is made.
+deadline, and everything that can make something long is measured before it is made. No deadline ends one call of
+Python's own, so there are only the filters and methods whose time grows as what they are given, and what they are given
+is bounded where it is not the length alone that counts.
 """
 
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, ItemsView, Iterable, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, KeysView, Mapping, Sized, ValuesView
 from datetime import datetime
 from types import GeneratorType
 from typing import Any
@@ -28,12 +30,45 @@ NUMBER_BITS = 4096
 WIDTH = re.compile(r"\d{5}|[%{][^}%]*[*{]")  # a width in a format string that only wants memory
 NUMBER = re.compile(r"\d+")
 
+# What chat templates use, of Jinja's and Python's. Those left out take time by the square of a length (wordwrap,
+# urlize, striptags), make bytes, which nothing here measures, or change from one time to the next.
+FILTERS = frozenset(
+    ["abs", "attr", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e", "escape", "first",
+     "float", "format", "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max",
+     "min", "reject", "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr", "slice", "sort",
+     "string", "sum", "title", "tojson", "trim", "truncate", "unique", "upper"]
+)  # fmt: skip
+METHODS = {
+    str: frozenset(
+        ["capitalize", "casefold", "center", "count", "endswith", "find", "format", "index", "isalnum", "isalpha",
+         "isascii", "isdecimal", "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "ljust",
+         "lower", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rjust",
+         "rpartition", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "swapcase", "title", "upper",
+         "zfill"]
+    ),
+    dict: frozenset(["copy", "get", "items", "keys", "values"]),
+    list: frozenset(["copy", "count", "index"]),
+    tuple: frozenset(["count", "index"]),
+    int: frozenset(["bit_length", "is_integer"]),
+    float: frozenset(["is_integer"]),
+    KeysView: frozenset[str](),
+    ValuesView: frozenset[str](),
+    ItemsView: frozenset[str](),
+}  # fmt: skip
 # Filters and methods whose result can be far longer than what they are given: subject times the largest of the rest.
 MULTIPLYING = frozenset(
-    ["batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "replace", "rjust", "slice",
-     "tojson", "translate", "truncate", "urlize", "wordwrap", "xmlattr", "zfill"]
+    ["batch", "center", "format", "indent", "join", "ljust", "replace", "rjust", "slice", "tojson", "truncate", "zfill"]
 )  # fmt: skip
-BYTES = frozenset(["encode", "to_bytes"])  # what makes bytes, whose methods and products nothing here measures
+# Filters that go through what they are given item by item, with the rest said for each item.
+WALKING = frozenset(
+    ["batch", "dictsort", "first", "groupby", "items", "join", "last", "list", "map", "max", "min", "reject",
+     "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique"]
+)  # fmt: skip
+# Python searches from the end, and strips, by looking for each character of the subject in all of what is sought.
+SEEKING = frozenset(["lstrip", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "strip", "trim"])
+ITEMS = 100_000  # that one filter goes through
+TABLE = 10_000  # keys that one call may put into a table: numbers can be chosen so that all of them collide
+STATEMENTS = 2000  # of one template; Jinja compiles in the square of them
 DIGITS = 1000  # to round to; Python computes 10 to that power
 FORM = 1000  # characters that say how to write a time; the C library's widths may make 256 of each
 SIZED = (str, int, float, Mapping, list, tuple, range, KeysView, ValuesView, ItemsView)
@@ -89,6 +124,12 @@ def _held(value: Any) -> Any:
     return list(value) if isinstance(value, GeneratorType) else value
 
 
+def _check_table(*given: Any) -> None:
+    """Raises SecurityError for what would put too many keys into a table at once."""
+    if any(isinstance(arg, Sized) and len(arg) > TABLE for arg in given):
+        raise SecurityError("it makes too large a table")
+
+
 class Bounded(NodeTransformer):
     """Puts a check of the deadline into every body that can repeat, and a measure around everything made in place."""
 
@@ -105,12 +146,23 @@ class Bounded(NodeTransformer):
         self.generic_visit(node)
         return self._call("joined", node.nodes, node.lineno)
 
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        for operand in node.ops:  # texts take as long as they are, and nothing else here may repeat
+            operand.expr = self._call("passed", [operand.expr], node.lineno)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return self._call("sliced" if isinstance(node.arg, nodes.Slice) else "passed", [node], node.lineno)
+
     def visit_List(self, node: nodes.List) -> nodes.Node:
         self.generic_visit(node)
         return self._call("made", [node], node.lineno)
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
+        _check_table(node.items)
         return self._call("made", [node], node.lineno)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
@@ -122,8 +174,8 @@ class Bounded(NodeTransformer):
         node.body.insert(0, nodes.ExprStmt(self._call("tick", [], node.lineno), lineno=node.lineno))
         return node
 
-    def _call(self, name: str, args: list[Any], line: int) -> nodes.Node:
-        return nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None).set_lineno(line)
+    def _call(self, name: str, args: list[Any], line: int) -> nodes.Expr:
+        return nodes.Call(nodes.EnvironmentAttribute(name), args, [], None, None, lineno=line)
 
 
 class GenerationTag(Extension):
@@ -144,6 +196,7 @@ class PlainDict:
     """`dict(...)` without the type, whose attributes lead elsewhere."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        _check_table(*args)
         return dict(*args, **kwargs)
 
 
@@ -152,6 +205,7 @@ class PlainNamespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
+        _check_table(*rest)
         held = dict(*rest, **kwargs)
         for name in held:
             PlainNamespace._check(name)
@@ -160,6 +214,9 @@ class PlainNamespace(Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         PlainNamespace._check(name)
         super().__setitem__(name, value)
+
+    def __repr__(self) -> str:  # not what it holds: namespaces in namespaces are small until they are printed
+        return "<Namespace>"
 
     @staticmethod
     def _check(name: Any) -> None:
@@ -187,7 +244,7 @@ def tojson(
 class Sandbox(ImmutableSandboxedEnvironment):
     """What transformers gives chat templates, with every step paid for."""
 
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
     def __init__(self) -> None:
         self.meter = Meter()
@@ -196,15 +253,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
             finalize=self._printed,
         )  # fmt: skip
         self.filters["tojson"] = tojson
-        for table in (self.filters, self.tests):
-            table.update({name: self._paid(name, function) for name, function in table.items()})
+        self.filters = {name: self._paid(name, self.filters[name]) for name in FILTERS}
+        self.tests = {name: self._paid(name, function) for name, function in self.tests.items()}
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "dict": PlainDict(),
                          "namespace": PlainNamespace}  # fmt: skip
         self.concat = self.joined_list  # type: ignore[method-assign]
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = Bounded().visit(super()._parse(source, name, filename))
+        parsed = super()._parse(source, name, filename)
+        if sum(1 for _ in parsed.find_all(nodes.Stmt)) > STATEMENTS:
+            raise SecurityError("it has too many statements")
+        tree: nodes.Template = Bounded().visit(parsed)
         return tree
 
     # What the transformed tree calls.
@@ -214,6 +274,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def made(self, value: Any) -> Any:
         self.meter.spend(size(value))
+        return value
+
+    def passed(self, value: Any) -> Any:
+        self.meter.tick()
+        return value
+
+    def sliced(self, value: Any) -> Any:
+        self.meter.spend(len(value) if isinstance(value, Sized) else 1)
         return value
 
     def joined(self, *parts: Any) -> str:
@@ -233,12 +301,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # What Jinja calls.
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return attr not in BYTES and super().is_safe_attribute(obj, attr, value)
+        known = next((names for kind, names in METHODS.items() if isinstance(obj, kind)), None)
+        if callable(value) and known is not None and attr not in known:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
             self._check_growth("format", (left, right), {})
-        if isinstance(left, int) and isinstance(right, int):
+        if isinstance(left, int) and isinstance(right, int):  # division takes the square of their lengths
             bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
             if bits > NUMBER_BITS:
                 raise SecurityError("it computes with numbers that are too large")
@@ -257,8 +328,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(bound, "__self__", None)
         if isinstance(owner, Sandbox):
             return __obj(*args)  # what Jinja adds about loops is for its own
+        args = tuple(map(_held, args))
         if isinstance(owner, str):
-            args = tuple(map(_held, args))
             self._check_growth(bound.__name__, (owner, *args), kwargs)
         result = super().call(__context, __obj, *args, **kwargs)
         self.meter.spend(size(result))
@@ -268,10 +339,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """A filter or test that is refused where its result would be too long, and paid for."""
 
         def paid(*args: Any, **kwargs: Any) -> Any:
-            if name in MULTIPLYING or name == "sum":
-                args = tuple(map(_held, args))
+            args = tuple(map(_held, args))
             self._check_growth(name, args, kwargs)
             result = function(*args, **kwargs)
+            self._check_numbers(result)
             self.meter.spend(size(result))
             return result
 
@@ -281,19 +352,32 @@ class Sandbox(ImmutableSandboxedEnvironment):
             paid.jinja_async_variant = True  # type: ignore[attr-defined]
         return paid
 
+    def _check_numbers(self, *given: Any) -> None:
+        if any(isinstance(arg, int) and arg.bit_length() > NUMBER_BITS for arg in given):
+            raise SecurityError("it computes with numbers that are too large")
+
     def _check_growth(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._check_numbers(*args, *kwargs.values())
         if name == "round" and any(isinstance(arg, int) and abs(arg) > DIGITS for arg in (*args[1:], *kwargs.values())):
             raise SecurityError("it computes with numbers that are too large")
         if name == "sum":  # lists are joined one by one, and each time all that came before is copied
             held = next((arg for arg in args if isinstance(arg, list | tuple)), ())
             self.meter.spend(len(held) * sum(len(item) for item in held if isinstance(item, list | tuple)) // 16)
-        if name not in MULTIPLYING:
-            return
-        given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, SIZED)]
+        given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, SIZED) and not isinstance(arg, Context)]
         if not given:
             return
         subject, *rest = given
-        if name.startswith("format") and isinstance(subject, str):
+        if name == "unique":
+            _check_table(subject)
+        if name in SEEKING:
+            self.meter.spend(size(subject) * max(map(size, rest), default=0) // 16)
+        if name in WALKING and isinstance(subject, Sized):
+            if len(subject) > ITEMS:
+                raise SecurityError("it goes through too many items")
+            self.meter.spend(len(subject) * sum(map(size, rest)) // 16)
+        if name not in MULTIPLYING:
+            return
+        if name == "format" and isinstance(subject, str):
             if WIDTH.search(subject):
                 raise SecurityError("it formats with a width that is too large")
             for number in NUMBER.finditer(subject):  # widths and precisions, and in passing what else has digits

@@ -1,4 +1,4 @@
-"""Guessing several tokens ahead and checking them in one call, which changes the speed and not the text.
+"""Guessing several tokens ahead and checking them in one call: faster, and but for rounding the same text.
 
 A guess is one sure token, from earlier text that went on from the same words or from a smaller model; or, for sampled
 requests without a seed, one drawn from the smaller model's distribution. Sure guesses are checked by choosing each
@@ -9,7 +9,9 @@ through rejection sampling as such (Leviathan et al., arXiv:2211.17192).
 Longer calls add up in another order than single steps, so logits differ in their last bits; where products round their
 inputs to 8 bits (accuracy level 4) this moved the distance of the two best by up to 0.026 of the logits' deviation, in
 the starter at 4 and 8 bits. Where that distance is below TIES at temperature 0, a guess is not believed: the token is
-computed again by a single step, whose choice stands.
+computed again by a single step, whose choice stands. That step still reads the keys and values that longer calls left
+of tokens that were believed, so it may choose otherwise than where nothing was guessed: a bf16 pack wrote the same 300
+tokens for 30 of 30 prompts, a pack of 4 bits at level 4 for 55 of 60.
 """
 
 import time

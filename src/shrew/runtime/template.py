@@ -18,7 +18,7 @@ from shrew.runtime.tools import told
 Message = Mapping[str, Any]
 
 SECONDS = 2.0
-SOURCE_BYTES = 1_000_000
+SOURCE_BYTES = 100_000  # of a template; to compile a million takes Python most of a minute
 OUTPUT = 4_000_000  # characters of one rendering
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names of one thing; templates read the first
 TAG = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -112,6 +112,7 @@ class ChatTemplate:
                 self._compiled[source] = self._sandbox.from_string(source)
             parts, length = [], 0
             for part in self._compiled[source].generate(**variables):
+                self._sandbox.tick()
                 length += len(part)
                 if length > OUTPUT:
                     raise TemplateError(f"the chat template makes more than {OUTPUT:,} characters; use fewer messages.")

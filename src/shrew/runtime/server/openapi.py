@@ -21,7 +21,8 @@ def _list(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
-USAGE = _object({"prompt_tokens": COUNT, "total_tokens": COUNT}, completion_tokens=COUNT, cpu_seconds=NUMBER)
+USAGE = _object({"prompt_tokens": COUNT, "total_tokens": COUNT}, completion_tokens=COUNT, cpu_seconds=NUMBER,
+                joules=NUMBER)  # fmt: skip
 CHOICE = _object({"index": COUNT, "finish_reason": {"type": ["string", "null"]}})
 MODEL = _object({"id": TEXT, "object": {"const": "model"}, "created": COUNT, "owned_by": TEXT})
 FAULT = _object(

@@ -16,6 +16,7 @@ from shrew.runtime.server.metrics import metric_name
 from shrew.runtime.server.openapi import describe
 from shrew.runtime.server.schema import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from shrew.runtime.server.state import Served, State
+from shrew.runtime.server.stream import cost_of
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -106,16 +107,18 @@ async def embeddings(state: State, request: EmbeddingRequest) -> Response:
     if request.dimensions not in (None, width):
         raise Fault(400, f"dimensions is {request.dimensions}, and '{served.name}' gives {width}.", "dimensions")
     rows = await state.call(_rows, state, served, request)
-    vectors = []
+    vectors, usages = [], []
     for ids in rows:  # one at a time, so that one request does not take every place
         async with served.gate.sequence():
-            vectors.append(await asyncio.wrap_future(served.engine.embedding(ids)))
+            vector, used = await asyncio.wrap_future(served.engine.embedding(ids))
+            vectors.append(vector)
+            usages.append(used)
     total = sum(map(len, rows))
     data = [
         {"object": "embedding", "index": number, "embedding": _written(vector, request.encoding_format)}
         for number, vector in enumerate(vectors)
     ]
-    usage = {"prompt_tokens": total, "total_tokens": total}
+    usage = {"prompt_tokens": total, "total_tokens": total, **cost_of(usages)}
     return reply({"object": "list", "data": data, "model": served.name, "usage": usage})
 
 

@@ -83,6 +83,8 @@ async def run(served: Served, requests: Sequence[Request], seconds: float) -> As
                 number, piece = await queue.get()
                 if isinstance(piece, BaseException):
                     raise piece
+                if piece.refused:
+                    raise Fault(400, piece.error)
                 if piece.finish in FAILED:
                     status, message = FAILED[piece.finish]
                     raise Fault(status, piece.error or message)
@@ -142,8 +144,14 @@ def usage_dict(usages: Sequence[Usage], prompts: int) -> dict[str, Any]:
         "completion_tokens": written,
         "total_tokens": prompts + written,
         "prompt_tokens_details": {"cached_tokens": cached},
-        "cpu_seconds": round(sum(item.cpu_seconds for item in usages), 6),
+        **cost_of(usages),
     }
+
+
+def cost_of(usages: Sequence[Usage]) -> dict[str, float]:
+    """What was measured of them together: processor seconds, and joules where a counter could be read."""
+    joules = [item.joules for item in usages if item.joules is not None]
+    return Usage(0, 0, 0, sum(item.cpu_seconds for item in usages), sum(joules) if joules else None).cost()
 
 
 async def whole(job: Understood, pieces: AsyncIterator[tuple[int, Piece]], meter: "Meter") -> list[list[Piece]]:
