@@ -109,7 +109,7 @@ def test_values_are_followed_by_name(lines: str, hit: bool) -> None:
     [
         ("pickle.loads(request.data)", "CWE-502"),
         ("pickle.loads(flask.request.data)", "CWE-502"),
-        ("pickle.loads(base64.b64decode(request.cookies['session']))", "CWE-502"),
+        ("pickle.loads(base64.b64decode(request.cookies['cart']))", "CWE-502"),
         ("pickle.load(request.files['f'])", "CWE-502"),
         ("yaml.load(request.data)", "CWE-502"),
         ("yaml.load(request.data, Loader=yaml.Loader)", "CWE-502"),
