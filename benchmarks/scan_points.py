@@ -24,6 +24,7 @@ from shrew import record
 from shrew.measure.detection import grouped_interval
 from shrew.record import Record
 from shrew.scan import combine
+from shrew.scan.functions import normalise
 from shrew.tasks import detection
 from shrew.tasks.vulnerability import year
 
@@ -37,7 +38,7 @@ def calm(args: argparse.Namespace) -> list[Record]:
         raise SystemExit(f"{args.functions} has {len(rows):,} functions; 0.5 % need {scan.ENOUGH:,} at least.")
     texts, languages = [row["text"] for row in rows], [row["language"] for row in rows]
     said, ordinary = scan.ruled(data.texts, data.languages), scan.ruled(texts, languages)
-    inner, outer = scan.held_grams(data)
+    learn = scan.grams_of(data)
     names = ("n-grams", "our n-grams", "n-grams + rules")
     scores = {name: np.zeros(2 * data.n) for name in names}
     limits = {(name, rate): np.zeros(data.n) for name in names for rate in RATES}
@@ -46,12 +47,13 @@ def calm(args: argparse.Namespace) -> list[Record]:
         train = np.flatnonzero(np.tile((data.folds != fold) & ~data.shared, 2))
         here, truth = scan.pick(data.texts, test), data.truth[train]
         both = scan.plain(scan.pick(data.texts, train), truth, [*here, *texts])
-        grams = scan.fitted(data, train).score(texts, languages)
-        made = combine.fit([0.0] * len(train), inner[fold][train].tolist(), scan.pick(said, train), truth)
+        fitted = scan.fitted(data, train)
+        grams = [fitted.score(here, scan.pick(data.languages, test)), fitted.score(texts, languages)]
+        inner = scan.held_out(data, learn, data.folds != fold)[train]
+        made = combine.fit([0.0] * len(train), inner.tolist(), scan.pick(said, train), truth)
         mixed = [combine.combined(made, [0.0] * len(some), some.tolist(), findings)
-                 for some, findings in ((outer[test], scan.pick(said, test)), (grams, ordinary))]  # fmt: skip
-        of = {"n-grams": (both[: len(test)], both[len(test) :]), "our n-grams": (outer[test], grams),
-              "n-grams + rules": (mixed[0], mixed[1])}  # fmt: skip
+                 for some, findings in zip(grams, (scan.pick(said, test), ordinary), strict=True)]  # fmt: skip
+        of = {"n-grams": (both[: len(test)], both[len(test) :]), "our n-grams": grams, "n-grams + rules": mixed}
         for name, (own, beside) in of.items():
             scores[name][test] = own
             for rate in RATES:
@@ -98,9 +100,9 @@ def time(args: argparse.Namespace) -> list[Record]:
     years = np.array([known[data.ids[place]] for place in kept])
     last = split(years.tolist())
     old, new = kept[years <= last], kept[years > last]
-    later = {" ".join(text.split()) for place in new for text in (data.texts[place], data.texts[place + data.n])}
-    old = np.array([place for place in old if not later & {" ".join(data.texts[place + at].split())
-                                                           for at in (0, data.n)}], int)  # fmt: skip
+    keys = [normalise(text, language) for text, language in zip(data.texts, data.languages, strict=True)]
+    later = {keys[place + at] for place in new for at in (0, data.n)}
+    old = np.array([place for place in old if not later & {keys[place], keys[place + data.n]}], int)
     train, test = np.concatenate([old, old + data.n]), np.concatenate([new, new + data.n])
     texts, languages = scan.pick(data.texts, test), scan.pick(data.languages, test)
     plain = scan.plain(scan.pick(data.texts, train), data.truth[train], texts)
