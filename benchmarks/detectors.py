@@ -4,14 +4,16 @@
     python benchmarks/detectors.py compare WORK PAIRS.jsonl --venvs PEERS --records results/records.jsonl
     python benchmarks/detectors.py packed WORK PAIRS.jsonl --arm hybrid --text ORDINARY.jsonl
 
-An arm is a recipe, recipes/scan/pretrain-ARM.toml. All arms read the same tokens in the same order: a language model
-once an arm (--trunk ARM=FOLDER: this one), then fine-tuning on pairs, which a seed draws anew: heads, order, dropout.
-Folds are by project; no text of a fold is learned from in any other spelling. What is scored was held out.
+An arm is a recipe, recipes/scan/pretrain-ARM.toml. A seed draws all anew: a language model's first weights and the
+order of its text, then heads, order and dropout of the fine-tuning on pairs. Of one seed all arms read the same tokens
+in the same order. Folds are by project; no text of a fold is learned from in any other spelling. What is scored was
+held out.
 
 Equal CPU time counts training steps timed in turns on this machine, arm beside arm, since a run's own clock says as
 much of its neighbours. Where an arm's steps cost more, its fine-tuning is also scored on the way, when the cheapest arm
 is done; --equal-time also lets a copy of its language model decay early enough to cost no more than the cheapest, and
-fine-tunes that one for equal time, as ARM-time. `train` can be killed; it goes on.
+fine-tunes that one for equal time, as ARM-time. `train` can be killed; it goes on. Several can share the work:
+--part 0/2 beside --part 1/2, each with what the other does not do.
 """
 
 import argparse
@@ -40,7 +42,6 @@ from shrew.tasks import detection, vulnerability
 from shrew.train import Loop, Recipe, World, prepare, train
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "scan"
-FIXED = {"precision": "fp32", "threads": 1}  # for all arms alike
 END, TIME = "end", "equal time"  # of a fine-tuning
 WARM = 1  # steps that are not timed
 ALIKE = 0.02  # costs that differ by less, by which two timings of the same steps do, count as equal
@@ -57,6 +58,7 @@ class Arm:
     as the cheapest arm does in all (0: not before the end)."""
 
     name: str
+    seed: int
     trunk: Path
     steps: int
     mark: int = 0
@@ -65,11 +67,13 @@ class Arm:
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
-def pretraining(args: argparse.Namespace, arm: str, out: Path, steps: int, decay: float | None = None) -> Recipe:
+def pretraining(args: argparse.Namespace, arm: str, seed: int, out: Path, steps: int,
+                decay: float | None = None) -> Recipe:  # fmt: skip
     """The recipe of an arm's language model, for so many steps."""
     path = args.recipes / f"pretrain-{arm}.toml"
     values = spec.read_toml(path)
-    values["train"] |= FIXED | {"out": str(out), "steps": steps} | ({} if decay is None else {"decay": decay})
+    values["train"] |= {"out": str(out), "steps": steps, "seed": seed, "precision": args.precision, "threads": 1}
+    values["train"] |= {} if decay is None else {"decay": decay}
     return spec.parse(Recipe, values, str(path))
 
 
@@ -78,9 +82,9 @@ def tuning(args: argparse.Namespace, trunk: Path, seed: int, fold: int, steps: i
     path = args.recipes / "detect.toml"
     values = spec.read_toml(path)
     own = {"out": "detector", "init": str(trunk), "steps": steps, "seed": seed, "length": args.length,
-           "batch_tokens": args.batch_tokens, "lr": args.lr,
+           "precision": args.precision, "threads": 1, "batch_tokens": args.batch_tokens, "lr": args.lr,
            "warmup": min(values["train"]["warmup"], steps // 4)}  # fmt: skip
-    values["train"] |= FIXED | own
+    values["train"] |= own
     values["detect"] |= {"share": args.share, "languages": args.language, "pairs": [str(fold_file(args, fold))],
                          "negatives": [str(path) for path in args.negatives]}  # fmt: skip
     return spec.parse(Recipe, values, str(path))
@@ -127,7 +131,11 @@ def tuner(args: argparse.Namespace, trunk: Path, seed: int, fold: int, steps: in
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     source = Pairs(pairs, ordinary, detect.emphasis, detect.share, args.length, first, tokenizer.pad_token_id or 0,
                    seed, detect.noise)  # fmt: skip
-    return Loop(recipe.train, World(), loaded.model.train(), source, None, args.work, False, say), loaded
+    return Loop(recipe.train, World(), loaded.model.train(), source, None, args.work, bf16(args), say), loaded
+
+
+def bf16(args: argparse.Namespace) -> bool:
+    return bool(args.precision == "bf16")
 
 
 # --- what a step costs -----------------------------------------------------------------------------------------------
@@ -147,7 +155,7 @@ def in_turns(loops: dict[str, Loop], rounds: int) -> dict[str, float]:
 
 def reader_loop(args: argparse.Namespace, arm: str) -> Loop:
     """The loop of an arm's language model, on the beginning of its text."""
-    recipe = pretraining(args, arm, args.work / "timed", 10**6)
+    recipe = pretraining(args, arm, 0, args.work / "timed", 10**6)
     loaded, documents = prepare(recipe, args.work / "timed", say)
     item = recipe.train
     enough, some = 4 * 8 * item.batch_tokens, []  # characters: some steps
@@ -158,7 +166,7 @@ def reader_loop(args: argparse.Namespace, arm: str) -> Loop:
             break
     middle = data.fill_in_the_middle(loaded.tokenizer, item.fim) if item.fim else None
     stream = data.tokenize(some, loaded.tokenizer)
-    return Loop(item, World(), loaded.model.train(), stream, None, args.work, False, say, middle)
+    return Loop(item, World(), loaded.model.train(), stream, None, args.work, bf16(args), say, middle)
 
 
 def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -168,7 +176,7 @@ def costs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         reading = in_turns({arm: reader_loop(args, arm) for arm in args.arms}, args.rounds)
         blank = {arm: args.work / "timed" / arm for arm in args.arms}
         for arm, place in blank.items():  # untrained ones of the same shape cost as much
-            loaded, _ = prepare(pretraining(args, arm, place, 1), args.work / "timed", say)
+            loaded, _ = prepare(pretraining(args, arm, 0, place, 1), args.work / "timed", say)
             folder.save(loaded, place)
         loops = {arm: tuner(args, place, 0, 0, 10**6)[0] for arm, place in blank.items()}
         files.write_text(path, json.dumps({"reading": reading, "tuning": in_turns(loops, 4 * args.rounds)}))
@@ -194,22 +202,28 @@ def newest(name: str) -> Path | None:
     return None if last is None else last.parents[1]
 
 
-def trunk(args: argparse.Namespace, arm: str, short: int) -> Path:
+def trunk(args: argparse.Namespace, arm: str, seed: int, short: int) -> Path:
     """The language model of an arm. A copy of the run is kept from before any decay, for one of `short` steps."""
-    out = Path(args.work / "trunks" / arm)
-    if arm in args.trunk:
-        return Path(args.trunk[arm])
+    out = trunk_folder(args, arm, seed)
     if (out / folder.LINEAGE).exists():
         return out
-    names = {part: f"{args.work.name}-{arm}-{part}" for part in ("level", "whole")}
-    whole = pretraining(args, arm, out.with_name(names["whole"]), args.trunk_steps)
+    names = {part: run_name(args, arm, seed, part) for part in ("level", "whole")}
+    whole = pretraining(args, arm, seed, out.with_name(names["whole"]), args.trunk_steps)
     level = level_of(short, whole.train.decay)
     if level and newest(names["whole"]) is None:
-        train(pretraining(args, arm, out.with_name(names["level"]), level, 0.0))
+        train(pretraining(args, arm, seed, out.with_name(names["level"]), level, 0.0))
         branch(names["level"], names["whole"])
     train(whole)
     out.with_name(names["whole"]).rename(out)
     return out
+
+
+def trunk_folder(args: argparse.Namespace, arm: str, seed: int) -> Path:
+    return Path(args.work / "trunks" / f"{arm}-s{seed}")
+
+
+def run_name(args: argparse.Namespace, arm: str, seed: int, part: str) -> str:
+    return f"{args.work.name}-{arm}-s{seed}-{part}"
 
 
 def level_of(steps: int, decay: float) -> int:
@@ -226,34 +240,16 @@ def branch(source: str, name: str) -> None:
     files.copy_folder(run / "checkpoint", other / "checkpoint", "state.json")
 
 
-def short_trunk(args: argparse.Namespace, arm: str, steps: int) -> Path:
+def short_trunk(args: argparse.Namespace, arm: str, seed: int, steps: int) -> Path:
     """The language model of an arm after fewer steps, off the level part of the same run."""
-    out = args.work / "trunks" / f"{arm}-time"
-    name, level = (f"{args.work.name}-{arm}-{part}" for part in ("time", "level"))
+    out = trunk_folder(args, f"{arm}-time", seed)
+    name, level = (run_name(args, arm, seed, part) for part in ("time", "level"))
     if not (out / folder.LINEAGE).exists():
-        if newest(level) is None:
-            raise SystemExit(f"{arm} was given or its run is gone, so that no part of it can be taken at equal time; "
-                             "leave out --equal-time, or train it here.")  # fmt: skip
         if newest(name) is None:
             branch(level, name)
-        train(pretraining(args, arm, out.with_name(name), steps))
+        train(pretraining(args, arm, seed, out.with_name(name), steps))
         out.with_name(name).rename(out)
-    return Path(out)
-
-
-def check_alike(args: argparse.Namespace, trunks: dict[str, Path]) -> None:
-    """Refuse language models that did not read the same tokens, as many as asked for."""
-    first: Any = None
-    for place in trunks.values():
-        lineage = json.loads((place / folder.LINEAGE).read_text("utf-8"))
-        item = lineage["recipe"]["train"]
-        if item["steps"] != args.trunk_steps:
-            raise SystemExit(f"{place} has read for {item['steps']} steps, and --trunk-steps says {args.trunk_steps}.")
-        facts = {key: item[key] for key in ("batch_tokens", "length", "seed", "fim", "decay")}
-        facts |= {"text": lineage["data"], "vocabulary": read_tokenizer(place).get_vocab()}
-        first = first or facts
-        if other := [key for key, value in facts.items() if value != first[key]]:
-            raise SystemExit(f"{place} is no twin of {next(iter(trunks.values()))}: other {', '.join(other)}.")
+    return out
 
 
 def score_file(args: argparse.Namespace, arm: str, seed: int, fold: int) -> Path:
@@ -264,10 +260,10 @@ def detector_folder(args: argparse.Namespace, arm: str, seed: int, fold: int) ->
     return Path(args.work / "detectors" / f"{arm}-s{seed}-f{fold}")
 
 
-def tune(args: argparse.Namespace, held: scan.Set, arm: Arm, seed: int, fold: int) -> dict[str, Any]:
+def tune(args: argparse.Namespace, held: scan.Set, arm: Arm, fold: int) -> dict[str, Any]:
     """Fine-tune once, write the detector and what it says of the fold: {"cpu_seconds", "logits": {when: [before,
     after]}, ...}."""
-    loop, loaded = tuner(args, arm.trunk, seed, fold, arm.steps)
+    loop, loaded = tuner(args, arm.trunk, arm.seed, fold, arm.steps)
     places = folds_of(args, held)[fold]
     both = np.concatenate([places, places + held.n])
     texts, languages = scan.pick(held.texts, both), scan.pick(held.languages, both)
@@ -282,31 +278,31 @@ def tune(args: argparse.Namespace, held: scan.Set, arm: Arm, seed: int, fold: in
             when = END if loop.step == arm.steps else TIME
             told[when] = vulnerability.logits(loaded, texts, languages).reshape(2, -1).tolist()
             loop.model.train()
-    lineage = {"parent": {"name": arm.trunk.name, "sha256": folder.identity(arm.trunk)}, "seed": seed, "moves": [],
-               "recipe": spec.dump(tuning(args, arm.trunk, seed, fold, arm.steps))}  # fmt: skip
+    lineage = {"parent": {"name": arm.trunk.name, "sha256": folder.identity(arm.trunk)}, "seed": arm.seed, "moves": [],
+               "recipe": spec.dump(tuning(args, arm.trunk, arm.seed, fold, arm.steps))}  # fmt: skip
     loaded.model.eval()
-    folder.save(replace(loaded, lineage=lineage), detector_folder(args, arm.name, seed, fold))
+    folder.save(replace(loaded, lineage=lineage), detector_folder(args, arm.name, arm.seed, fold))
     result = {"cpu_seconds": spent, "steps": arm.steps, "mark": arm.mark, "loss": statistics.fmean(losses[-20:]),
               "parameters": sum(p.numel() for p in loaded.model.parameters()),
               "ids": scan.pick(held.ids, places), "logits": told}  # fmt: skip
-    files.write_text(score_file(args, arm.name, seed, fold), json.dumps(result))
+    files.write_text(score_file(args, arm.name, arm.seed, fold), json.dumps(result))
     return result
 
 
 def arms_of(args: argparse.Namespace) -> list[Arm]:
-    """The arms with their language models, which are trained where they are not there yet."""
-    each = costs(args)
-    check_alike(args, {arm: Path(place) for arm, place in args.trunk.items()})
-    short = {arm: at_equal_time(args.trunk_steps, each["reading"], arm) for arm in args.arms}
-    trunks = {arm: trunk(args, arm, short[arm]) for arm in args.arms}
-    check_alike(args, trunks)
-    found = []
-    for arm in args.arms:
-        steps = at_equal_time(args.steps, each["tuning"], arm)
-        found.append(Arm(arm, trunks[arm], args.steps, steps if steps < args.steps else 0))
-        if args.equal_time and (short[arm] < args.trunk_steps or steps < args.steps):
-            same = short[arm] == args.trunk_steps
-            found.append(Arm(f"{arm}-time", trunks[arm] if same else short_trunk(args, arm, short[arm]), steps))
+    """This part's arms of all seeds with their language models, which are trained where they are not there yet."""
+    each, found = costs(args), []
+    for seed in range(args.seeds):
+        for place, arm in enumerate(args.arms):
+            if (seed + place) % args.part[1] != args.part[0]:
+                continue
+            short = at_equal_time(args.trunk_steps, each["reading"], arm)
+            steps = at_equal_time(args.steps, each["tuning"], arm)
+            long = trunk(args, arm, seed, short)
+            found.append(Arm(arm, seed, long, args.steps, steps if steps < args.steps else 0))
+            if args.equal_time and (short < args.trunk_steps or steps < args.steps):
+                same = short == args.trunk_steps
+                found.append(Arm(f"{arm}-time", seed, long if same else short_trunk(args, arm, seed, short), steps))
     return found
 
 
@@ -317,30 +313,28 @@ def read_held(args: argparse.Namespace) -> scan.Set:
 
 
 def train_all(args: argparse.Namespace) -> list[Record]:
-    """Language models, then all fine-tunings, arms in turns: what else the machine does befalls all of them."""
-    args.trunk = dict(args.trunk)
-    places = {pretraining(args, arm, args.work, 1).train.tokenizer for arm in args.arms}
-    if len(places) > 1:
-        raise SystemExit(f"the arms have several tokenizers: {', '.join(sorted(places))}")
-    args.tokenizer = places.pop()
+    """Language models, then all fine-tunings of this part."""
+    twins = [spec.dump(pretraining(args, arm, 0, args.work, args.trunk_steps).train) for arm in args.arms]
+    for arm, twin in zip(args.arms, twins, strict=True):
+        if other := [key for key, value in twin.items() if value != twins[0][key]]:
+            raise SystemExit(f"pretrain-{arm}.toml is no twin of pretrain-{args.arms[0]}.toml: "
+                             f"other {', '.join(other)}.")  # fmt: skip
+    args.tokenizer = twins[0]["tokenizer"]
+    settle(args, twins[0]["data"])
     held = read_held(args)
     write_folds(args, held)
-    arms = arms_of(args)
-    if args.trunks_only:
-        return []
-    settle(args)
-    todo = [(arm, seed, fold) for seed in range(args.seeds) for fold in range(args.folds) for arm in arms
-            if not score_file(args, arm.name, seed, fold).exists()]  # fmt: skip
+    todo = [(arm, fold) for arm in arms_of(args) for fold in range(args.folds)
+            if not score_file(args, arm.name, arm.seed, fold).exists()]  # fmt: skip
     began = time.process_time()
-    for count, (arm, seed, fold) in enumerate(todo):
+    for count, (arm, fold) in enumerate(todo):
         spent = time.process_time() - began
         if args.minutes and count and spent + spent / count > 60 * args.minutes:
             say(f"{args.minutes:g} minutes are over; {len(todo) - count} fine-tunings are left for the same command.")
             return []
-        told = tune(args, held, arm, seed, fold)
+        told = tune(args, held, arm, fold)
         before, after = map(np.array, told["logits"][END])
         left = (time.process_time() - began) / (count + 1) * (len(todo) - count - 1)
-        say(f"{arm.name}, seed {seed}, fold {fold}: AUC {detection.auc(before, after):.3f} of {len(before)} pairs, "
+        say(f"{arm.name}, seed {arm.seed}, fold {fold}: AUC {detection.auc(before, after):.3f} of {len(before)} pairs, "
             f"loss {told['loss']:.2f}, {told['cpu_seconds']:.0f} CPU-seconds; "
             f"{int(left // 3600)}:{int(left % 3600 // 60):02} hours left")  # fmt: skip
     for (arm_name, when, seed), scores in read_scores(args, held).items():
@@ -352,10 +346,12 @@ def train_all(args: argparse.Namespace) -> list[Record]:
     return []
 
 
-def settle(args: argparse.Namespace) -> None:
+def settle(args: argparse.Namespace, text: Sequence[str]) -> None:
     """Refuse to mix settings in one folder."""
     plan = {key: getattr(args, key) for key in ("arms", "folds", "steps", "trunk_steps", "length", "batch_tokens", "lr",
-                                                "share", "language")}  # fmt: skip
+                                                "share", "language", "precision")}  # fmt: skip
+    read = [path for place in text for path in (sorted(Path(place).glob("*.jsonl")) or [Path(place)])]
+    plan |= {"text": [files.sha256(path) for path in read]}
     plan |= {"pairs": [files.sha256(path) for path in (args.pairs, *args.also, *args.negatives)]}
     path = args.work / "plan.json"
     if path.exists() and (known := json.loads(path.read_text("utf-8"))) != plan:
@@ -553,9 +549,9 @@ def train_flags(job: argparse.ArgumentParser) -> None:
     job.add_argument("--also", type=Path, nargs="*", default=[], help="more pairs to learn from")
     job.add_argument("--arms", nargs="+", default=["dense", "hybrid"])
     job.add_argument("--recipes", type=Path, default=RECIPES, help="folder of pretrain-ARM.toml and detect.toml")
-    job.add_argument("--trunk", type=pair, nargs="*", default=[], metavar="ARM=FOLDER", help="a trained language model")
     job.add_argument("--trunk-steps", type=int, default=400, help="steps of a language model")
-    job.add_argument("--trunks-only", action="store_true", help="stop when the language models are there")
+    job.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all training, all arms alike")
+    job.add_argument("--part", type=part, default=(0, 1), metavar="K/N", help="do the K-th of N parts, from 0")
     job.add_argument("--equal-time", action="store_true", help="also train the dearer arms for equal CPU time alone")
     job.add_argument("--seeds", type=int, default=3)
     job.add_argument("--steps", type=int, default=250, help="of a fine-tuning")
@@ -568,11 +564,11 @@ def train_flags(job: argparse.ArgumentParser) -> None:
                      "CPU-minutes; 0: all of them")  # fmt: skip
 
 
-def pair(text: str) -> tuple[str, str]:
-    name, equals, place = text.partition("=")
-    if not (name and equals and place):
-        raise argparse.ArgumentTypeError(f"'{text}' is not ARM=FOLDER")
-    return name, place
+def part(text: str) -> tuple[int, int]:
+    which, slash, count = text.partition("/")
+    if not (slash and which.isdigit() and count.isdigit() and int(which) < int(count)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not K/N with K below N")
+    return int(which), int(count)
 
 
 if __name__ == "__main__":

@@ -103,10 +103,10 @@ def _train(home: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def test_a_whole_study(home: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert _train(home, monkeypatch, "--trunks-only") == 0
-    assert {"dense", "hybrid"} <= {path.name for path in Path("work/trunks").iterdir()}
-    _train(home, monkeypatch, "--equal-time", "--minutes", "1e-9")
-    assert "11 fine-tunings are left" in capsys.readouterr().err  # the first is always begun
+    _train(home, monkeypatch, "--equal-time", "--part", "0/2", "--minutes", "1e-9")
+    assert "5 fine-tunings are left" in capsys.readouterr().err  # the first is always begun
+    made = {path.name for path in Path("work/trunks").iterdir() if not path.name.startswith("work-")}
+    assert made == {"dense-s0", "hybrid-s1", "hybrid-time-s1"}
     scored = {path.name for path in Path("work/scores").iterdir()}
     assert scored == {"dense-s0-f0.json"}
     kept = Path("work/scores/dense-s0-f0.json").stat().st_mtime_ns
@@ -117,9 +117,10 @@ def test_a_whole_study(home: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     assert (told["steps"], told["mark"], set(told["logits"])) == (6, 3, {"end", "equal time"})
     short = json.loads(Path("work/scores/hybrid-time-s0-f1.json").read_text())
     assert (short["steps"], set(short["logits"])) == (3, {"end"})
-    steps = {arm: json.loads(Path(f"work/trunks/{arm}/shrew.json").read_text())["recipe"]["train"]["steps"]
-             for arm in ("dense", "hybrid", "hybrid-time")}  # fmt: skip
-    assert steps == {"dense": 10, "hybrid": 10, "hybrid-time": 5}
+    told = {arm: json.loads(Path(f"work/trunks/{arm}/shrew.json").read_text())["recipe"]["train"]
+            for arm in ("dense-s0", "dense-s1", "hybrid-s0", "hybrid-time-s1")}  # fmt: skip
+    assert [item["steps"] for item in told.values()] == [10, 10, 10, 5]
+    assert [item["seed"] for item in told.values()] == [0, 1, 0, 1]
     rows = [json.loads(line) for line in Path("work/logits/hybrid-s1.jsonl").read_text().splitlines()]
     assert len({(row["id"], row["member"]) for row in rows}) == len(rows) == 36
     _check_folds()
@@ -227,19 +228,16 @@ def _check_folds() -> None:
         assert {row["before"] for row in rows} - held <= home.keys()
 
 
-def test_twins_read_the_same(home: Any) -> None:
-    words = (*SMALL, "--trunks-only")
-    home("train", *words, "--arms", "dense")
-    each = json.loads(Path("work/costs.json").read_text())
-    assert {what: sorted(cost) for what, cost in each.items()} == {"reading": ["dense"], "tuning": ["dense"]}
-    Path("work/costs.json").unlink()
-    given = (*words, "--trunk", "dense=work/trunks/dense")
-    with pytest.raises(SystemExit, match="dense has read for 10 steps, and --trunk-steps says 8"):
-        home("train", *given, "--trunk-steps", "8")
+def test_twins_read_the_same(home: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _train(home, monkeypatch, "--minutes", "1e-9", "--seeds", "1")
     with Path("corpus.jsonl").open("a") as corpus:
         corpus.write('{"text": "x = 1"}\n')
-    with pytest.raises(SystemExit, match=r"hybrid is no twin of .*dense: other text\."):
-        home("train", *given)
+    with pytest.raises(SystemExit, match=r"work was begun with other text; give another folder\."):
+        _train(home, monkeypatch)
+    text = Path("recipes/pretrain-hybrid.toml").read_text()
+    Path("recipes/pretrain-hybrid.toml").write_text(text.replace("4e-3", "5e-3"))
+    with pytest.raises(SystemExit, match=r"pretrain-hybrid.toml is no twin of pretrain-dense.toml: other lr\."):
+        _train(home, monkeypatch)
 
 
 @given(st.integers(10, 2000), st.floats(0.1, 0.9), st.integers(0, 50))
