@@ -98,8 +98,14 @@ def test_the_fit_is_the_minimum(seed: int, cost: float) -> None:
     off = each * (1 / (1 + np.exp(-(table @ weights + bias))) - truth)
     np.testing.assert_allclose(weights + table.T @ off, 0, atol=1e-5)
     assert off.sum() == pytest.approx(0, abs=1e-5)
-    small, free = combine._newton(table, truth, each)
+    small, free = combine._newton(table, truth, each, np.zeros(16, bool))
     np.testing.assert_allclose([*small, free], [*weights, bias], atol=1e-4)
+    bounded = draw.random(16) < 0.6
+    held, free = combine._newton(table, truth, each, bounded)
+    off = each * (1 / (1 + np.exp(-(table @ held + free))) - truth)
+    slope, resting = held + table.T @ off, bounded & (held == 0)
+    assert (held[bounded] >= 0).all() and (slope[resting] > -1e-5).all() and off.sum() == pytest.approx(0, abs=1e-5)
+    np.testing.assert_allclose(slope[~resting], 0, atol=1e-5)
 
 
 def toy(count: int = 40) -> tuple[list[str], list[int]]:
@@ -175,6 +181,7 @@ def test_a_combination_finds_what_helps() -> None:
     made = combine.fit(logits.tolist(), grams.tolist(), found, truth)
     weights = made["with"]["weights"]
     assert weights["detector"] > 0.5 and abs(weights["grams"]) < 0.3 and weights["rule CWE-89"] > 0.5
+    assert weights["rule CWE-1"] == 0  # spoken of the harmless ones alone, which is no excuse
     assert "detector" not in made["without"]["weights"]
     chances = combine.combined(made, logits.tolist(), grams.tolist(), found)
     assert chances.mean() == pytest.approx(truth.mean(), abs=1e-3)  # the bias is free, so the mean is met

@@ -70,8 +70,9 @@ def fit(
     """The coefficients, from scores of texts that neither the detector nor the n-grams were trained on.
 
     They minimise |w|**2 / 2 + cost * (sum of logistic losses, each times its `importance`), both logits being divided
-    by their spread first. A probability is right where texts come as they did here: give ordinary functions the
-    importance that makes them as frequent as they are.
+    by their spread first, and no weight of a finding below 0: rules rightly speak of what was repaired too, where they see
+    no repair, and with few of each weakness that would make a finding an excuse. A probability is right where texts come
+    as they did here: give ordinary functions the importance that makes them as frequent as they are.
     """
     import numpy as np
 
@@ -86,18 +87,21 @@ def fit(
         table = np.array([[row.get(key, 0.0) for key in names] for row in rows])
         # Logits alone: a rule that hardly ever speaks would else be all but free of the penalty.
         spread = np.array([table[:, at].std() or 1.0 if key in LOGITS else 1.0 for at, key in enumerate(names)])
-        weights, bias = _newton(table / spread, truth, each)
+        weights, bias = _newton(table / spread, truth, each, np.array([key not in LOGITS for key in names]))
         made[name] = {"bias": round(bias, 6), "weights": {
             key: round(float(weight), 6) for key, weight in zip(names, weights / spread, strict=True)}}  # fmt: skip
     return made
 
 
-def _newton(table: "np.ndarray", truth: "np.ndarray", cost: "np.ndarray") -> "tuple[np.ndarray, float]":
-    """[k] weights and the free bias with the least |w|**2 / 2 + sum(cost * logistic loss), by damped Newton steps."""
+def _newton(
+    table: "np.ndarray", truth: "np.ndarray", cost: "np.ndarray", bounded: "np.ndarray"
+) -> "tuple[np.ndarray, float]":
+    """[k] weights, those that are `bounded` [k] at least 0, and the free bias with the least
+    |w|**2 / 2 + sum(cost * logistic loss), by damped Newton steps, projected (Bertsekas 1982)."""
     import numpy as np
 
     wide = np.hstack([table, np.ones((len(table), 1))])
-    kept = np.append(np.ones(table.shape[1]), 0.0)
+    kept, floor = np.append(np.ones(table.shape[1]), 0.0), np.where(np.append(bounded, False), 0.0, -np.inf)
     point = np.zeros(wide.shape[1])
 
     def loss(point: "np.ndarray") -> float:
@@ -109,12 +113,18 @@ def _newton(table: "np.ndarray", truth: "np.ndarray", cost: "np.ndarray") -> "tu
         slope = kept * point + wide.T @ (cost * (share - truth))
         curve = np.diag(kept) + (wide * (cost * share * (1 - share))[:, None]).T @ wide
         curve[-1, -1] += 1e-9
-        step = np.linalg.solve(curve, -slope)
+        held = (point <= floor) & (slope > 0)  # at their bound, and would go below it
+        curve[held] = curve[:, held] = 0.0
+        curve[held, held] = 1.0
+        step = np.linalg.solve(curve, np.where(held, 0.0, -slope))
         length, now = 1.0, loss(point)
-        while length > 1e-8 and loss(point + length * step) > now + 1e-4 * length * float(slope @ step):
+        while True:
+            new = np.maximum(point + length * step, floor)
+            if length <= 1e-8 or loss(new) <= now + 1e-4 * float(slope @ (new - point)):
+                break
             length /= 2
-        point = point + length * step
-        if np.abs(step).max() < 1e-9 or length <= 1e-8:
+        moved, point = np.abs(new - point).max(), new
+        if moved < 1e-9 or length <= 1e-8:
             break
     return point[:-1], float(point[-1])
 
