@@ -70,9 +70,9 @@ def fit(
     """The coefficients, from scores of texts that neither the detector nor the n-grams were trained on.
 
     They minimise |w|**2 / 2 + cost * (sum of logistic losses, each times its `importance`), both logits being divided
-    by their spread first, and no weight of a finding below 0: rules rightly speak of what was repaired too, where they see
-    no repair, and with few of each weakness that would make a finding an excuse. A probability is right where texts come
-    as they did here: give ordinary functions the importance that makes them as frequent as they are.
+    by their spread first, and no weight of a finding below 0: rules rightly speak of what was repaired too, where they
+    see no repair, and with few of each weakness that would make a finding an excuse. A probability is right where texts
+    come as they did here: give ordinary functions the importance that makes them as frequent as they are.
     """
     import numpy as np
 
