@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +315,7 @@ def test_usage_has_joules_where_a_counter_can_be_read(tmp_path: Path, monkeypatc
     counter = tmp_path / "intel-rapl:0" / "energy_uj"
 
     class Counting(machine.Joules):
-        """Of which each call uses 0.25 joules."""
+        """A quarter of a joule is used until it is read."""
 
         def __init__(self) -> None:
             super().__init__(tmp_path)
@@ -333,7 +334,8 @@ def test_usage_has_joules_where_a_counter_can_be_read(tmp_path: Path, monkeypatc
     counter.write_text("9500000")
     counter.with_name("max_energy_range_uj").write_text("9999999")
     with Engine(load(tmp_path / "pack")) as running:
-        answer = running.submit(request)
-        usage = answer.result().usage
+        both = [running.submit(request), running.submit(replace(request, max_tokens=40))]
+        used = [answer.result().usage for answer in both]
         assert running.embedding([5, 6]).result()[1].joules == 0.25
-    assert usage is not None and usage.joules == 1.25  # a call for the prompt, and four steps
+    shares = [item.joules for item in used if item is not None and item.joules]
+    assert len(shares) == 2 and sum(shares) == pytest.approx(0.5)  # it is read where one of them ends

@@ -4,7 +4,7 @@
     python recipes/scan/functions.py site-packages/peewee.py site-packages/semgrep --out runs/scan/calm.jsonl
 
 Takes folders of source files, whose name is the package's, and corpora that recipes/scan/corpus.py made. Functions are
-cut as `shrew scan` cuts them; of equal ones the first counts.
+cut as `shrew scan` cuts them; of equal ones the first counts. `--most` keeps one large package from deciding a rate.
 """
 
 import argparse
@@ -32,7 +32,11 @@ def sources(place: Path) -> Iterator[tuple[str, Source]]:
     for entry in Walk([str(place)], str(place.parent), [], False, False):
         data, language = read(entry, parse_bytes(ScanSpec().max_file_size))
         if language:
-            text, _ = decode(data)
+            try:
+                text, _ = decode(data)
+            except DataError as error:
+                print(f"{entry.shown}: {error}")
+                continue
             yield place.stem, Source(entry.shown, language, text.encode(), text)
 
 
@@ -40,11 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("places", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--every", type=int, default=1, help="of so many functions one is taken, by their hash")
+    parser.add_argument("--most", type=int, help="of a package and language, by their hash; no limit if not given")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     seen: set[str] = set()
     counts: Counter[str] = Counter()
-    lines = []
+    rows: dict[tuple[str, str], list[tuple[str, str]]] = {}  # package, language -> hash, line
     for place in args.places:
         for package, source in sources(place):
             try:
@@ -54,12 +59,16 @@ def main() -> None:
                 continue
             for item in found:
                 if item.key not in seen and int(item.key[:8], 16) % args.every == 0:
-                    lines.append(json.dumps({"id": f"{source.path}:{item.start}", "text": item.text,
-                                             "language": source.language, "project": package}))  # fmt: skip
-                    counts[source.language] += 1
+                    line = json.dumps({"id": f"{source.path}:{item.start}", "text": item.text,
+                                       "language": source.language, "project": package})  # fmt: skip
+                    rows.setdefault((package, source.language), []).append((item.key, line))
                 seen.add(item.key)
-    files.write_text(args.out, "\n".join(lines) + "\n")
-    print(f"{len(lines):,} functions: {', '.join(f'{count:,} {name}' for name, count in counts.most_common())}")
+    for (_, language), found in rows.items():
+        if args.most is not None and len(found) > args.most:
+            found[:] = sorted(found)[: args.most]
+        counts[language] += len(found)
+    files.write_text(args.out, "".join(f"{line}\n" for found in rows.values() for _, line in found))
+    print(f"{counts.total():,} functions: {', '.join(f'{count:,} {name}' for name, count in counts.most_common())}")
 
 
 if __name__ == "__main__":

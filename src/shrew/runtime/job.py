@@ -37,6 +37,7 @@ class Job:
         self.cached = 0
         self.cpu = 0.0
         self.joules: float | None = None  # of the processor packages, where they count
+        self.charged = 0.0  # CPU-seconds that joules were told for
         self.kept: Block | None = None  # the end of what the prefixes hold of this text
         self.plain_next = False  # the next token is to be computed by a single step
         self._scored: list[tuple[int, float | None, Top]] = [(self.text[0], None, ())]
