@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from shrew import record
 from shrew.__main__ import main
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded, Packed, Uniform
@@ -78,7 +79,9 @@ def test_a_classifier_folder(tiny_tokenizer: Any, tmp_path: Path) -> None:
     small, out = tmp_path / "small", tmp_path / "packed"
     quantize = ["quantize", "--bits", "8", "--method", "rtn", "--text", __file__, "--out", str(small)]
     assert main(["apply", str(tmp_path / "model"), *quantize]) == 0
-    assert main(["pack", str(small), "--out", str(out), "--text", __file__]) == 0
+    kept = tmp_path / "records.jsonl"
+    assert main(["pack", str(small), "--out", str(out), "--text", __file__, "--records", str(kept)]) == 0
+    assert {row.run for row in record.read(kept)} == {"pack small"} and "equal_greedy_tokens" not in kept.read_text()
     found = json.loads((out / "pack.json").read_text("utf-8"))
     assert found["kind"] == "classifier" and found["labels"] == list(labels.values()) and found["states"] == []
     assert found["exact"]["logit_difference"] < 1e-3 and found["shipped"]["top1"] > 0.8

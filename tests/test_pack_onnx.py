@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from shrew import folder
+from shrew import folder, record
 from shrew.__main__ import main
 from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.mlp import MlpSpec
@@ -377,6 +377,26 @@ def test_a_folder_is_packed(quantized_folder: Path, stories: Path, tmp_path: Pat
     runner = Runner(check.opened(out / MODEL), [graph.State(**state) for state in found["states"]], 64, found["chunk"])
     row = loaded.tokenizer("The ant sees the bee. The fox")["input_ids"]
     assert (runner.feed(row)[-1].argmax() == wanted(loaded.model, row)[-1].argmax()).all()
+
+
+def test_what_the_checks_found_is_in_the_report(quantized_folder: Path, tmp_path: Path, capfd: Any) -> None:
+    kept, page = tmp_path / "records.jsonl", tmp_path / "report.html"
+    kept.write_text("not a record\n", "utf-8")
+    out = tmp_path / "packed"
+    words = ["pack", str(quantized_folder), "--out", str(out), "--text", __file__, "--records", str(kept)]
+    assert main(words) == 2 and not (tmp_path / "packed").exists()
+    assert "line 1" in capfd.readouterr().err
+    record.write(kept, [record.Record(run="a run", model="chosen", metric="bytes", value=1000.0, unit="bytes")])
+    assert main(words) == 0
+    manifest = json.loads((tmp_path / "packed" / "pack.json").read_text("utf-8"))
+    rows = {row.metric: row.value for row in record.read(kept) if (row.run, row.model) == ("a run", "packed")}
+    assert rows["packed_bytes"] == sum(item["bytes"] for item in manifest["files"].values())
+    assert rows["kl_from_exact"] == manifest["shipped"]["kl_bits"] and rows["top1_from_exact"] <= 1
+    first = manifest["shipped"]["first_differing_token"]
+    assert rows["equal_greedy_tokens"] == (200 if first is None else first)
+    assert main(["report", str(kept), "--out", str(page)]) == 0
+    told = page.read_text("utf-8")
+    assert all(words in told for words in ("KL of the packed model", "Same first choice", "Packed folder", "chosen"))
 
 
 def test_what_is_not_quantized_is_said(tiny_llama_folder: Path, tmp_path: Path, capfd: Any) -> None:

@@ -43,6 +43,9 @@ METRICS = {
     "prefill_ratio": Metric("Prefill speed", "original = 1", _ratio),
     "decode_ratio": Metric("Decoding speed", "original = 1", _ratio),
     "kv_bytes": Metric("Cache a token", "keys and values", words.size),
+    "packed_bytes": Metric("Packed folder", "", words.size),
+    "kl_from_exact": Metric("KL of the packed model", "bits, from its exact graph, less is better", words.number),
+    "top1_from_exact": Metric("Same first choice", "as its exact graph", words.percent),
     "peak_memory": Metric("Peak memory", "fresh process", words.size),
 }
 

@@ -269,8 +269,8 @@ class Engine:
             job.cpu += spent / len(jobs)
 
     def _charge_joules(self, left: Job) -> None:
-        """Share what the counters say since the last request left by the CPU time since then. Not at every step: to read
-        them takes a hundredth of a small model's."""
+        """Share what the counters say since the last request left by the CPU time since then. Not at every step: to
+        read them takes a hundredth of a small model's."""
         joules, jobs = self._joules.spent(), [left, *self._decoding, *self._filling]
         spent = sum(job.cpu - job.charged for job in jobs)
         for job in jobs:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import onnxruntime
 
-from shrew import data, files, folder, machine
+from shrew import data, files, folder, machine, record
 from shrew.errors import DataError, ShrewError, UnsupportedError
 from shrew.folder import LINEAGE, Loaded, sparse
 from shrew.folder.check import quiet
@@ -22,6 +22,7 @@ from shrew.packers.carry import refuse_corrections
 from shrew.packers.onnx import check
 from shrew.packers.onnx.build import CHUNK, Built, build
 from shrew.packers.onnx.weights import VALUES_OF, Weights
+from shrew.record import Record
 from shrew.runtime import coded
 from shrew.runtime.manifest import CODED, DATA, SQUEEZED, TOKENIZER
 from shrew.runtime.manifest import GRAPH as MODEL
@@ -47,6 +48,8 @@ class Options:
     )  # fmt: skip
     coded: bool = doc("store weights coded by their entropy and the tokenizer compressed: fewer bytes, decoded when "
                       "the model is loaded", False)  # fmt: skip
+    records: str | None = doc("append what the checks found to this file of records, as a model of its last run: "
+                              "`shrew report` shows it beside the others", None)  # fmt: skip
     kv: Literal[0, 8, 4] = doc("bits of cached keys and values, with steps fitted to more of that text; 0: in full", 0)
 
 
@@ -55,6 +58,8 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
 
     Raises UnsupportedError for models that cannot be packed, ShrewError where the graph is not the model."""
     files.check_writable_target(out, MANIFEST)
+    kept = None if options.records is None else Path(options.records)
+    known = record.read(kept) if kept is not None and kept.exists() else []
     say(machine.choose_threads().reason)
     loaded = folder.load(name)
     files.check_apart(out, [loaded.path or name, options.text or ""])
@@ -98,7 +103,25 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
         raise ShrewError(f"{out} could not be written ({error}); make room and run again.") from None
     total = sum(item["bytes"] for item in manifest["files"].values())
     say(f"{total:,} bytes in {len(manifest['files'])} files")
+    if kept is not None:
+        record.append(kept, _records(known[-1].run if known else f"pack {Path(name).name}", out.name, manifest, total))
     return manifest
+
+
+def _records(run: str, label: str, manifest: dict[str, Any], total: int) -> list[Record]:
+    """What the report says of a pack: its bytes, and what both checks found."""
+    exact, shipped = manifest["exact"], manifest["shipped"]
+    unit = "bits/token" if "greedy_compared" in exact else "bits/text"
+    rows: list[tuple[str, float, str, dict[str, Any]]] = [
+        ("packed_bytes", total, "bytes", {}), ("accuracy_level", manifest["accuracy_level"], "", {}),
+        ("exact_logit_difference", exact["logit_difference"], "", exact),
+        ("kl_from_exact", shipped["kl_bits"], unit, shipped),
+        ("top1_from_exact", shipped["top1"], "", shipped)]  # fmt: skip
+    if "first_differing_token" in shipped:
+        compared, first = shipped.get("greedy_compared", exact["greedy_compared"]), shipped["first_differing_token"]
+        rows.append(("equal_greedy_tokens", compared if first is None else first, f"of {compared}", shipped))
+    return [Record(run=run, model=label, metric=metric, value=value, unit=of, detail=detail)
+            for metric, value, of, detail in rows]  # fmt: skip
 
 
 def _text(loaded: Loaded, source: str | None, fitted: int = 0) -> tuple[Any, Any]:
