@@ -48,7 +48,7 @@ from shrew.scan import combine
 from shrew.scan.cwe import SEVERITIES, family
 from shrew.scan.functions import Source, normalise, parse
 from shrew.scan.grams import Grams, Rows, logistic
-from shrew.scan.judge import Judge, line_effects
+from shrew.scan.judge import BUILT_IN, Judge, line_effects
 from shrew.scan.rules import Finding, load_rules
 from shrew.tasks import detection
 
@@ -92,8 +92,7 @@ def read(path: Path, languages: Sequence[str], without: Sequence[Path] = ()) -> 
         return normalise(row["before"], row["language"]), normalise(row["after"], row["language"])
 
     rows, seen, other = [], set(), {key for item in without for row in lines(item) for key in keys(row)}
-    home: dict[str, set[int]] = {}
-    dropped = 0
+    home, dropped = dict[str, set[int]](), 0
     for row in lines(path):
         if row["language"] not in languages:
             continue
@@ -439,8 +438,7 @@ def alerts(args: argparse.Namespace) -> list[Record]:
     texts, languages = [row["text"] for row in rows], [row["language"] for row in rows]
     calm = judged(judge, texts, languages)
     projects = [str(row.get("project") or place) for place, row in enumerate(rows)]
-    model = judge.name or "rules alone"
-    found = []
+    model, found = judge.name or "rules alone", []
     for point in combine.POINTS:
         told = calm >= judge.point(point).threshold if judge.has_model else calm > 0
         value = grouped_interval(projects, lambda places, told=told: float(told[places].mean() * 1000), args.samples)
@@ -472,24 +470,29 @@ def judged(judge: Judge, texts: Sequence[str], languages: Sequence[str]) -> np.n
 
 
 def planted(args: argparse.Namespace) -> list[Record]:
-    """Of each weakness: planted bugs that are told, of these the ones with the right weakness, and told twins."""
-    judge, found = Judge(args.detector), []
-    level = judge.point(args.point).threshold if judge.has_model else 1e-9
-    for path in sorted(args.folder.glob("*.toml")):
-        content = tomllib.loads(path.read_text("utf-8"))
-        cases, cwe = content["case"], cwe_id(content["cwe"])
-        languages = [case["language"] for case in cases]
-        bad, good = ([case[key] for case in cases] for key in ("vulnerable", "fixed"))
-        old, new = judged(judge, bad, languages) >= level, judged(judge, good, languages) >= level
-        named = [any(family(item.cwe) == family(cwe) for item in said if item.cwe) for said in ruled(bad, languages)]
-        on_line = [any(set(range(item.start, item.end + 1)) & set(case["lines"]) for item in said)
-                   for case, said in zip(cases, ruled(bad, languages), strict=True)]  # fmt: skip
-        detail = {"told": int(old.sum()), "twins_told": int(new.sum()), "pair_correct": int((old & ~new).sum()),
-                  "rule_names_the_family": sum(named), "rule_on_the_line": sum(on_line), "point": args.point}
-        found.append(Record(run="scan planted", model=judge.name or "rules alone", metric="planted",
-                            value=float(old.mean()), n=len(cases), task=cwe, detail=detail))  # fmt: skip
-        print(f"{cwe}: {detail['told']} of {len(cases)} told, {detail['twins_told']} twins told, the family named for "
-              f"{sum(named)}, the line met for {sum(on_line)}")  # fmt: skip
+    """Of each weakness: planted bugs that are told, of these the ones with the right weakness, and told twins; by the
+    rules alone, and by what is given (what is built in, if nothing is)."""
+    found: list[Record] = []
+    for judge in (Judge(None), Judge(args.detector or BUILT_IN)):
+        level, totals = judge.point(args.point).threshold if judge.has_model else 1e-9, np.zeros(2, int)
+        for path in sorted(args.folder.glob("*.toml")):
+            content = tomllib.loads(path.read_text("utf-8"))
+            cases, cwe = content["case"], cwe_id(content["cwe"])
+            languages = [case["language"] for case in cases]
+            bad, good = ([case[key] for case in cases] for key in ("vulnerable", "fixed"))
+            old, new = judged(judge, bad, languages) >= level, judged(judge, good, languages) >= level
+            said = ruled(bad, languages)
+            named = [any(family(one.cwe) == family(cwe) for one in items if one.cwe) for items in said]
+            on_line = [any(set(range(one.start, one.end + 1)) & set(case["lines"]) for one in items)
+                       for case, items in zip(cases, said, strict=True)]  # fmt: skip
+            detail = {"told": int(old.sum()), "twins_told": int(new.sum()), "pair_correct": int((old & ~new).sum()),
+                      "rule_names_the_family": sum(named), "rule_on_the_line": sum(on_line), "point": args.point}
+            found.append(Record(run="scan planted", model=judge.name or "rules alone", metric="planted",
+                                value=float(old.mean()), n=len(cases), task=cwe, detail=detail))  # fmt: skip
+            totals += old.sum(), new.sum()
+            print(f"{found[-1].model}, {cwe}: {old.sum()} of {len(cases)} told, {new.sum()} twins told, the family "
+                  f"named for {sum(named)}, the line met for {sum(on_line)}")  # fmt: skip
+        print(f"{found[-1].model}: {totals[0]} told, {totals[1]} twins told")
     return found
 
 
@@ -574,8 +577,8 @@ def main(words: Sequence[str] | None = None) -> int:
     fast.add_argument("paths", type=Path, nargs="+")
     fast.add_argument("--rounds", type=int, default=3)
     fast.add_argument("--venvs", type=Path)
-    for job in (calm, bugs, fast):
-        job.add_argument("--detector", type=Path, help="the folder of a packed detector; without it, rules alone")
+    for job, without in ((calm, "rules alone"), (bugs, "what is built in"), (fast, "what is built in")):
+        job.add_argument("--detector", type=Path, help=f"the folder of a packed detector; without it, {without}")
     for job in jobs.choices.values():
         job.add_argument("--records", type=Path, help="JSONL file that the records are added to")
     args = parser.parse_args(words)
