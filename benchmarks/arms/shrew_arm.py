@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 from pathlib import Path
 
 from talk import serve
@@ -16,15 +15,7 @@ engine = Engine(model, slots=8)
 def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
     requests = [Request(prompt=prompt, max_tokens=count, temperature=0, ignore_eos=True) for prompt in prompts]
     answers = [engine.submit(request) for request in requests]
-    found: list[list[int]] = [[] for _ in answers]
-    left = set(range(len(answers)))
-    while left:  # as a server does: what has come since the last look, and no wait for each token
-        time.sleep(0.001)
-        for at in sorted(left):
-            if (piece := answers[at].take()) is not None:
-                found[at] += [token.id for token in piece.tokens]
-                left -= {at} if piece.finish else set()
-    return found
+    return [[token.id for token in answer.result().tokens] for answer in answers]
 
 
 def score(tokens: list[int]) -> float:

@@ -1,5 +1,7 @@
 """What a request gives back: pieces that come one after the other, read from any one thread."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -28,6 +30,8 @@ class Scored:
     tokens: tuple[tuple[int, float | None, Top], ...]
 
 
+PAUSE = 0.002  # seconds between two pieces: to wake a thread for each token took a twelfth of a small model's time
+
 Chosen = tuple[int, float | None, Top]  # a token, its log-probability, the alternatives
 
 
@@ -44,16 +48,20 @@ class Answer:
         self._writer = Writer(vocabulary, request.prompt, request.stop)
         self._news: SimpleQueue[Chosen | Scored | End] = SimpleQueue()
         self._is_done = False
+        self._ended = threading.Event()
+        self._shown = 0.0  # when the last piece was given out
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        """The next piece; waits for it."""
+        """The next piece; waits for it, and for what comes within two milliseconds of the one before."""
         if self._is_done:
             raise StopIteration
+        self._ended.wait(self._shown + PAUSE - time.monotonic())
         while (piece := self._gather([self._news.get()])) is None:
             pass
+        self._shown = time.monotonic()
         return piece
 
     def take(self) -> Piece | None:
@@ -68,6 +76,8 @@ class Answer:
     def put(self, news: Chosen | Scored | End) -> None:
         """For the engine."""
         self._news.put(news)
+        if isinstance(news, End):
+            self._ended.set()
 
     def _gather(self, news: list[Chosen | Scored | End]) -> Piece | None:
         """One piece of `news` and all that waits; None if it shows nothing yet."""
@@ -91,6 +101,7 @@ class Answer:
 
     def result(self) -> Piece:
         """All of it as one piece; waits for the end."""
+        self._ended.wait()
         pieces: list[Any] = list(self)
         return Piece(
             "".join(piece.text for piece in pieces),

@@ -462,7 +462,7 @@ class Engine:
         job.end(finish, stopped, reason, isinstance(error, ConstraintError))
         if job.future is not None:
             _resolve(job.future, job.hidden if finish == "length" else np.zeros(0), job.usage, reason or finish)
-        job.tell()
+        job.tell(last=True)
 
 
 def _checked(

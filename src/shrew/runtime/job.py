@@ -1,5 +1,6 @@
 """One request on its way through the engine: what was fed, what is next, and when it ends."""
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shrew.runtime.answer import Answer, End, Scored
+from shrew.runtime.answer import PAUSE, Answer, End, Scored
 from shrew.runtime.manifest import Manifest
 from shrew.runtime.prefix import Block
 from shrew.runtime.request import Finish, Usage
@@ -45,6 +46,7 @@ class Job:
         self.raw = b""  # the prompt, as prefixes are looked for
         self.sampler: Sampler
         self._watch: Watch | None = None
+        self._told = 0.0
 
     def begin(self, vocabulary: Vocabulary, manifest: Manifest) -> None:
         """Before the first call; what takes memory is made only now."""
@@ -69,9 +71,10 @@ class Job:
         """Tokens of the prompt to be computed before the first step, which takes the last one."""
         return self.prompt - (self.future is None)
 
-    def tell(self) -> None:
-        """That there is something new. Who cannot be told is gone."""
-        if self.notify is not None:
+    def tell(self, last: bool = False) -> None:
+        """That there is something new, unless that was told just now and more will come. Who cannot be told is gone."""
+        if self.notify is not None and (last or (now := time.monotonic()) >= self._told + PAUSE):
+            self._told = math.inf if last else now
             try:
                 self.notify()
             except Exception:
