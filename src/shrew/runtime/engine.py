@@ -31,6 +31,7 @@ from shrew.runtime.text import Vocabulary
 
 PREFIX_BYTES = 128 << 20  # where nothing is said about memory
 STOPS, STOP_LENGTH = 64, 1024
+STEPS = 64  # between two looks at what was spent
 ENDS: tuple[Finish, ...] = ("stop", "length", "cancelled", "deadline", "error")
 NO_END: tuple[Finish | None, bool] = (None, False)
 
@@ -84,6 +85,7 @@ class Engine:
         self._closing = self._cancel_all = False
         self._cpu = 0.0  # the process's, when the last call began
         self._joules = Joules()
+        self._uncharged = 0  # steps since the last charge
         self._counts: Counter[str] = Counter()
         self._cpu_seconds = self._mean_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name=f"engine {manifest.name}", daemon=True)
@@ -226,6 +228,7 @@ class Engine:
         if self._decoding and not (alone and self._speculate(self._decoding[0])):
             self._step()
         if self._filling:
+            self._charge_steps()
             job = self._filling[0]
             self._filling.rotate(-1)
             try:
@@ -260,8 +263,14 @@ class Engine:
         except Exception as error:
             self._leave(job, "error", error=error)
 
+    def _charge_steps(self) -> None:
+        """Charge those being answered with the steps since the last time, in all of which they took part."""
+        if self._uncharged:
+            self._charge(self._decoding)
+
     def _charge(self, jobs: Sequence[Job]) -> None:
         """Share what was spent since the last time among those it was spent for."""
+        self._uncharged = 0
         now = time.process_time()
         spent, self._cpu = now - self._cpu, now
         self._cpu_seconds += spent
@@ -362,7 +371,9 @@ class Engine:
         logits = runner.step(len(rows))
         best = logits.argmax(axis=1).tolist()
         self._counts["steps"] += 1
-        self._charge(rows)
+        self._uncharged += 1
+        if self._uncharged == STEPS:
+            self._charge_steps()
         ended: list[tuple[Job, Finish, bool, Exception | None]] = []
         for row, job in enumerate(rows):
             job.fed += 1
@@ -438,6 +449,7 @@ class Engine:
 
     def _leave(self, job: Job, finish: Finish, stopped: bool = False, error: Exception | None = None) -> None:
         """The end of a request, wherever it is."""
+        self._charge_steps()
         if job in self._decoding:
             if finish != "error":  # what was answered may be the beginning of the next prompt
                 self._keep(job)

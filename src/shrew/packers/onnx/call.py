@@ -61,18 +61,21 @@ class Call:
         return self._once("positions", lambda: g.add(str(g.node("Unsqueeze", self.start, g.ints(1))), self.steps))
 
     @property
+    def ends(self) -> str:
+        """int32 [batch]: tokens of each row, with those of this call."""
+        g = self.graph
+        return self._once("ends", lambda: g.cast(g.add(self.start, self.length), torch.int32))
+
+    @property
     def last(self) -> str:
         """int32 [batch]: each row's position of its last token."""
         g = self.graph
-        ends = lambda: g.add(self.start, str(g.node("Sub", self.length, g.ints(1))))  # noqa: E731
-        return self._once("last", lambda: g.cast(ends(), torch.int32))
+        return self._once("last", lambda: str(g.node("Sub", self.ends, g.constant(1, torch.int32))))
 
     @property
     def longest(self) -> str:
         """int32 scalar: most tokens of a row, with those of this call."""
-        g = self.graph
-        most = lambda: g.add(str(g.node("ReduceMax", self.last, keepdims=0)), g.constant(1, torch.int32))  # noqa: E731
-        return self._once("longest", most)
+        return self._once("longest", lambda: str(self.graph.node("ReduceMax", self.ends, keepdims=0)))
 
     @property
     def fresh(self) -> str:
