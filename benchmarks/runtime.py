@@ -1,11 +1,13 @@
 """Tokens per second of packed models against llama.cpp, onnxruntime-genai and torch, one sequence and eight.
 
     python benchmarks/runtime.py WORK --llama PYTHON --genai PYTHON --records results/records.jsonl
+    python benchmarks/runtime.py WORK --llama PYTHON --no-torch --models qwen3 gemma3 lfm2 olmoe mamba2 granite-hybrid
 
 PYTHON are those of environments with llama-cpp-python, and with onnxruntime-genai, onnx-ir, torch and transformers. Two
-models: the starter and a random llama of 104 M parameters. Ours are quantized by `shrew apply` and packed; llama.cpp's
-types are made from our F16 file by its own quantizer (speed alone is compared here, so without an importance matrix);
-genai's by its model builder; torch runs the folder in bf16, compiled. Every arm is a process of its own, with one and
+models: the starter and a random llama of 104 M parameters; or random ones of eight layers and width 512, of the other
+architectures that llama.cpp runs too. Ours are quantized by `shrew apply` and packed; llama.cpp's types are made from
+our F16 file by its own quantizer (speed alone is compared here, so without an importance matrix); genai's by its model
+builder; torch runs the folder in bf16, compiled. Every arm is a process of its own, with one and
 with two threads, and all take turns: each prompt is new, text is greedy and equally long for all. Prefill is the time
 to the first token; decoding is what the further tokens take. Of the two thread counts an arm's better one is told.
 """
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from fits import median_ratio
+from gguf_models import tiny
 
 from shrew import folder, record
 from shrew.__main__ import ENVIRONMENT
@@ -33,6 +36,21 @@ MODELS: dict[str, dict[str, Any] | None] = {
     "starter": None,
     "llama-100m": {"layers": 16, "width": 768, "vocabulary": 4096, "context": 1024,
                    "mixers": {"A": {"kind": "attention", "heads": 12, "kv_heads": 4}}, "ffn": {"hidden": 2048}},
+}  # fmt: skip
+SIZE = {"vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "intermediate_size": 1536, "max_position_embeddings": 1024}  # fmt: skip
+MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 64},
+    "gemma3": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 512,
+               "rope_parameters": {name: {"rope_type": "default", "rope_theta": 10000.0}
+                                   for name in ("full_attention", "sliding_attention")},
+               "layer_types": ["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"] * 2},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 2, "block_multiple_of": 256},
+    "olmoe": {"num_experts": 8, "num_key_value_heads": 8, "intermediate_size": 512},
+    "mamba2": {"num_heads": 16, "head_dim": 64, "state_size": 128, "n_groups": 1},
+    "granite-hybrid": MAMBA | {"shared_intermediate_size": 1536,
+                               "layer_types": ["mamba", "mamba", "mamba", "attention"] * 2},
 }  # fmt: skip
 OURS = {"int4 g32": (4, 32), "int4 g128": (4, 128), "int8 g128": (8, 128)}
 LLAMA = {"Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "Q4_K_M": "LLAMA_FTYPE_MOSTLY_Q4_K_M", "Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0"}
@@ -123,11 +141,12 @@ def _source(name: str, out: Path) -> None:
     from shrew.blocks.model import ModelSpec, build
     from shrew.blocks.stock import stock
 
-    loaded, table = folder.load("starter"), MODELS[name]
-    if table is not None:
+    loaded, table = folder.load("starter"), MODELS.get(name)
+    if name in OTHERS:
+        loaded.model, loaded.path = tiny(name, **SIZE | OTHERS[name]), None
+    elif table is not None:
         torch.manual_seed(0)
-        loaded.model = stock(build(spec.parse(ModelSpec, table, name)).eval())
-        loaded.path = None
+        loaded.model, loaded.path = stock(build(spec.parse(ModelSpec, table, name)).eval()), None
     folder.save(loaded, out)
 
 
@@ -197,7 +216,7 @@ def main() -> None:
     parser.add_argument("--llama", type=Path, help="Python of an environment with llama-cpp-python")
     parser.add_argument("--genai", type=Path, help="Python of an environment with onnxruntime-genai and torch")
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True, help="it compiles for minutes")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *OTHERS], default=list(MODELS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=129, help="tokens that follow")
