@@ -180,7 +180,8 @@ def embedded(args: argparse.Namespace) -> list[Record]:
         package = sorted(others)[int(draw.integers(len(others)))]
         around = [others[package][number] for number in draw.permutation(len(others[package]))]
         members = [tokens_of(one, held.texts[at + part], held.languages[at]) for part in (0, held.n)]
-        told = judged(one, members, around, args.lengths, args.positions)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            told = judged(one, members, around, args.lengths, args.positions)
         files.write_text(told_file(args, arm, seed, held.ids[at]), json.dumps({"package": package, "files": told}))
         left = (time.process_time() - began) / (count + 1) * (len(todo) - count - 1)
         if (count + 1) % 10 == 0:
@@ -304,6 +305,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made.add_argument("--folds", type=int, default=5)
     made.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     made.add_argument("--positions", nargs="+", default=[*POSITIONS], choices=POSITIONS)
+    made.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of reading, as of the training")
     made.add_argument("--sample", type=int, default=24, help="pairs")
     made.add_argument("--samples", type=int, default=scan.SAMPLES, help="of a bootstrap")
     cost.add_argument("places", type=Path, nargs="+", metavar="FOLDER", help="source files, or folders of them")

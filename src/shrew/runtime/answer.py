@@ -11,6 +11,8 @@ from shrew.runtime.request import Finish, Piece, Request, Token, Usage
 from shrew.runtime.sampling import Top
 from shrew.runtime.text import Vocabulary, Writer
 
+PAUSE = 0.002  # seconds between two pieces: to wake a thread for each token took a twelfth of a small model's time
+
 
 @dataclass(frozen=True)
 class End:
@@ -29,8 +31,6 @@ class Scored:
 
     tokens: tuple[tuple[int, float | None, Top], ...]
 
-
-PAUSE = 0.002  # seconds between two pieces: to wake a thread for each token took a twelfth of a small model's time
 
 Chosen = tuple[int, float | None, Top]  # a token, its log-probability, the alternatives
 
