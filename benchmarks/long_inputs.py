@@ -98,6 +98,19 @@ def at_once(loaded: Loaded, pieces: Sequence[Sequence[int]]) -> tuple[float, flo
     return judged(0, tokens.shape[1]), max(own)
 
 
+class Exact(torch.nn.Module):
+    """A head in float32 whatever precision the rest is read in: two files often differ by less than a step of bf16."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            found: torch.Tensor = self.head(x.float())
+        return found
+
+
 # --- constructed files -----------------------------------------------------------------------------------------------
 
 
@@ -175,6 +188,7 @@ def embedded(args: argparse.Namespace) -> list[Record]:
         place = detector_folder(args, arm, seed, homes[at])
         if place not in loaded:
             loaded[place] = folder.load(place)
+            loaded[place].model.score = Exact(loaded[place].model.score)
         one = loaded[place]
         draw = np.random.default_rng([0, at])
         package = sorted(others)[int(draw.integers(len(others)))]
