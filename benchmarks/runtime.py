@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from fits import median_ratio
-from gguf_models import tiny
 
 from shrew import folder, record
 from shrew.__main__ import ENVIRONMENT
@@ -136,6 +135,7 @@ def prepare(work: Path, name: str, args: argparse.Namespace) -> Iterator[tuple[s
 
 def _source(name: str, out: Path) -> None:
     import torch  # the parent needs it for this alone
+    from gguf_models import tiny
 
     from shrew import spec
     from shrew.blocks.model import ModelSpec, build

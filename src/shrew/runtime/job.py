@@ -1,6 +1,5 @@
 """One request on its way through the engine: what was fed, what is next, and when it ends."""
 
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -73,8 +72,11 @@ class Job:
 
     def tell(self, last: bool = False) -> None:
         """That there is something new, unless that was told just now and more will come. Who cannot be told is gone."""
-        if self.notify is not None and (last or (now := time.monotonic()) >= self._told + PAUSE):
-            self._told = math.inf if last else now
+        if self.notify is None:
+            return
+        now = time.monotonic()
+        if last or now >= self._told + PAUSE:
+            self._told = now
             try:
                 self.notify()
             except Exception:
