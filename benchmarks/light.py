@@ -24,8 +24,8 @@ subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"""
 
 
-def installed(place: Path) -> tuple[int, list[str]]:
-    """Bytes of the environment's packages without pip's own, and their names."""
+def installed(place: Path) -> tuple[dict[str, int], list[str]]:
+    """Bytes of the environment's packages without pip's own, by what they are, and the packages' names."""
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     python = place / "bin" / "python"
     pip = [python, "-m", "pip"]
@@ -34,8 +34,13 @@ def installed(place: Path) -> tuple[int, list[str]]:
     names = [line.split("==")[0] for line in listed.stdout.split() if not line.startswith(("pip=", "setuptools="))]
     (packages,) = place.glob("lib/python*/site-packages")
     files = [path for path in packages.rglob("*") if path.is_file() and not path.is_symlink()]
-    skip = ("pip", "setuptools", "_distutils_hack")
-    return sum(path.stat().st_size for path in files if not path.relative_to(packages).parts[0].startswith(skip)), names
+    sizes = dict.fromkeys(("dependencies", "shrew and its models", "bytecode written by pip"), 0)
+    for path in files:
+        top = path.relative_to(packages).parts[0]
+        if not top.startswith(("pip", "setuptools", "pkg_resources", "_distutils_hack")):
+            kind = 2 if path.suffix == ".pyc" else int(top.startswith("shrew"))
+            sizes[list(sizes)[kind]] += path.stat().st_size
+    return sizes, names
 
 
 def first_token(command: list[str]) -> float:
@@ -58,14 +63,14 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as folder:
-        bytes_, names = installed(Path(folder, "venv"))
+        sizes, names = installed(Path(folder, "venv"))
         shrew = str(Path(folder, "venv", "bin", "shrew"))
         command = [shrew, "complete", str(args.pack), "def main():", "--max-tokens", "8"]
         times = sorted([first_token(command) for _ in range(args.runs + 1)][1:])  # the first one compiles and caches
         done = subprocess.run([sys.executable, "-c", PEAK, *command], check=True, capture_output=True, text=True)
     facts = [
-        Record(run="light", model="base install", metric="bytes", value=bytes_, unit="bytes",
-               detail={"packages": names}),
+        Record(run="light", model="base install", metric="bytes", value=sum(sizes.values()), unit="bytes",
+               detail={"packages": names, "bytes": sizes}),
         Record(run="light", model=args.pack.name, metric="first_token_seconds", value=statistics.median(times),
                unit="s", n=len(times), low=times[0], high=times[-1], detail={"interval": "least and most"}),
         Record(run="light", model=args.pack.name, metric="peak_memory", value=int(done.stdout), unit="bytes"),

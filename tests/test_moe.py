@@ -106,6 +106,24 @@ def test_lower_precision_routes_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(low.float(), wanted, rtol=0.03, atol=0.03)
 
 
+def test_many_tokens_in_bf16_have_the_gradients_of_float32() -> None:
+    """Where runs of an expert are filled up; one expert is chosen by no token."""
+    block = _block("olmoe").float()
+    with torch.no_grad():
+        block.gate.weight[:, 0] = torch.tensor([0.0, 0.0, -100.0, 0.0, 0.0])
+    x = torch.randn(1, 400, 16)
+    x[..., 0] = 1.0
+    weight = torch.randn_like(x)
+    places = [x.requires_grad_(), *block.experts.parameters()]
+    wanted = torch.autograd.grad((block(x)[0] * weight).sum(), places)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)[0]
+    found = torch.autograd.grad((y.float() * weight).sum(), places)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
+    assert not found[1][2].any()
+
+
 @pytest.mark.parametrize("kind", SPECS)
 def test_counts_of_work_and_of_idle_weights(kind: str) -> None:
     block, item = _block(kind), SPECS[kind]

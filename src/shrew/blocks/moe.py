@@ -14,6 +14,8 @@ from shrew.blocks.layers import Shape
 from shrew.blocks.mlp import ACTIVATIONS, Activation, Mlp, MlpSpec
 from shrew.spec import Meta, doc
 
+ROWS = 64  # on a CPU a product in bf16 is compiled anew for every number of rows, which takes longer than to compute it
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoeSpec:
@@ -104,7 +106,17 @@ class _Combine(torch.autograd.Function):
         y, weights, order, back = ctx.saved_tensors
         each = grads[0].index_select(0, order // back.shape[1])
         share = (each * y).sum(-1)[back]
-        return each.mul_(weights.flatten()[order][:, None]), share, None, None
+        spread = weights.new_zeros(len(order)).scatter_(0, back.flatten(), weights.flatten())  # rows of no choice: 0
+        return each.mul_(spread[:, None]), share, None, None
+
+
+def _whole_blocks(order: Tensor, back: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """The same choices in runs whose lengths are multiples of ROWS: what fills a run up is computed and never used."""
+    sizes = [-(-count // ROWS) * ROWS for count in counts]
+    spare = torch.tensor([0, *(size - count for size, count in zip(sizes, counts, strict=True))]).cumsum(0)[:-1]
+    slots = torch.arange(len(order)) + spare.repeat_interleave(torch.tensor(counts))
+    filled = order.new_zeros(sum(sizes)).scatter_(0, slots, order)
+    return filled, slots[back], sizes
 
 
 class Experts(nn.Module):
@@ -130,6 +142,9 @@ class Experts(nn.Module):
         order = index.flatten().argsort(stable=True)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view_as(index)
         counts = index.flatten().bincount(minlength=len(self.down_proj)).tolist()
+        in_bf16 = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        if x.device.type == "cpu" and in_bf16 and len(order) >= ROWS * len(counts):
+            order, back, counts = _whole_blocks(order, back, counts)
         halves = iter(self.gate_up_proj.unflatten(1, (2, -1)).flatten(0, 1).unbind())
         runs = _Dispatch.apply(x, order, back).split(counts)
         parts = [
