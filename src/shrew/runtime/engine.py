@@ -270,6 +270,7 @@ class Engine:
 
     def _charge(self, jobs: Sequence[Job]) -> None:
         """Share what was spent since the last time among those it was spent for."""
+        self._counts["steps"] += self._uncharged
         self._uncharged = 0
         now = time.process_time()
         spent, self._cpu = now - self._cpu, now
@@ -359,18 +360,17 @@ class Engine:
         self._set_next(job)
 
     def _set_next(self, job: Job) -> None:
-        self._runner.tokens[job.row, 0] = job.text[-1]
-        self._runner.start[job.row] = job.fed
+        runner = self._runner
+        runner.tokens[job.row, 0] = job.text[-1]
+        runner.start[job.row] = job.fed
+        if job.fed >= runner.capacity:
+            runner.reserve(job.fed + 1)
 
     def _step(self) -> None:
         """One token for each sequence being answered."""
-        runner, rows = self._runner, self._decoding
-        longest = max(job.fed for job in rows) + 1
-        if longest > runner.capacity:
-            runner.reserve(longest)
-        logits = runner.step(len(rows))
+        rows = self._decoding
+        logits = self._runner.step(len(rows))
         best = logits.argmax(axis=1).tolist()
-        self._counts["steps"] += 1
         self._uncharged += 1
         if self._uncharged == STEPS:
             self._charge_steps()
@@ -381,7 +381,7 @@ class Engine:
             try:
                 if job.sampler.is_plain:
                     token = best[row]
-                    if not math.isfinite(logits[row, token]):
+                    if not math.isfinite(logits.item(row, token)):
                         token = sampling.greedy(logits[row])  # raises
                     finish, stopped = job.add(token, None, (), self._eos)
                 else:
@@ -392,8 +392,7 @@ class Engine:
             if finish:
                 ended.append((job, finish, stopped, None))
                 continue
-            runner.tokens[row, 0] = job.text[-1]
-            runner.start[row] = job.fed
+            self._set_next(job)
             job.tell()
         for job, finish, stopped, reason in ended:
             self._leave(job, finish, stopped, reason)
