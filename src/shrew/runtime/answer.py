@@ -46,6 +46,7 @@ class Answer:
         self._cancel = cancel
         self._writer = Writer(vocabulary, request.prompt, request.stop)
         self._news: SimpleQueue[Chosen | Scored | End] = SimpleQueue()
+        self.put = self._news.put  # for the engine
         self._is_done = False
         self._ended = threading.Event()
         self._shown = 0.0  # when the last piece was given out
@@ -72,11 +73,10 @@ class Answer:
         self.is_cancelled = True
         self._cancel(self)
 
-    def put(self, news: Chosen | Scored | End) -> None:
-        """For the engine."""
-        self._news.put(news)
-        if isinstance(news, End):
-            self._ended.set()
+    def end(self, news: End) -> None:
+        """For the engine: the last news."""
+        self.put(news)
+        self._ended.set()
 
     def _gather(self, news: list[Chosen | Scored | End]) -> Piece | None:
         """One piece of `news` and all that waits; None if it shows nothing yet."""

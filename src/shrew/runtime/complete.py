@@ -207,7 +207,7 @@ def _plain(piece: Piece, with_tokens: bool) -> dict[str, Any]:
     """A piece as JSON, without what it does not have."""
     found: dict[str, Any] = {"text": piece.text}
     if with_tokens:
-        found["tokens"] = [asdict(token) for token in piece.tokens]
+        found["tokens"] = [token._asdict() for token in piece.tokens]
     if piece.finish is not None:
         found |= {"finish": piece.finish, "usage": usage(piece)}
     return found

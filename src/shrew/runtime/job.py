@@ -117,7 +117,8 @@ class Job:
         self.left -= 1
         if token in eos and not self.request.ignore_eos:
             return "stop", False
-        self.sampler.note(token)
+        if not self.sampler.is_plain:
+            self.sampler.note(token)
         constraint = self.request.constraint
         if constraint is not None:
             constraint.advance(token)
@@ -133,4 +134,4 @@ class Job:
         return Usage(self.prompt, self.made, self.cached, self.cpu, self.joules)
 
     def end(self, finish: Finish, stopped: bool, error: str, refused: bool) -> None:
-        self.answer.put(End(finish, self.usage, stopped, error, refused))
+        self.answer.end(End(finish, self.usage, stopped, error, refused))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -46,8 +46,7 @@ class Request:
     constraint: Constraint | None = None
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One token. `logprob` is None for the first of a prompt; `top` has the alternatives, the most likely first."""
 
     id: int
