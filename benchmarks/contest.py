@@ -12,7 +12,8 @@ Everything else is the same for all: tokenizer, data and their order, batch, len
 3. Every end of a branch is scored in bits per byte on other excerpts of the held-out books, as it was saved (bf16).
 4. The same scores are read again at equal CPU time: between an arm's budgets, on log-log axes, never beyond them.
 
-It can be killed at any time; the same command goes on. `--plan` says what there is to do, and does nothing.
+It can be killed at any time; the same command goes on, with `--kept FILE` also in an empty folder, without the branches
+whose results that small file has. `--plan` says what there is to do, and does nothing.
 """
 
 import argparse
@@ -110,7 +111,7 @@ class Contest:
             if level_of(steps_of(self.budgets[0], arm.flops, args.batch_tokens)) < args.warmup:
                 raise SystemExit(f"{arm.name}: {self.budgets[0]:g} FLOPs end before the warm-up does.")
         self.lock, self.children, self.stopped = threading.Lock(), set[Any](), False
-        self.began, self.spent = time.monotonic(), 0.0
+        self.began, self.spent, self.mark = time.monotonic(), 0.0, ""
 
     # --- places and plans --------------------------------------------------------------------------------------------
 
@@ -187,10 +188,32 @@ class Contest:
         if (self.runs / "held.json").exists() and json.loads((self.runs / "held.json").read_text()) != facts:
             raise SystemExit(f"{self.runs} was begun with other text or excerpts; give another folder")
         files.write_text(self.runs / "held.json", json.dumps(facts))
+        if self.args.kept:
+            self.restore(spec.digest(facts))
         stream = data.tokenize(documents, AutoTokenizer.from_pretrained(place), files.cache_folder())
         scored = sum(len(text) for _, text in plain["final"])
         say(f"{len(stream.tokens):,} tokens, {stream.text_bytes / len(stream.tokens):.2f} bytes each; "
             f"{len(held)} books held out, {scored:,} characters of them scored.")  # fmt: skip
+
+    def restore(self, mark: str) -> None:
+        """Take up the results of branches that were kept, and keep those that are here. `mark` is the texts'."""
+        kept = self.args.kept
+        for line in kept.read_text().splitlines() if kept.exists() else ():
+            item = json.loads(line)
+            if item["mark"] != mark:
+                raise SystemExit(f"{kept} is of other text or excerpts; give another file")
+            path = self.runs / item["place"]
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_text(path, json.dumps(item["result"]))
+        self.mark = mark
+        self.keep()
+
+    def keep(self) -> None:
+        found = sorted(self.runs.glob("*/*/[0-9]*.json"))
+        items = [{"mark": self.mark, "place": str(path.relative_to(self.runs)), "result": json.loads(path.read_text())}
+                 for path in found]  # fmt: skip
+        files.write_text(self.args.kept, "".join(f"{json.dumps(item)}\n" for item in items))
 
     def call(self, command: Sequence[str], place: Path, lock: int) -> tuple[int, str]:
         """Run a program with one thread; its exit code and last words. The lock is passed on, so that a program which
@@ -223,6 +246,9 @@ class Contest:
                     files.write_text(place / f"{budget:g}.json", json.dumps(result))
                     if run := newest(place, f"{budget:g}"):
                         shutil.rmtree(run / "checkpoint")  # the trunk's is what goes on
+                    if self.args.kept:
+                        with self.lock:
+                            self.keep()
                     work = work_of([budget], [each for each in done if each < budget])
                     self.tell(arm, rate, seed, budget, result, work)
 
@@ -469,6 +495,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--characters", type=int, default=500_000, help="of held-out text that is scored")
     parser.add_argument("--records", type=Path, help="JSONL file that the records are added to")
     parser.add_argument("--plot", type=Path, help="SVG file to write")
+    parser.add_argument("--kept", type=Path, help="JSONL file of the branches' results, read first and then written")
     parser.add_argument("--plan", action="store_true", help="say what there is to do, and end")
     return parser.parse_args(words)
 

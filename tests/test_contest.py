@@ -186,6 +186,15 @@ def test_a_contest_from_its_plan_to_its_picture(
     before = plan.remaining()
     plan.line(thin, 0.01, 0, plan.budgets)
     assert plan.remaining() < before
+    kept = argparse.Namespace(**vars(args) | {"kept": tmp_path / "kept.jsonl"})
+    contest.Contest(kept).prepare()
+    kept.runs = tmp_path / "elsewhere"
+    elsewhere = contest.Contest(kept)
+    elsewhere.prepare()
+    assert elsewhere.remaining() == plan.remaining()
+    kept.kept.write_text(kept.kept.read_text().replace('"mark": "', '"mark": "0'))
+    with pytest.raises(SystemExit, match="other text"):
+        elsewhere.prepare()
     monkeypatch.setattr(contest.Contest, "call", None)  # nothing is left to do
     plan.line(thin, 0.01, 0, plan.budgets)
     _check_branches(contest, plan, tmp_path, monkeypatch)
