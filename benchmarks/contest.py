@@ -111,7 +111,7 @@ class Contest:
             if level_of(steps_of(self.budgets[0], arm.flops, args.batch_tokens)) < args.warmup:
                 raise SystemExit(f"{arm.name}: {self.budgets[0]:g} FLOPs end before the warm-up does.")
         self.lock, self.children, self.stopped = threading.Lock(), set[Any](), False
-        self.began, self.spent, self.mark = time.monotonic(), 0.0, ""
+        self.began, self.spent = time.monotonic(), 0.0
 
     # --- places and plans --------------------------------------------------------------------------------------------
 
@@ -189,15 +189,19 @@ class Contest:
             raise SystemExit(f"{self.runs} was begun with other text or excerpts; give another folder")
         files.write_text(self.runs / "held.json", json.dumps(facts))
         if self.args.kept:
-            self.restore(spec.digest(facts))
+            self.restore()
         stream = data.tokenize(documents, AutoTokenizer.from_pretrained(place), files.cache_folder())
         scored = sum(len(text) for _, text in plain["final"])
         say(f"{len(stream.tokens):,} tokens, {stream.text_bytes / len(stream.tokens):.2f} bytes each; "
             f"{len(held)} books held out, {scored:,} characters of them scored.")  # fmt: skip
 
-    def restore(self, mark: str) -> None:
-        """Take up the results of branches that were kept, and keep those that are here. `mark` is the texts'."""
-        kept = self.args.kept
+    def mark(self) -> str:
+        """What text the results are of."""
+        return spec.digest(json.loads((self.runs / "held.json").read_text()))
+
+    def restore(self) -> None:
+        """Take up the results of branches that were kept, and keep those that are here."""
+        kept, mark = self.args.kept, self.mark()
         for line in kept.read_text().splitlines() if kept.exists() else ():
             item = json.loads(line)
             if item["mark"] != mark:
@@ -206,12 +210,11 @@ class Contest:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files.write_text(path, json.dumps(item["result"]))
-        self.mark = mark
         self.keep()
 
     def keep(self) -> None:
-        found = sorted(self.runs.glob("*/*/[0-9]*.json"))
-        items = [{"mark": self.mark, "place": str(path.relative_to(self.runs)), "result": json.loads(path.read_text())}
+        mark, found = self.mark(), sorted(self.runs.glob("*/*/[0-9]*.json"))
+        items = [{"mark": mark, "place": str(path.relative_to(self.runs)), "result": json.loads(path.read_text())}
                  for path in found]  # fmt: skip
         files.write_text(self.args.kept, "".join(f"{json.dumps(item)}\n" for item in items))
 

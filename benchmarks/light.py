@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from shrew import record
@@ -24,7 +25,7 @@ subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"""
 
 
-def installed(place: Path) -> tuple[dict[str, int], list[str]]:
+def installed(place: Path) -> tuple[Counter[str], list[str]]:
     """Bytes of the environment's packages without pip's own, by what they are, and the packages' names."""
     subprocess.run([sys.executable, "-m", "venv", place], check=True)
     python = place / "bin" / "python"
@@ -34,12 +35,13 @@ def installed(place: Path) -> tuple[dict[str, int], list[str]]:
     names = [line.split("==")[0] for line in listed.stdout.split() if not line.startswith(("pip=", "setuptools="))]
     (packages,) = place.glob("lib/python*/site-packages")
     files = [path for path in packages.rglob("*") if path.is_file() and not path.is_symlink()]
-    sizes = dict.fromkeys(("dependencies", "shrew and its models", "bytecode written by pip"), 0)
+    sizes = Counter[str]()
     for path in files:
         top = path.relative_to(packages).parts[0]
-        if not top.startswith(("pip", "setuptools", "pkg_resources", "_distutils_hack")):
-            kind = 2 if path.suffix == ".pyc" else int(top.startswith("shrew"))
-            sizes[list(sizes)[kind]] += path.stat().st_size
+        if top.startswith(("pip", "setuptools", "pkg_resources", "_distutils_hack")):
+            continue
+        kind = "shrew and its models" if top.startswith("shrew") else "dependencies"
+        sizes["bytecode written by pip" if path.suffix == ".pyc" else kind] += path.stat().st_size
     return sizes, names
 
 
@@ -69,7 +71,7 @@ def main() -> int:
         times = sorted([first_token(command) for _ in range(args.runs + 1)][1:])  # the first one compiles and caches
         done = subprocess.run([sys.executable, "-c", PEAK, *command], check=True, capture_output=True, text=True)
     facts = [
-        Record(run="light", model="base install", metric="bytes", value=sum(sizes.values()), unit="bytes",
+        Record(run="light", model="base install", metric="bytes", value=sizes.total(), unit="bytes",
                detail={"packages": names, "bytes": sizes}),
         Record(run="light", model=args.pack.name, metric="first_token_seconds", value=statistics.median(times),
                unit="s", n=len(times), low=times[0], high=times[-1], detail={"interval": "least and most"}),
