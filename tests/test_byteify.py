@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_distil import loaded_of
-from test_students import TEXT, byte_tokenizer, piece_tokenizer, tiny
-from torch import Tensor
+from test_students import TEXT, byte_tokenizer, covered, piece_tokenizer, tiny
 
 from shrew import data, folder
 from shrew.__main__ import main
@@ -22,7 +21,7 @@ from shrew.folder import Loaded
 from shrew.moves import byteify
 from shrew.moves.byteify import BYTES, Byteify, spelled, together
 from shrew.moves.context import Context
-from shrew.moves.distil.marginals import END, OUTCOMES, Spelling, byte_divergence, marginals
+from shrew.moves.distil.marginals import END, Said, Spelling, byte_divergence, marginals
 from shrew.moves.quantize import Quantize
 from shrew.tasks.text import Text
 
@@ -42,33 +41,27 @@ def context_of(loaded: Loaded, place: Path, said: list[str] | None = None, count
 # --- what the original says of bytes
 
 
-def by_hand(logs: Tensor, prefix: bytes, spelling: Spelling) -> Tensor:
-    """[OUTCOMES] shares of the next byte: over all tokens, those that agree with the bytes so far and go on."""
-    found = torch.zeros(OUTCOMES, dtype=torch.float64)
-    for id, part in enumerate(spelling.content):
-        if part and part.startswith(prefix) and len(part) > len(prefix):
-            found[part[len(prefix)]] += logs[id].double().exp()
-        elif not part and not prefix:
-            found[int(spelling.first[id])] += logs[id].double().exp()
-    return found / found.sum()
-
-
 @pytest.mark.parametrize("kind", ORIGINALS)
 @torch.no_grad()
 def test_the_next_byte_is_the_sum_over_the_tokens_that_agree(kind: str) -> None:
-    """At every byte of 500, along the tokens that the text is cut into."""
+    """At every byte of 500, along the tokens that the text is cut into; and all bytes together are as probable as all
+    these ways to cover the text, so no less than the tokens are."""
     loaded = ORIGINALS[kind]()
     spelling, text = Spelling(loaded.tokenizer, len(loaded.tokenizer)), (TEXT * 3)[:490] + "größer 😀\n"
     row = data.encode(loaded.tokenizer, [text])[0]
     logs = loaded.model(torch.tensor([row])).logits[0].log_softmax(-1)
-    states = list(spelling.states(row, 0).values())
+    states = spelling.states(row, 0)
     assert len(states) >= 500
-    assert max(len(state.prefix) for state in states) > 2
-    found, possible = marginals(logs, states, spelling)
-    found = found.masked_fill(~possible, -torch.inf).softmax(-1)
-    for place, state in enumerate(states):
-        wanted = by_hand(logs[state.position], state.prefix, spelling)
-        torch.testing.assert_close(found[place].double(), wanted, rtol=1e-4, atol=1e-7)
+    assert max(len(state.ways) for state in states.values()) > 1
+    found, possible = marginals(Said(logs, row, spelling), list(states.values()))
+    found = found.masked_fill(~possible, -torch.inf)
+    for place, at in enumerate(states):
+        wanted = covered(logs, row, spelling, at)
+        torch.testing.assert_close(found[place].double().exp(), wanted, rtol=1e-4, atol=1e-7)
+    said_bytes = b"".join(spelling.content[id] for id in row)
+    follow = [said_bytes[at] for at in states if at < len(said_bytes)]
+    tokens = logs[range(len(row) - 1), row[1:]].sum()
+    assert tokens - 1e-2 < found[range(len(follow)), follow].sum() < tokens + 50
 
 
 @pytest.mark.parametrize("kind", ORIGINALS)
@@ -86,13 +79,13 @@ def test_bytes_and_tokens_stand_side_by_side(kind: str) -> None:
         first = 1 if tokens is row else len(theirs.content[int(tokens[0])])
         assert bytes(bytes_[bytes_ < END].tolist()) == text
         assert len(states) >= len(text) - first
+        said = Said(logs, tokens.tolist(), theirs)
         own = torch.full((len(bytes_), len(BYTES)), -30.0)
-        for one, two in states:
-            own[one.position] = by_hand(logs[two.position], two.prefix, theirs)[: END + 1].clamp_min(1e-12).log()
-        settings: Any = (mine, theirs, "forward", 0.1)
-        assert float(byte_divergence(own.log_softmax(-1), logs, states, *settings)) < 1e-2
-        late = own.roll(1, 0).log_softmax(-1)
-        assert float(byte_divergence(late, logs, states, *settings)) > 10
+        own[[one.position for one, _ in states]] = marginals(said, [two for _, two in states])[0][:, : END + 1]
+        both = (Said(item.log_softmax(-1), bytes_.tolist(), mine) for item in (own, own.roll(1, 0)))
+        same, late = (float(byte_divergence(one, said, states, "forward", 0.1)) for one in both)
+        assert same < 1e-2
+        assert late > 10
 
 
 # --- the move

@@ -21,7 +21,17 @@ from shrew.errors import DataError, UnsupportedError
 from shrew.folder import Loaded
 from shrew.moves.context import Context
 from shrew.moves.distil import Distil, Plan, rationales, teacher
-from shrew.moves.distil.marginals import END, OTHER, Spelling, State, byte_divergence, retold
+from shrew.moves.distil.marginals import (
+    END,
+    ENDED,
+    OTHER,
+    OUTCOMES,
+    Said,
+    Spelling,
+    State,
+    byte_divergence,
+    retold,
+)
 from shrew.moves.distil.sample import continued
 
 # --- another tokenizer
@@ -71,9 +81,8 @@ def test_tokens_are_spelt_in_bytes() -> None:
         assert spelling.first[tokenizer.eos_token_id] == END
         assert spelling.first[-1] == OTHER
         found, following = spelling.after(b"t")
-        longer = [id for id, part in enumerate(spelling.content) if part[:1] == b"t" and part[1:]]
-        assert sorted(found.tolist()) == longer
-        assert following.tolist() == [spelling.content[id][1] for id in found.tolist()]
+        assert sorted(found.tolist()) == [id for id, part in enumerate(spelling.content) if part[:1] == b"t"]
+        assert following.tolist() == [[*spelling.content[id], ENDED][1] for id in found.tolist()]
     with pytest.raises(UnsupportedError, match="loses bytes"):
         Spelling(make_tokenizer(), WORDS)
 
@@ -89,14 +98,16 @@ def test_texts_are_told_again_and_boundaries_meet() -> None:
     assert start == 0
     states = one.states([fine.bos_token_id, *ids], 0)
     assert [state.position for state in states.values()] == list(range(len(ids) + 1))
-    assert not any(state.prefix for state in states.values())  # tokens of one byte go on nowhere
+    assert all(state.ways == ((state.position, b""),) for state in states.values())  # tokens of one byte go on nowhere
     states = two.states(other, 0)
     assert list(states) == list(range(len("the café".encode()) + 1))  # and what comes after the last
     text = b"".join(two.content[id] for id in other)
     for at, state in states.items():
-        before = b"".join(two.content[id] for id in other[: state.position + 1])
-        assert before + state.prefix == text[:at]
-    assert any(state.prefix for state in states.values())
+        for position, prefix in state.ways:
+            assert b"".join(two.content[id] for id in other[: position + 1]) + prefix == text[:at]
+    assert any(prefix for state in states.values() for _, prefix in state.ways)
+    ended = two.states([*other, coarse.eos_token_id, *other], 0)
+    assert all(state.ways[0][0] > len(other) for at, state in ended.items() if at > len(text))
     half = retold(ids[-1:], one, two)  # half of a character is nothing
     assert half is None
     cut = retold([ids[-1], *ids, ids[-1], *ids], one, two)  # nor is it one at the beginning of a text, or within
@@ -110,38 +121,49 @@ def test_texts_are_told_again_and_boundaries_meet() -> None:
     assert retold(coarse("the\n", add_special_tokens=False)["input_ids"], two, two) is not None
 
 
+def covered(logs: Tensor, ids: list[int], spelling: Spelling, at: int) -> Tensor:
+    """[OUTCOMES + 1] shares of what follows byte `at` of a text: from every beginning of a token of it, every token of
+    the vocabulary that begins with the bytes since, with the probability of the tokens before."""
+    text, found = b"".join(spelling.content[id] for id in ids), [torch.zeros((), dtype=torch.float64)] * (OUTCOMES + 1)
+    start, path = 0, torch.zeros((), dtype=torch.float64)
+    for position, id in enumerate(ids):
+        start += len(spelling.content[id])
+        path = path + logs[position - 1, id] if position else path
+        if start > at or at - start > max(map(len, spelling.content)):
+            continue
+        row, since = (path + logs[position]).exp(), text[start:at]
+        for token, part in enumerate(spelling.content):
+            if not since:
+                outcome = int(spelling.first[token])
+            elif part.startswith(since) and (part != since or [token] != ids[position + 1 : position + 2]):
+                outcome = [*part, ENDED][len(since)]
+            else:
+                continue
+            found[outcome] = found[outcome] + row[token]
+    return torch.stack(found) / sum(found)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_byte_marginals_are_exact_sums(loss: str) -> None:
-    """Against dictionaries filled token by token, with values and gradients."""
+    """Against sums over all tokens, with values and gradients."""
     fine, coarse = byte_tokenizer(262, "thaws " * 9), byte_tokenizer(270, TEXT)
     one, two = Spelling(fine, len(fine)), Spelling(coarse, len(coarse))
     ids = fine("the cat thaws", add_special_tokens=False)["input_ids"]
     told = retold(ids, one, two)
     assert told is not None
     own, others = one.states(ids, 0), two.states(*told)
-    states = [(own[at], others[at]) for at in own if at in others]
-    assert len({(bool(a.prefix), bool(b.prefix)) for a, b in states}) == 4  # boundaries of both, of one, of none
+    places = [at for at in own if at in others]
+    states = [(own[at], others[at]) for at in places]
+    assert len({(a.ways[-1][1] == b"", b.ways[-1][1] == b"") for a, b in states}) == 4  # of both, one, none
     logits, other = drawn(len(ids), len(fine)).requires_grad_(), drawn(len(told[0]), len(coarse), seed=1)
     q, p = logits.float().log_softmax(-1), other.float().log_softmax(-1)
-    mine = byte_divergence(q, p, states, one, two, loss, 0.1)
-
-    def sums(row: Tensor, spelling: Spelling, prefix: bytes, end: int) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = {}
-        for id, part in enumerate(spelling.content):
-            if part.startswith(prefix) and (len(part) > len(prefix) or not prefix):
-                outcome = part[len(prefix)] if part else END if id == end else OTHER
-                found[outcome] = found.get(outcome, torch.zeros(())) + row[id]
-        return found
-
+    mine = byte_divergence(Said(q, ids, one), Said(p, told[0], two), states, loss, 0.1)
     slow = torch.zeros(())
-    for before, after in states:
-        a = sums(logits.softmax(-1)[before.position], one, before.prefix, fine.eos_token_id)
-        b = sums(other.softmax(-1)[after.position], two, after.prefix, coarse.eos_token_id)
-        both = sorted(a.keys() & b.keys())
-        if not before.prefix and not after.prefix:
-            assert len(both) == len(a) == len(b)  # nothing is left out where boundaries meet
-        left, right = (torch.stack([part[key] for key in both]) for part in (a, b))
-        slow = slow + by_definition((left / left.sum())[None], (right / right.sum())[None], loss, 0.1)
+    for at in places:
+        a, b = covered(q, ids, one, at)[:OUTCOMES], covered(p, told[0], two, at)[:OUTCOMES]
+        both = (a > 0) & (b > 0)
+        left, right = (part[both][None] / part[both].sum() for part in (a, b))
+        slow = slow + by_definition(left, right, loss, 0.1) * b[both].sum()
     same(mine, slow, logits, 1e-4)
 
 
@@ -152,12 +174,14 @@ def test_the_same_tokens_say_the_same() -> None:
     ids = tokenizer(TEXT[:40], add_special_tokens=False)["input_ids"]
     told = retold(ids, spelling, spelling)
     assert told is not None
-    states = list(spelling.states(told[0], 0).values())
+    states = [(state, state) for state in spelling.states(told[0], 0).values()]
     logits, other = (drawn(len(told[0]), len(tokenizer), seed=seed).float().log_softmax(-1) for seed in (0, 3))
     for mine, near in ((logits, 0.0), (other, None)):
-        found = byte_divergence(mine, logits, [(state, state) for state in states], spelling, spelling, "forward", 0.1)
+        found = byte_divergence(*(Said(item, told[0], spelling) for item in (mine, logits)), states, "forward", 0.1)
         assert float(found) == pytest.approx(near, abs=1e-4) if near is not None else float(found) > 1
-    alone = byte_divergence(other, logits, [(State(0, b""), State(0, b""))], spelling, spelling, "forward", 0.1)
+    first = State(0, ((0, b""),))
+    both = (Said(item, told[0], spelling) for item in (other, logits))
+    alone = byte_divergence(*both, [(first, first)], "forward", 0.1)
     assert 0 < float(alone) < float(objectives.divergence(other[0], logits[0]))  # tokens with one first byte are one
 
 

@@ -96,9 +96,11 @@ def detection(
     return found + emphasis.families * known
 
 
-def divergence(student: Tensor, teacher: Tensor, loss: str = "forward", alpha: float = 0.1) -> Tensor:
+def divergence(
+    student: Tensor, teacher: Tensor, loss: str = "forward", alpha: float = 0.1, weights: Tensor | None = None
+) -> Tensor:
     """Sum over positions of how far the student's q is from the teacher's p, in nats; both are log-probabilities
-    [..., M] of the same M outcomes.
+    [..., M] of the same M outcomes. `weights` [...]: what each position counts, 1 where there are none.
 
     forward: KL(p || q), reverse: KL(q || p); skewed-forward: KL(p || alpha p + (1 - alpha) q), skewed-reverse:
     KL(q || alpha q + (1 - alpha) p), which stay finite where the right side has nothing (DistiLLM, Ko et al. 2024,
@@ -108,7 +110,8 @@ def divergence(student: Tensor, teacher: Tensor, loss: str = "forward", alpha: f
     left, right = (student, teacher) if backward else (teacher, student)
     if loss.startswith("skewed"):
         right = torch.logaddexp(left + math.log(alpha), right + math.log1p(-alpha))
-    return (left.exp() * (left - right)).sum()
+    terms = left.exp() * (left - right)
+    return terms.sum() if weights is None else terms.sum(-1) @ weights
 
 
 def lumped(logits: Tensor, ids: Tensor, kept: Tensor) -> Tensor:

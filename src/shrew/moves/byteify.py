@@ -33,7 +33,7 @@ from shrew.folder import Loaded
 from shrew.folder.check import fetch
 from shrew.moves.anatomy import logits
 from shrew.moves.context import Context
-from shrew.moves.distil.marginals import END, Spelling, State, byte_divergence
+from shrew.moves.distil.marginals import END, Said, Spelling, State, byte_divergence
 from shrew.moves.distil.plan import Plan, rate
 from shrew.muon import optimizers
 from shrew.spec import Meta, doc
@@ -244,7 +244,8 @@ class Training:
                 with torch.no_grad():
                     aim = logits(self.teacher, torch.from_numpy(window)[None])[0].float().log_softmax(-1)
                 own = found[row].float().log_softmax(-1)
-                parts.append(share * byte_divergence(own, aim, states, self.mine, self.theirs, "forward", 0.1))
+                both = Said(own, self.bytes[index].tolist(), self.mine), Said(aim, window.tolist(), self.theirs)
+                parts.append(share * byte_divergence(*both, states, "forward", 0.1))
         parts += [] if added is None else [added]
         return torch.stack(parts).sum() / here.sum()
 

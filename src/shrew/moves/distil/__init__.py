@@ -22,7 +22,7 @@ from shrew.folder import Loaded
 from shrew.moves.context import Context
 from shrew.moves.distil import rationales
 from shrew.moves.distil.forward import Found, run, showing_attention
-from shrew.moves.distil.marginals import Spelling, byte_divergence, retold
+from shrew.moves.distil.marginals import Said, Spelling, byte_divergence, retold
 from shrew.moves.distil.plan import Plan, rate
 from shrew.moves.distil.sample import continued
 from shrew.moves.distil.teacher import Question, Stored, teacher_predictions
@@ -300,13 +300,15 @@ class Run:
             told = retold(ids, mine, theirs)
             if told is None:
                 continue
-            one, two = mine.states(ids, 0), theirs.states(told[0][: self.context_of_teacher], told[1])
-            asked = [at for at, state in one.items() if state.position + 1 < length and own[row, state.position + 1]]
-            states = [(one[at], two[at]) for at in asked if at in two]
+            others = told[0][: self.context_of_teacher]
+            one, two = mine.states(ids, 0), theirs.states(others, told[1])
+            scored = [at for at, state in one.items() if state.position + 1 < length and own[row, state.position + 1]]
+            states = [(one[at], two[at]) for at in scored if at in two]
             if states:
                 with torch.no_grad():
-                    other = torch.tensor(told[0][: self.context_of_teacher])[None]
-                    aim = run(self.teacher.model, {}, other, torch.ones_like(other)).logits[0]
+                    asked = torch.tensor(others)[None]
+                    aim = run(self.teacher.model, {}, asked, torch.ones_like(asked)).logits[0]
                 left, right = ((item.float() / self.move.temperature).log_softmax(-1) for item in (logits[row], aim))
-                total = total + byte_divergence(left, right, states, mine, theirs, self.move.loss, self.move.alpha)
+                both = Said(left, ids, mine), Said(right, others, theirs)
+                total = total + byte_divergence(*both, states, self.move.loss, self.move.alpha)
         return total * self.move.temperature**2

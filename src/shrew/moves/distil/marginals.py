@@ -1,13 +1,14 @@
 """A teacher with another tokenizer: both models are compared by the next byte.
 
-A text is the same bytes in every vocabulary. Where a token begins, a model's next-token distribution summed up by the
-first byte of each token is its distribution of the next byte (or of the text's end), given its own tokens so far.
-Within a token the same is done with the tokens that begin with its bytes so far and are longer, by the byte that
-follows. The loss is the divergence of the two models' distributions at every byte of the student's text.
+A text is the same bytes in every vocabulary. What a model of tokens says of the next byte is a sum over the ways in
+which its tokens can cover the bytes so far (Phan et al. 2024, arXiv:2410.09303). Along the tokens that the text is cut
+into, a way is one of their beginnings and a token from there that begins with the bytes since and is longer: it has the
+probability of the tokens before, and of that token, for the byte that the token goes on with (or for the text's end).
+The loss is the divergence of the two models' distributions at every byte of the student's text.
 
-Where boundaries of both models meet, the marginals are exact. Elsewhere it is approximate: "my token goes on" is not
-the same event in two vocabularies, so a byte that only one model can go on with is left out on both sides. And a text
-is taken in the one way that its tokenizer cuts it, not summed over all ways to cut it.
+Left out is that some other token ends just here: what follows it would take a pass of its own. So a byte that only one
+model can go on with is left out on both sides, and each place counts by the share of the teacher's probability that is
+compared, the weight which this part of a divergence has in the whole.
 """
 
 import json
@@ -23,13 +24,15 @@ from shrew.runtime.text import Vocabulary
 
 END, OTHER = 256, 257  # outcomes beside the 256 bytes: the text ends; any other token that is no text
 OUTCOMES = 258
+ENDED = OUTCOMES  # of a token that goes on with none of them
 
 
 class State(NamedTuple):
-    """A model before some byte of a text: the position of its prediction, and the bytes so far of the token there."""
+    """A model before some byte of a text: the last position that predicts it, and the ways in which tokens go over that
+    byte: the position that predicts such a token, and the bytes so far of it."""
 
     position: int
-    prefix: bytes
+    ways: tuple[tuple[int, bytes], ...]
 
 
 class Spelling:
@@ -56,26 +59,43 @@ class Spelling:
         self._known: dict[bytes, tuple[Tensor, Tensor]] = {}
 
     def after(self, prefix: bytes) -> tuple[Tensor, Tensor]:
-        """The tokens that begin with these bytes and go on, and the byte (or other outcome) that they go on with."""
+        """The tokens that begin with these bytes, and what each goes on with: a byte, ENDED or, of no bytes at all,
+        any outcome."""
         if not prefix:
             return torch.arange(len(self.first)), self.first
         if prefix not in self._known:
             low, high = bisect_left(self._sorted, (prefix, -1)), bisect_left(self._sorted, (prefix + b"\xff" * 99, -1))
-            ids = [id for part, id in self._sorted[low:high] if len(part) > len(prefix)]
-            following = [self.content[id][len(prefix)] for id in ids]
-            self._known[prefix] = torch.tensor(ids), torch.tensor(following)
+            following = [part[len(prefix)] if part != prefix else ENDED for part, _ in self._sorted[low:high]]
+            self._known[prefix] = torch.tensor([id for _, id in self._sorted[low:high]]), torch.tensor(following)
         return self._known[prefix]
 
     def states(self, ids: list[int], start: int) -> dict[int, State]:
         """By byte, the state of a model that reads these tokens, which begin at byte `start`, after the first of them
-        and up to what comes after the last."""
+        and up to what comes after the last. No token goes over one that is no text."""
         found: dict[int, State] = {}
+        ways: list[tuple[int, bytes]] = []
         for position, following in enumerate([*ids[1:], None]):
-            start += len(self.content[ids[position]])
-            found.setdefault(start, State(position, b""))
+            own = self.content[ids[position]]
+            start += len(own)
+            ways = [*(ways if own else []), (position, b"")]
+            found.setdefault(start, State(position, tuple(ways)))
             part = b"" if following is None else self.content[following]
-            found |= {start + depth: State(position, part[:depth]) for depth in range(1, len(part))}
+            for depth in range(1, len(part) + 1):
+                ways = [(at, prefix + part[depth - 1 : depth]) for at, prefix in ways]
+                # Where the text's own token ends, what follows it has a way of its own.
+                done = (position, part)
+                ways = [way for way in ways if len(self.after(way[1])[0]) > (way == done)]
+                if depth < len(part):
+                    found[start + depth] = State(position, tuple(ways))
         return found
+
+
+class Said(NamedTuple):
+    """Log-probabilities [T, V] of what follows each of these T tokens, and how the tokens are spelt."""
+
+    logs: Tensor
+    ids: list[int]
+    spelling: Spelling
 
 
 def _piece(known: Vocabulary, id: int) -> bytes:
@@ -107,30 +127,38 @@ def retold(ids: list[int], student: Spelling, teacher: Spelling) -> tuple[list[i
 
 
 def byte_divergence(
-    student: Tensor, teacher: Tensor, states: list[tuple[State, State]], mine: Spelling, theirs: Spelling, loss: str,
-    alpha: float,
-) -> Tensor:  # fmt: skip
-    """Sum in nats over these bytes of the divergence between the models' predictions of them; log-probabilities [T, V]
-    of the student and [S, W] of the teacher, and the state of each."""
-    left, possible = marginals(student, [one for one, _ in states], mine)
-    right, common = marginals(teacher, [two for _, two in states], theirs)
-    common &= possible
-    left, right = (item.masked_fill(~common, objectives.LOWEST).log_softmax(-1) for item in (left, right))
-    return objectives.divergence(left, right, loss, alpha)
+    student: Said, teacher: Said, states: list[tuple[State, State]], loss: str, alpha: float
+) -> Tensor:
+    """Sum in nats over these bytes, given as the states of both models, of the divergence between their predictions."""
+    (left, possible), (right, common) = (marginals(said, list(each)) for said, each in
+                                         zip((student, teacher), zip(*states, strict=True), strict=True))
+    common = (common & possible)[:, :OUTCOMES]
+    left, right = (item[:, :OUTCOMES].masked_fill(~common, objectives.LOWEST) for item in (left, right))
+    share = right.logsumexp(-1).exp()
+    return objectives.divergence(left.log_softmax(-1), right.log_softmax(-1), loss, alpha, share)
 
 
-def marginals(logs: Tensor, states: list[State], spelling: Spelling) -> tuple[Tensor, Tensor]:
-    """Logarithms [N, OUTCOMES] of what the tokens of each next byte have, up to a constant, and whether any has it, of
-    log-probabilities [T, V]: the sum over the tokens that agree with the bytes so far."""
-    alike: dict[bytes, list[int]] = {}
+def marginals(said: Said, states: list[State]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, OUTCOMES + 1] of what the ways over the next byte go on with, the last one of other tokens
+    than the text's that end just there, and whether any does."""
+    logs, ids, spelling = said
+    path = torch.cat([logs.new_zeros(1), logs[range(len(ids) - 1), ids[1:]].cumsum(0)])
+    own = torch.tensor([*ids[1:], -1])
+    alike: dict[bytes, list[tuple[int, int]]] = {}
     for place, state in enumerate(states):
-        alike.setdefault(state.prefix, []).append(place)
-    sums, possible = [], torch.zeros(len(states), OUTCOMES, dtype=torch.bool)
-    for prefix, places in alike.items():
-        ids, outcome = spelling.after(prefix)
-        part = logs[[states[place].position for place in places]][:, ids]
-        part = (part - part.detach().amax(-1, keepdim=True)).exp()
-        sums.append(part.new_zeros(len(places), OUTCOMES).index_add(1, outcome, part))
-        possible[torch.tensor(places)[:, None], outcome] = True
-    order = torch.tensor([place for places in alike.values() for place in places]).argsort()
-    return torch.cat(sums)[order].clamp_min(1e-30).log(), possible
+        for position, prefix in state.ways:
+            alike.setdefault(prefix, []).append((place, position))
+    parts, most = [], logs.new_full((len(states),), -torch.inf)
+    for prefix, found in alike.items():
+        places, positions = torch.tensor(found).T
+        tokens, outcome = spelling.after(prefix)
+        part = logs[positions][:, tokens] + path[positions, None]
+        part = part.masked_fill((outcome == ENDED) & (tokens == own[positions, None]), -torch.inf)
+        most = most.scatter_reduce(0, places, part.detach().amax(-1), "amax")
+        parts.append((places, outcome, part))
+    sums, possible = logs.new_zeros(len(states), OUTCOMES + 1), torch.zeros(len(states), OUTCOMES + 1, dtype=torch.bool)
+    for places, outcome, part in parts:
+        each = part.new_zeros(len(places), OUTCOMES + 1).index_add(1, outcome, (part - most[places, None]).exp())
+        sums = sums.index_add(0, places, each)
+        possible[places[:, None], outcome] = True
+    return sums.clamp_min(1e-30).log().log_softmax(-1), possible
