@@ -125,13 +125,11 @@ def covered(logs: Tensor, ids: list[int], spelling: Spelling, at: int) -> Tensor
     """[OUTCOMES + 1] shares of what follows byte `at` of a text: from every beginning of a token of it, every token of
     the vocabulary that begins with the bytes since, with the probability of the tokens before."""
     text, found = b"".join(spelling.content[id] for id in ids), [torch.zeros((), dtype=torch.float64)] * (OUTCOMES + 1)
-    start, path = 0, torch.zeros((), dtype=torch.float64)
-    for position, id in enumerate(ids):
-        start += len(spelling.content[id])
-        path = path + logs[position - 1, id] if position else path
-        if start > at or at - start > max(map(len, spelling.content)):
-            continue
-        row, since = (path + logs[position]).exp(), text[start:at]
+    starts = np.cumsum([len(spelling.content[id]) for id in ids])
+    near = [int(first) for first in np.unique(starts, return_index=True)[1] if 0 <= at - starts[first] <= 40]
+    for position in near:
+        before = [logs[place, ids[place + 1]].double() for place in range(near[0], position)]
+        row, since = (sum(before) + logs[position].double()).exp(), text[starts[position] : at]
         for token, part in enumerate(spelling.content):
             if not since:
                 outcome = int(spelling.first[token])

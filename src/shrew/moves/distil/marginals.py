@@ -142,7 +142,8 @@ def marginals(said: Said, states: list[State]) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, OUTCOMES + 1] of what the ways over the next byte go on with, the last one of other tokens
     than the text's that end just there, and whether any does."""
     logs, ids, spelling = said
-    path = torch.cat([logs.new_zeros(1), logs[range(len(ids) - 1), ids[1:]].cumsum(0)])
+    path = torch.cat([logs.new_zeros(1), logs[range(len(ids) - 1), ids[1:]]]).double().cumsum(0)  # far below any other
+    last = path[[state.position for state in states]]
     own = torch.tensor([*ids[1:], -1])
     alike: dict[bytes, list[tuple[int, int]]] = {}
     for place, state in enumerate(states):
@@ -152,7 +153,7 @@ def marginals(said: Said, states: list[State]) -> tuple[Tensor, Tensor]:
     for prefix, found in alike.items():
         places, positions = torch.tensor(found).T
         tokens, outcome = spelling.after(prefix)
-        part = logs[positions][:, tokens] + path[positions, None]
+        part = logs[positions][:, tokens] + (path[positions] - last[places]).to(logs.dtype)[:, None]
         part = part.masked_fill((outcome == ENDED) & (tokens == own[positions, None]), -torch.inf)
         most = most.scatter_reduce(0, places, part.detach().amax(-1), "amax")
         parts.append((places, outcome, part))
