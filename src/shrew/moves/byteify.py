@@ -4,8 +4,8 @@ A patch stands where a token stood: what the layers knew of sequences of pieces 
 local encoder gives them vectors that they can read, and a local decoder reads theirs (Pagnoni et al. 2024, section
 6.2). So the local layers are trained first, with those of the model frozen, then all, the old ones slowly.
 
-The lesson is next-byte cross-entropy, and the original's own predictions: its distribution of the next token, given the
-tokens that the text is cut into, summed up by the byte that each token goes on with (`distil/marginals.py`).
+The lesson is next-byte cross-entropy, and the original's own predictions of the next byte, summed up over its tokens
+(`distil/marginals.py`).
 """
 
 import dataclasses

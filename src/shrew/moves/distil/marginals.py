@@ -63,11 +63,14 @@ class Spelling:
         any outcome."""
         if not prefix:
             return torch.arange(len(self.first)), self.first
-        if prefix not in self._known:
-            low, high = bisect_left(self._sorted, (prefix, -1)), bisect_left(self._sorted, (prefix + b"\xff" * 99, -1))
-            following = [part[len(prefix)] if part != prefix else ENDED for part, _ in self._sorted[low:high]]
-            self._known[prefix] = torch.tensor([id for _, id in self._sorted[low:high]]), torch.tensor(following)
-        return self._known[prefix]
+        if prefix in self._known:
+            return self._known[prefix]
+        low, high = bisect_left(self._sorted, (prefix, -1)), bisect_left(self._sorted, (prefix + b"\xff" * 99, -1))
+        following = [part[len(prefix)] if part != prefix else ENDED for part, _ in self._sorted[low:high]]
+        found = torch.tensor([id for _, id in self._sorted[low:high]]), torch.tensor(following)
+        if following:  # what no token begins with has no end
+            self._known[prefix] = found
+        return found
 
     def states(self, ids: list[int], start: int) -> dict[int, State]:
         """By byte, the state of a model that reads these tokens, which begin at byte `start`, after the first of them
@@ -80,10 +83,9 @@ class Spelling:
             ways = [*(ways if own else []), (position, b"")]
             found.setdefault(start, State(position, tuple(ways)))
             part = b"" if following is None else self.content[following]
+            done = (position, part)  # where the text's own token ends, what follows it has a way of its own
             for depth in range(1, len(part) + 1):
                 ways = [(at, prefix + part[depth - 1 : depth]) for at, prefix in ways]
-                # Where the text's own token ends, what follows it has a way of its own.
-                done = (position, part)
                 ways = [way for way in ways if len(self.after(way[1])[0]) > (way == done)]
                 if depth < len(part):
                     found[start + depth] = State(position, tuple(ways))
