@@ -1,6 +1,7 @@
 """A model read layer by layer: the same bytes in less memory, and on from where a killed run stopped."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from test_folder import make_model
 from shrew import folder, machine
 from shrew.errors import UnsupportedError
 from shrew.folder import paged
+from shrew.moves.context import Progress
 from shrew.moves.quantize import Quantize
 
 
@@ -115,9 +117,13 @@ def test_a_killed_run_goes_on(
     method: str, more: list[str], untied: Path, stories: Path, apply: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    told: list[int] = []
+
     def run(out: str) -> int:
         flags = ["--method", method, "--text", stories, *more, "--out", tmp_path / out]
-        return int(apply(untied, "quantize", *flags)[0])
+        code, said = apply(untied, "quantize", *flags)
+        told[:] = map(int, re.findall(r"quantize (\d+)/28 weights, \d+:\d\d left", said))
+        return int(code)
 
     made: list[int] = []
 
@@ -132,6 +138,7 @@ def test_a_killed_run_goes_on(
 
         return wrapped
 
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
     monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Quantize, "_round", counted(2))
@@ -144,6 +151,8 @@ def test_a_killed_run_goes_on(
         patch.setattr(Quantize, "_round", counted(-1))
         assert run("out") == 0
     assert before + sum(made) == 28
+    assert min(told) > before  # what was done already is not counted as done now
+    assert told == sorted(set(told))
     monkeypatch.setenv("SHREW_CACHE", str(tmp_path / "other"))
     assert run("whole") == 0
     same_files(tmp_path / "whole", tmp_path / "out")

@@ -9,7 +9,6 @@ The lesson is next-byte cross-entropy, and the original's own predictions of the
 """
 
 import dataclasses
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from shrew.errors import ShrewError, SpecError, UnsupportedError
 from shrew.folder import Loaded
 from shrew.folder.check import fetch
 from shrew.moves.anatomy import logits
-from shrew.moves.context import Context
+from shrew.moves.context import Context, Progress
 from shrew.moves.distil.marginals import END, Said, Spelling, State, byte_divergence
 from shrew.moves.distil.plan import Plan, rate
 from shrew.muon import optimizers
@@ -198,21 +197,16 @@ class Training:
 
     def run(self) -> None:
         """All steps that are still to be taken."""
-        move, say = self.move, self.context.say
-        first = self._resume()
+        move, first = self.move, self._resume()
         machine.set_seed(self.context.seed)
         self.model.train()
-        begun = spoken = time.monotonic()
+        progress = Progress(self.context.say, "byteify", move.steps, first)
         for step in range(first, move.steps):
             loss = self._step(step)
             if (step + 1) % KEEP == 0 and step + 1 < move.steps:
                 self._keep(step + 1)
-            now = time.monotonic()
-            if step + 1 == move.steps or now - spoken > 10:
-                spoken, left = now, round((now - begun) / (step + 1 - first) * (move.steps - step - 1))
-                part = "the local layers" if step < self.thawed else "all layers"
-                say(f"byteify {step + 1}/{move.steps}, {part}: loss {loss:.3f} nats a byte, "
-                    f"{left // 60}:{left % 60:02} left")  # fmt: skip
+            part = "the local layers" if step < self.thawed else "all layers"
+            progress(step + 1, f", {part}: loss {loss:.3f} nats a byte")
         self.model.eval()
 
     def _step(self, step: int) -> float:

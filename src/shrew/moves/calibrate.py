@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.moves.anatomy import find_layers, logits
+from shrew.moves.context import Progress
 
 RIDGE = 0.1  # of the mean diagonal: how strongly a correction is held back
 
@@ -191,18 +192,19 @@ class Stage:
 
 
 def stages(
-    loaded: Loaded, calibration: Sequence[np.ndarray], sequential: bool = True, say: Callable[[str], None] | None = None
-) -> Iterator[Stage]:
+    loaded: Loaded, calibration: Sequence[np.ndarray], sequential: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Stage]:  # fmt: skip
     """The parts of a model in order: what is outside the layers, each layer, an untied head.
 
     With `sequential` each part's inputs come from the parts before it as the caller left them, as in the paper of GPTQ,
     and there are corrections; else they come from the original. A model whose layers cannot be run one by one is one
     stage.
     """
-    flow = _trace(loaded, calibration)
+    flow = _trace(loaded, calibration, say)
     names = {name for name, _ in loaded.model.named_parameters()}
     if flow is None:
-        if calibration and say is not None:
+        if calibration:
             say("the layers of this model cannot be run one by one, so all are calibrated at once")
         yield Stage(names, hessians(loaded, calibration))
         return
@@ -277,7 +279,7 @@ class _Flow:
         return found
 
 
-def _trace(loaded: Loaded, calibration: Sequence[np.ndarray]) -> _Flow | None:
+def _trace(loaded: Loaded, calibration: Sequence[np.ndarray], say: Callable[[str], None]) -> _Flow | None:
     """None where layers do not each run once, each on the output of the one before."""
     if not calibration:
         return None
@@ -297,7 +299,8 @@ def _trace(loaded: Loaded, calibration: Sequence[np.ndarray]) -> _Flow | None:
         for name, module in outer.items():
             hooks.enter_context(module.register_forward_pre_hook(seen.note(name)))
         sums.watch(hooks, outer)
-        for sequence in calibration:
+        progress = Progress(say, "calibration: text", len(calibration))
+        for number, sequence in enumerate(calibration, 1):
             seen.start()
             logits(loaded, _ids(sequence))
             if not seen.chained or seen.order != list(range(len(layers))):
@@ -305,6 +308,8 @@ def _trace(loaded: Loaded, calibration: Sequence[np.ndarray]) -> _Flow | None:
             assert seen.first is not None
             flow.first.append(seen.first)
             flow.calls.append(seen.calls)
+            if number < len(calibration):
+                progress(number)
     flow.outside = sums.found(flow.names)
     flow.late = {flow.names[f"{name}.weight"] for name in seen.late if id(outer[name].weight) not in looked_up}
     return flow

@@ -1,5 +1,6 @@
 """What every move is given besides the model."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,3 +29,22 @@ class Context:
     say: Callable[[str], None]
     labels: np.ndarray | None = None
     work: Path | None = None
+
+
+class Progress:
+    """Says of long work how far it is, every few seconds and at its end, with the time that is left."""
+
+    EVERY = 10.0  # seconds
+
+    def __init__(self, say: Callable[[str], None], what: str, total: int, done: int = 0) -> None:
+        self.say, self.what, self.total, self.first = say, what, total, done
+        self.begun = self.spoken = time.monotonic()
+
+    def __call__(self, done: int, more: str = "") -> None:
+        """`done` of the total are done, at least one of them since the beginning."""
+        now = time.monotonic()
+        if done < self.total and now - self.spoken < self.EVERY:
+            return
+        self.spoken = now
+        left = round((now - self.begun) / (done - self.first) * (self.total - done))
+        self.say(f"{self.what} {done}/{self.total}{more}, {left // 60}:{left % 60:02} left")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,14 +17,12 @@ from shrew.folder.grids import Grid, Steps, Uniform, dequantize
 from shrew.folder.packed import Packed, to_rows
 from shrew.moves import grids, rate
 from shrew.moves.calibrate import Block, Stage, aliases, stages
+from shrew.moves.context import Context, Progress
 from shrew.moves.learned import learn
 from shrew.moves.low_rank import factors
 from shrew.moves.seams import fed
 from shrew.moves.work import finish, finished
 from shrew.spec import Meta, doc
-
-if TYPE_CHECKING:
-    from shrew.moves.context import Context
 
 GRIDS = (Uniform.kind, *TYPES)
 SMALLEST_ROW = 16
@@ -124,19 +122,24 @@ class Quantize:
             return loaded
         sequential = self.sequential and self.method != "weighted"
         nearby = (Stage({name}, {}) for name in targets)  # rounding to nearest looks at no text
+        progress, done = Progress(context.say, "quantize", len(targets)), 0
         for stage in nearby if self.method == "rtn" else stages(loaded, context.calibration, sequential, context.say):
             now = {name: target for name, target in targets.items() if name in stage.names}
             if not now:
                 continue
+            done += len(now)
             if made := finished(context.work, now):
                 for name, item in made.items():
                     loaded.keep(name, item)
+                progress.first = done  # it says nothing of how long the others take
                 continue
             exact = {name: loaded.weight(name).clone() for name in now} if self.method == "learned" else {}
             self._round(loaded, context, now, stage)
             if self.method == "learned" and stage.block is not None:
                 self._learn(loaded, context, now, stage.block, exact)
             finish(context.work, {name: loaded.packed[name] for name in now})
+            if done < len(targets):
+                progress(done, " weights")
         return loaded
 
     def _round_to_rate(self, loaded: Loaded, context: Context, targets: list[Target]) -> None:

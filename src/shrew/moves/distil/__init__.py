@@ -19,7 +19,7 @@ from shrew import folder, machine, objectives
 from shrew.blocks.model import ShrewForCausalLM
 from shrew.errors import ShrewError, SpecError, UnsupportedError
 from shrew.folder import Loaded
-from shrew.moves.context import Context
+from shrew.moves.context import Context, Progress
 from shrew.moves.distil import rationales
 from shrew.moves.distil.forward import Found, run, showing_attention
 from shrew.moves.distil.marginals import Said, Spelling, byte_divergence, retold
@@ -161,6 +161,7 @@ class Run:
             optimizer = torch.optim.AdamW(trained, lr=move.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
             loaded.model.train(isinstance(loaded.model, ShrewForCausalLM))  # no dropout for the others
             try:
+                progress = Progress(self.context.say, "distil", move.steps)
                 for step in range(move.steps):
                     optimizer.param_groups[0]["lr"] = move.lr * rate(step, move.steps)
                     loss = self._loss(step)
@@ -172,8 +173,7 @@ class Run:
                     optimizer.zero_grad(set_to_none=True)
                     for part in after:
                         part.after_step()
-                    if (step + 1) % 50 == 0 or step + 1 == move.steps:
-                        self.context.say(f"distil {step + 1}/{move.steps}: loss {loss.item():.3f}")
+                    progress(step + 1, f": loss {loss.item():.3f}")
             finally:
                 loaded.model.eval()
         self.weights.finish()
