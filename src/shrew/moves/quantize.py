@@ -146,7 +146,7 @@ class Quantize:
         if not context.calibration:
             raise DataError("a rate is met by what weights matter to text; give --text or --task.")
         transposed = {target.name: target.transposed for target in targets}
-        known = rate.sensitivities(loaded, context.calibration, transposed, context.seed)
+        known = rate.sensitivities(loaded, context.calibration, transposed, context.seed, context.say)
         items = []
         for target in targets:
             if target.name not in known:

@@ -26,6 +26,7 @@ from shrew.folder.packed import to_rows
 from shrew.moves import grids
 from shrew.moves.anatomy import logits
 from shrew.moves.calibrate import aliases
+from shrew.moves.context import Progress
 from shrew.moves.seams import Seam, mlp_seams, value_seams
 
 GRID = Product(8)
@@ -161,8 +162,9 @@ def _trainable(model: nn.Module, names: set[str]) -> Iterator[None]:
 
 
 def sensitivities(
-    loaded: Loaded, calibration: Sequence[np.ndarray], transposed: dict[str, bool], seed: int
-) -> dict[str, Sensitivity]:
+    loaded: Loaded, calibration: Sequence[np.ndarray], transposed: dict[str, bool], seed: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Sensitivity]:  # fmt: skip
     """By parameter name, for the names in `transposed`: the Fisher information of the model's own predictions on text.
 
     One pass forward and back, labels drawn from the predictions (so the loss's Hessian is what is measured, not how
@@ -180,8 +182,9 @@ def sensitivities(
                 other.discard(name)
         hooks.enter_context(_trainable(model, other))
         squares = {name: torch.zeros_like(model.get_parameter(name)) for name in other}
-        draws = DRAWS if loaded.is_classifier else 1
-        for sequence in [sequence for sequence in calibration for _ in range(draws)]:
+        asked = [sequence for sequence in calibration for _ in range(DRAWS if loaded.is_classifier else 1)]
+        progress = Progress(say, "calibration: text", len(asked))
+        for number, sequence in enumerate(asked, 1):
             found = logits(loaded, torch.from_numpy(np.asarray(sequence, np.int64))[None]).float().flatten(0, -2)
             labels = torch.multinomial(found.detach().softmax(-1), 1, generator=draw)[:, 0]
             F.cross_entropy(found, labels, reduction="sum").backward()
@@ -191,6 +194,8 @@ def sensitivities(
                 if parameter.grad is not None:
                     total += parameter.grad.square()
                     parameter.grad = None
+            if number < len(asked):
+                progress(number)
     seen = {name: uses.found(name) for name in transposed if name not in other}
     seen |= {name: _diagonal(to_rows(total, transposed[name]) / max(uses.predictions, 1))
              for name, total in squares.items()}  # fmt: skip
