@@ -3,10 +3,10 @@
     python benchmarks/byteify.py --records results/records.jsonl
 
 Arms, all of one shape, cut by the same entropies, with the same optimizer on the same windows in the same order:
-`byteify` as the move does it; `untaught`, the copied layers without the original's predictions; `scratch`, every weight
-new and all of them trained from the first step at the full rate. Each takes as many steps as the FLOPs of `byteify`
-pay for, which include the original's forward passes and the model of the entropies; a layer that is frozen saves the
-products of its weights' gradients. What training the original cost is in none of them. Bits per byte are of the
+`byteify` as the move does it; `taught`, half of whose loss are the original's predictions; `scratch`, every weight new
+and all of them trained from the first step at the full rate. Each takes as many steps as the FLOPs of `byteify` pay
+for, the original's forward passes and the model of the entropies included; a layer that is frozen saves the products of
+its weights' gradients. What training the original cost is in none of them. Bits per byte are of the
 starter's evaluation texts; intervals are of joint resamples of documents, of these trained models.
 
 An arm that is done is kept in --work, and one that was interrupted goes on from its last checkpoint.
@@ -59,8 +59,8 @@ class Arm:
 
 ARMS = {
     "byteify": Arm(True, {}),
-    "untaught": Arm(True, {"teacher": 0.0}),
-    "scratch": Arm(False, {"teacher": 0.0, "frozen": 0.0, "slow": 1.0}),
+    "taught": Arm(True, {"teacher": 0.5}),
+    "scratch": Arm(False, {"frozen": 0.0, "slow": 1.0}),
 }
 
 

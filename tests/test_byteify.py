@@ -25,7 +25,7 @@ from shrew.moves.distil.marginals import END, Said, Spelling, byte_divergence, m
 from shrew.moves.quantize import Quantize
 from shrew.tasks.text import Text
 
-SMALL: dict[str, Any] = {"size": 3.0, "width": 16, "decoder": 1, "window": 16, "rows": 2}
+SMALL: dict[str, Any] = {"size": 3.0, "width": 16, "decoder": 1, "window": 16, "rows": 2, "teacher": 0.5}
 ORIGINALS: dict[str, Callable[[], Loaded]] = {
     "bytes": lambda: tiny(byte_tokenizer(290, TEXT), num_hidden_layers=2),
     "pieces": lambda: tiny(piece_tokenizer()),
@@ -109,12 +109,12 @@ def test_a_folder_that_measures_writes_and_shows_its_patches(
     trained_llama_folder: Path, stories: Path, apply: Callable[..., tuple[int, str]], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The original knows these stories; what it knows, and its layers, make the lesson of the bytes."""
+    """The original knows these stories; what it knows, and its layers, are all of this lesson."""
     bits = {}
     texts = [json.loads(line)["text"] for line in stories.read_text().splitlines()[-12:]]
     task = Text(splits={"final": [Document(str(number), text) for number, text in enumerate(texts)]})
     for steps in (1, 60):
-        asked = {**SMALL, "rows": 4, "lr": 1e-2, "steps": steps, "out": tmp_path / str(steps)}
+        asked = {**SMALL, "rows": 4, "lr": 1e-2, "teacher": 1.0, "steps": steps, "out": tmp_path / str(steps)}
         flags = [part for name, value in asked.items() for part in (f"--{name}", value)]
         code, said = apply(trained_llama_folder, "byteify", "--text", stories, *flags)
         assert code == 0, said

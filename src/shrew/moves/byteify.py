@@ -4,8 +4,8 @@ A patch stands where a token stood: what the layers knew of sequences of pieces 
 local encoder gives them vectors that they can read, and a local decoder reads theirs (Pagnoni et al. 2024, section
 6.2). So the local layers are trained first, with those of the model frozen, then all, the old ones slowly.
 
-The lesson is next-byte cross-entropy, and the original's own predictions of the next byte, summed up over its tokens
-(`distil/marginals.py`).
+The lesson is next-byte cross-entropy and, if asked for, the original's own predictions of the next byte, summed up over
+its tokens (`distil/marginals.py`). They cost its forward passes, and in short trainings those steps are worth more.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Byteify:
     rows: Annotated[int, Meta(ge=1)] = doc("windows of text in a step", 4)
     lr: Annotated[float, Meta(gt=0)] = doc("peak learning rate (Muon and AdamW, 10 % warm-up, linear to zero)", 4e-3)
     slow: Annotated[float, Meta(ge=0, le=1)] = doc("share of it that the layers on patches learn at", 0.1)
-    teacher: Annotated[float, Meta(ge=0, le=1)] = doc("weight of the original; the rest is next-byte loss", 0.5)
+    teacher: Annotated[float, Meta(ge=0, le=1)] = doc("share of the loss that are the original's predictions", 0.0)
 
     def apply(self, loaded: Loaded, context: Context) -> Loaded:
         """Raises UnsupportedError for a model that our blocks cannot say, whose tokens do not spell bytes or which
