@@ -17,6 +17,7 @@ from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.mlp import MlpSpec
 from shrew.blocks.model import ModelSpec, build
 from shrew.folder import Loaded
+from shrew.moves.context import Context
 from shrew.moves.quantize import Quantize
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +87,8 @@ def test_four_bits_are_what_quantize_stores(tied: bool, tiny_tokenizer: Any, tmp
     item = replace(MIXED, tied=tied)
     loaded = Loaded(build(item), tiny_tokenizer, dtype=torch.bfloat16)
     move = Quantize(bits=describe.BITS, group=describe.GROUP, method="rtn", embeddings=True)
-    folder.save(move.apply(loaded, SimpleNamespace(work=None)), tmp_path / "out")
+    context = Context([], [], None, 0, tmp_path / "cache", lambda text: None)
+    folder.save(move.apply(loaded, context), tmp_path / "out")
     stored = {entry.name: entry.bytes for entry in folder.tensors(tmp_path / "out")}
     assert describe.describe(item)["bytes"]["int4"] == sum(stored.values())
 
