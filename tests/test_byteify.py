@@ -53,6 +53,7 @@ def test_the_next_byte_is_the_sum_over_the_tokens_that_agree(kind: str) -> None:
     states = spelling.states(row, 0)
     assert len(states) >= 500
     assert max(len(state.ways) for state in states.values()) > 1
+    assert max(len(prefix) for state in states.values() for _, prefix in state.ways) > 2
     found, possible = marginals(Said(logs, row, spelling), list(states.values()))
     found = found.masked_fill(~possible, -torch.inf)
     for place, at in enumerate(states):

@@ -160,6 +160,8 @@ def test_byte_marginals_are_exact_sums(loss: str) -> None:
     for at in places:
         a, b = covered(q, ids, one, at)[:OUTCOMES], covered(p, told[0], two, at)[:OUTCOMES]
         both = (a > 0) & (b > 0)
+        if not own[at].ways[-1][1] and not others[at].ways[-1][1]:
+            assert int(both.sum()) == int((a > 0).sum()) == int((b > 0).sum())  # nothing is left out where both begin
         left, right = (part[both][None] / part[both].sum() for part in (a, b))
         slow = slow + by_definition(left, right, loss, 0.1) * b[both].sum()
     same(mine, slow, logits, 1e-4)

@@ -299,7 +299,7 @@ def _trace(loaded: Loaded, calibration: Sequence[np.ndarray], say: Callable[[str
         for name, module in outer.items():
             hooks.enter_context(module.register_forward_pre_hook(seen.note(name)))
         sums.watch(hooks, outer)
-        progress = Progress(say, "calibration: text", len(calibration))
+        progress = Progress(say, "calibration: text", len(calibration), ending=False)
         for number, sequence in enumerate(calibration, 1):
             seen.start()
             logits(loaded, _ids(sequence))
@@ -308,8 +308,7 @@ def _trace(loaded: Loaded, calibration: Sequence[np.ndarray], say: Callable[[str
             assert seen.first is not None
             flow.first.append(seen.first)
             flow.calls.append(seen.calls)
-            if number < len(calibration):
-                progress(number)
+            progress(number)
     flow.outside = sums.found(flow.names)
     flow.late = {flow.names[f"{name}.weight"] for name in seen.late if id(outer[name].weight) not in looked_up}
     return flow

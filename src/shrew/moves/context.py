@@ -32,18 +32,19 @@ class Context:
 
 
 class Progress:
-    """Says of long work how far it is, every few seconds and at its end, with the time that is left."""
+    """Says of long work how far it is, every few seconds and, if `ending`, when it is done, with the time left."""
 
     EVERY = 10.0  # seconds
 
-    def __init__(self, say: Callable[[str], None], what: str, total: int, done: int = 0) -> None:
-        self.say, self.what, self.total, self.first = say, what, total, done
+    def __init__(self, say: Callable[[str], None], what: str, total: int, done: int = 0, ending: bool = True) -> None:
+        self.say, self.what, self.total, self.first, self.ending = say, what, total, done, ending
         self.begun = self.spoken = time.monotonic()
 
     def __call__(self, done: int, more: str = "") -> None:
         """`done` of the total are done, at least one of them since the beginning."""
         now = time.monotonic()
-        if done < self.total and now - self.spoken < self.EVERY:
+        quiet = not self.ending if done == self.total else now - self.spoken < self.EVERY
+        if quiet:
             return
         self.spoken = now
         left = round((now - self.begun) / (done - self.first) * (self.total - done))

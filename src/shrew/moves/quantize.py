@@ -122,7 +122,7 @@ class Quantize:
             return loaded
         sequential = self.sequential and self.method != "weighted"
         nearby = (Stage({name}, {}) for name in targets)  # rounding to nearest looks at no text
-        progress, done = Progress(context.say, "quantize", len(targets)), 0
+        progress, done = Progress(context.say, "quantize", len(targets), ending=False), 0
         for stage in nearby if self.method == "rtn" else stages(loaded, context.calibration, sequential, context.say):
             now = {name: target for name, target in targets.items() if name in stage.names}
             if not now:
@@ -138,8 +138,7 @@ class Quantize:
             if self.method == "learned" and stage.block is not None:
                 self._learn(loaded, context, now, stage.block, exact)
             finish(context.work, {name: loaded.packed[name] for name in now})
-            if done < len(targets):
-                progress(done, " weights")
+            progress(done, " weights")
         return loaded
 
     def _round_to_rate(self, loaded: Loaded, context: Context, targets: list[Target]) -> None:

@@ -183,7 +183,7 @@ def sensitivities(
         hooks.enter_context(_trainable(model, other))
         squares = {name: torch.zeros_like(model.get_parameter(name)) for name in other}
         asked = [sequence for sequence in calibration for _ in range(DRAWS if loaded.is_classifier else 1)]
-        progress = Progress(say, "calibration: text", len(asked))
+        progress = Progress(say, "calibration: text", len(asked), ending=False)
         for number, sequence in enumerate(asked, 1):
             found = logits(loaded, torch.from_numpy(np.asarray(sequence, np.int64))[None]).float().flatten(0, -2)
             labels = torch.multinomial(found.detach().softmax(-1), 1, generator=draw)[:, 0]
@@ -194,8 +194,7 @@ def sensitivities(
                 if parameter.grad is not None:
                     total += parameter.grad.square()
                     parameter.grad = None
-            if number < len(asked):
-                progress(number)
+            progress(number)
     seen = {name: uses.found(name) for name in transposed if name not in other}
     seen |= {name: _diagonal(to_rows(total, transposed[name]) / max(uses.predictions, 1))
              for name, total in squares.items()}  # fmt: skip
