@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -557,7 +558,7 @@ def describe(line: dict[str, Any], steps: int, left: float) -> str:
     return (
         f"step {line['step'] + 1}/{steps}  loss {line['loss']:.3f}{held}  "
         f"{line['tokens_per_cpu_second']:,.0f} tokens/CPU-s  MFU {line['mfu']:.2f}  "
-        f"{int(left // 3600)}:{int(left % 3600 // 60):02}:{int(left % 60):02} left"
+        f"{timedelta(seconds=round(left))} left"
     )
 
 

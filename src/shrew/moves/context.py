@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -47,5 +48,5 @@ class Progress:
         if quiet:
             return
         self.spoken = now
-        left = round((now - self.begun) / (done - self.first) * (self.total - done))
-        self.say(f"{self.what} {done}/{self.total}{more}, {left // 60}:{left % 60:02} left")
+        left = timedelta(seconds=round((now - self.begun) / (done - self.first) * (self.total - done)))
+        self.say(f"{self.what} {done}/{self.total}{more}, {left} left")
