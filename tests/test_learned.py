@@ -1,6 +1,7 @@
 """Calibration layer by layer, and rounding that is learned from what a whole layer gives."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_folder import ZOO, logits, make_model, make_tokenizer
 from test_quantize_blocks import BLOCKS, make
+from torch import nn
 
 from shrew import folder
 from shrew.folder import Loaded, Packed, Uniform
@@ -89,6 +91,44 @@ def test_a_correction_is_the_regression_on_todays_inputs(context: Any) -> None:
     weight = reference.model.get_parameter(name + ".weight").detach().double()
     error = (now @ (weight @ wanted).T - before @ weight.T).square().sum()
     assert error < 0.9 * ((now - before) @ weight.T).square().sum()
+
+
+class Handing(nn.Module):
+    """A model whose second layer is also called with something of what the first gave."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, hidden: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+            return hidden + self.proj(hidden * more).relu()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_hidden_layers=2)
+        self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+        self.layers = nn.ModuleList(self.Layer() for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        x = self.embed(input_ids)
+        more = torch.ones(())
+        for layer in self.layers:
+            x = layer(x, more)
+            more = x.square().mean()
+        return SimpleNamespace(logits=self.head(x))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_what_a_layer_is_called_with_may_hang_on_the_one_before(sequential: bool) -> None:
+    loaded: Any = SimpleNamespace(model=Handing(), is_classifier=False)
+    text = [np.arange(number, number + 6) for number in range(5)]
+    wanted, found = hessians(loaded, text), {}
+    for stage in stages(loaded, text, sequential):
+        found |= stage.statistics
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value)
 
 
 def test_layers_that_run_twice_are_calibrated_at_once(context: Any, said: list[str]) -> None:

@@ -4,8 +4,8 @@
 weights; what the next part sees is computed with the changed ones. Only one layer's statistics are held at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.moves.anatomy import find_layers, logits
 from shrew.moves.context import Progress
+from shrew.moves.replay import replaced
 
 RIDGE = 0.1  # of the mean diagonal: how strongly a correction is held back
 
@@ -193,93 +194,139 @@ class Stage:
 
 def stages(
     loaded: Loaded, calibration: Sequence[np.ndarray], sequential: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None, only: Collection[str] | None = None,
 ) -> Iterator[Stage]:  # fmt: skip
     """The parts of a model in order: what is outside the layers, each layer, an untied head.
 
     With `sequential` each part's inputs come from the parts before it as the caller left them, as in the paper of GPTQ,
     and there are corrections; else they come from the original. A model whose layers cannot be run one by one is one
-    stage.
+    stage. `only`: the parameters that the caller asks about, by default all; outside the layers other ones may be
+    without statistics, which saves passes over the text.
     """
-    flow = _trace(loaded, calibration, say)
     names = {name for name, _ in loaded.model.named_parameters()}
+    flow = _trace(loaded, calibration, sequential, names if only is None else set(only), say)
     if flow is None:
         if calibration:
             say("the layers of this model cannot be run one by one, so all are calibrated at once")
         yield Stage(names, hessians(loaded, calibration))
         return
     inside = {name for name in names if name.startswith(flow.path + ".")}
-    late = {name for name in flow.late if name not in inside}
+    late = {flow.names[f"{name}.weight"] for name in flow.late} - flow.tied - inside
     early = names - inside - late
     yield Stage(early, {name: value for name, value in flow.outside.items() if name in early})
     # Embeddings as they now are belong to the reference: making up for their errors would shrink every layer's weights.
     original = flow.starts() if sequential else flow.first
-    current = original
+    current = list(original)
+    ends = sequential and not late.isdisjoint(flow.only)  # else nobody asks what comes out of the last layer
     for number, layer in enumerate(flow.layers):
         prefix = f"{flow.path}.{number}."
-        block = Block(layer, prefix, [calls[number] for calls in flow.calls], current, [])
-        sums, found = Sums(), []
+        block = Block(layer, prefix, [calls[number] for calls in flow.calls], current, original)
+        sums = Sums()
         with torch.no_grad():
             for at, value in enumerate(current):
                 if sequential:
                     sums.before.clear()
                     with ExitStack() as hooks:
                         sums.watch(hooks, {prefix[:-1]: layer}, remember=True)
-                        block.wanted.append(block.run(at, original[at]))
+                        original[at] = block.run(at, original[at])
                 with ExitStack() as hooks:
                     sums.watch(hooks, {prefix[:-1]: layer})
-                    found.append(block.run(at, value))
+                    found = block.run(at, value)
+                if not sequential:
+                    original[at] = found
         sums.before.clear()
-        block.wanted = block.wanted or found
         mine = {name for name in inside if name.startswith(prefix)}
         yield Stage(mine, sums.found(flow.names), sums.corrections(flow.names), block)
-        original = block.wanted
-        if number + 1 == len(flow.layers):
+        if number + 1 == len(flow.layers) and not ends:
             break
         with torch.no_grad():
-            current = [block.run(at, value) for at, value in enumerate(current)] if sequential else found
+            for at, value in enumerate(current):
+                current[at] = block.run(at, value) if sequential else original[at]
     if late:
-        known = hessians(loaded, calibration) if sequential else flow.outside
+        known = flow.ends(current) if ends else {} if sequential else flow.outside
         yield Stage(late, {name: value for name, value in known.items() if name in late})
 
 
 class _Stop(Exception):
-    """Ends a forward pass before the first layer."""
+    """Ends a forward pass of which the rest is not needed."""
+
+
+def _stop(*_: Any, **__: Any) -> None:
+    raise _Stop
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with besides its input
 
 
 @dataclass
 class _Flow:
     """One pass of the calibration text: what went into the first layer, what else each layer was called with, and the
-    statistics outside the layers."""
+    statistics outside the layers. `late`: the matrices behind the layers, `tied`: those which are embeddings as well;
+    `passing`: what each layer would be if it handed its input on."""
 
     loaded: Loaded
     path: str
     layers: nn.ModuleList
     names: dict[str, str]
     calibration: Sequence[np.ndarray]
+    only: set[str]
+    late: dict[str, nn.Module] = field(default_factory=dict)
+    tied: set[str] = field(default_factory=set)
+    passing: list[Callable[..., Any]] = field(default_factory=list)
     first: list[Tensor] = field(default_factory=list)
-    calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
     outside: dict[str, Tensor] = field(default_factory=dict)
-    late: set[str] = field(default_factory=set)
 
     def starts(self) -> list[Tensor]:
         """What goes into the first layer now."""
         found: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found.append(args[0] if args else named["hidden_states"])
+            found.append(_hidden(args, named))
             raise _Stop
 
         with self.layers[0].register_forward_pre_hook(hook, with_kwargs=True), torch.no_grad():
             for sequence in self.calibration:
-                try:
+                with suppress(_Stop):
                     logits(self.loaded, _ids(sequence))
-                except _Stop:
-                    continue
         return found
 
+    def ends(self, hidden: list[Tensor]) -> dict[str, Tensor]:
+        """Statistics behind the layers where the last one gives `hidden` [sequence]."""
+        sums, given = Sums(), iter(hidden)
+        *passing, last = self.passing
+        with ExitStack() as hooks, torch.no_grad():
+            sums.watch(hooks, self.late)
+            hooks.enter_context(replaced(self.layers, [*passing, lambda *_, **__: last(next(given))]))
+            for sequence in self.calibration:
+                logits(self.loaded, _ids(sequence))
+        return sums.found(self.names)
 
-def _trace(loaded: Loaded, calibration: Sequence[np.ndarray], say: Callable[[str], None]) -> _Flow | None:
+
+def _hidden(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The input of a layer among what it is called with."""
+    return args[0] if args else named.get("hidden_states")
+
+
+def _passing(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+    """A layer's forward pass that hands its input on, and behind it what such a layer gives besides."""
+
+    def forward(*args: Any, **named: Any) -> Any:
+        hidden = _hidden(args, named)
+        return hidden if rest is None else (hidden, *rest)
+
+    return forward
+
+
+def outside(model: Any, path: str) -> dict[str, nn.Module]:
+    """The matrices outside the layers, which are at `path`."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and not name.startswith(path + ".")}  # fmt: skip
+
+
+def _trace(
+    loaded: Loaded, calibration: Sequence[np.ndarray], sequential: bool, only: set[str], say: Callable[[str], None]
+) -> _Flow | None:
     """None where layers do not each run once, each on the output of the one before."""
     if not calibration:
         return None
@@ -287,67 +334,96 @@ def _trace(loaded: Loaded, calibration: Sequence[np.ndarray], say: Callable[[str
         path, layers = find_layers(loaded.model)
     except UnsupportedError:
         return None
-    flow = _Flow(loaded, path, layers, aliases(loaded.model), calibration)
-    outer = {name: module for name, module in loaded.model.named_modules()
-             if isinstance(module, (nn.Linear, Conv1D)) and not name.startswith(path + ".")}  # fmt: skip
-    looked_up = {id(part.weight) for part in loaded.model.modules() if isinstance(part, nn.Embedding)}
-    sums, seen = Sums(), _Seen()
+    flow, seen = _Flow(loaded, path, layers, aliases(loaded.model), calibration, only), _Seen(path, layers)
     with ExitStack() as hooks, torch.no_grad():
-        for number, layer in enumerate(layers):
-            hooks.enter_context(layer.register_forward_pre_hook(seen.enter(number), with_kwargs=True))
-            hooks.enter_context(layer.register_forward_hook(seen.leave))
-        for name, module in outer.items():
-            hooks.enter_context(module.register_forward_pre_hook(seen.note(name)))
+        if not seen.run(loaded, calibration[0]):
+            return None
+        flow.passing, calls = seen.passing, seen.calls
+        looked_up = {id(part.weight) for part in loaded.model.modules() if isinstance(part, nn.Embedding)}
+        outer = outside(loaded.model, path)
+        flow.late = {name: module for name, module in outer.items() if name in seen.late}
+        flow.tied = {flow.names[f"{name}.weight"] for name, part in flow.late.items() if id(part.weight) in looked_up}
+        # Layer after layer, all that is asked here is what each is called with besides its input, which seldom hangs on
+        # what layers before it gave.
+        brief = sequential and flow.tied.isdisjoint(only)
+        if brief:
+            hooks.enter_context(replaced(layers, [*flow.passing[:-1], _stop]))
+            brief = seen.run(loaded, calibration[0]) and _alike(seen.calls, calls)
+        if not brief:
+            hooks.close()
+        sums = Sums()
         sums.watch(hooks, outer)
         progress = Progress(say, "calibration: text", len(calibration), ending=False)
         for number, sequence in enumerate(calibration, 1):
-            seen.start()
-            logits(loaded, _ids(sequence))
-            if not seen.chained or seen.order != list(range(len(layers))):
+            if not seen.run(loaded, sequence):
                 return None
-            assert seen.first is not None
-            flow.first.append(seen.first)
+            if not sequential:
+                assert seen.first is not None
+                flow.first.append(seen.first)
             flow.calls.append(seen.calls)
             progress(number)
     flow.outside = sums.found(flow.names)
-    flow.late = {flow.names[f"{name}.weight"] for name in seen.late if id(outer[name].weight) not in looked_up}
     return flow
 
 
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two calls are the same as far as anybody can tell: of other things than tensors the kind."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(item, other[key]) for key, item in one.items())
+    return type(one) is type(other)
+
+
 class _Seen:
-    """Hooks that note how the layers of a model are called in one pass."""
+    """How the layers of a model are called in one pass, and which other modules come behind them."""
 
-    def __init__(self) -> None:
-        self.late: set[str] = set()
-        self.start()
+    def __init__(self, path: str, layers: nn.ModuleList) -> None:
+        self.path, self.layers = path, layers
 
-    def start(self) -> None:
+    def run(self, loaded: Loaded, sequence: np.ndarray) -> bool:
+        """Whether each layer ran once, on the output of the one before."""
         self.order: list[int] = []
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Call] = []
+        self.passing: list[Callable[..., Any]] = []
+        self.late: set[str] = set()
         self.first: Tensor | None = None
-        self.chained = True
         self._out: Any = None
+        self._chained = True
+        with ExitStack() as hooks:
+            for number, layer in enumerate(self.layers):
+                hooks.enter_context(layer.register_forward_pre_hook(self._enter(number), with_kwargs=True))
+                hooks.enter_context(layer.register_forward_hook(self._leave))
+            for name, module in outside(loaded.model, self.path).items():
+                hooks.enter_context(module.register_forward_pre_hook(self._note(name)))
+            with suppress(_Stop):
+                logits(loaded, _ids(sequence))
+        return self._chained and self.order == list(range(len(self.layers)))
 
-    def enter(self, number: int) -> Callable[..., None]:
+    def _enter(self, number: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            hidden = args[0] if args else named.get("hidden_states")
+            hidden = _hidden(args, named)
             if not isinstance(hidden, Tensor):
-                self.chained = False
+                self._chained = False
                 return
             if self.first is None:
                 self.first = hidden.detach().clone()
             elif hidden is not self._out:
-                self.chained = False
+                self._chained = False
             self.order.append(number)
             rest = tuple(None if isinstance(item, Cache) else item for item in args[1:])
-            self.calls.append((rest, {key: None if isinstance(item, Cache) else item for key, item in named.items()}))
+            kept = {key: None if isinstance(item, Cache) or item is hidden else item for key, item in named.items()}
+            self.calls.append((rest, kept))
 
         return hook
 
-    def leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        self._out = output[0] if isinstance(output, tuple) else output
+    def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._out, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        self.passing.append(_passing(rest))
 
-    def note(self, name: str) -> Callable[..., None]:
+    def _note(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             if self.order:
                 self.late.add(name)

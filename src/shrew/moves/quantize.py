@@ -123,7 +123,8 @@ class Quantize:
         sequential = self.sequential and self.method != "weighted"
         nearby = (Stage({name}, {}) for name in targets)  # rounding to nearest looks at no text
         progress, done = Progress(context.say, "quantize", len(targets), ending=False), 0
-        for stage in nearby if self.method == "rtn" else stages(loaded, context.calibration, sequential, context.say):
+        walk = stages(loaded, context.calibration, sequential, context.say, targets)
+        for stage in nearby if self.method == "rtn" else walk:
             now = {name: target for name, target in targets.items() if name in stage.names}
             if not now:
                 continue

@@ -1,6 +1,7 @@
 """Forward passes from the first layer that has changed: what the layers before it gave is kept, not computed again."""
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -31,13 +32,20 @@ class Replay:
             self.whole = logits(loaded, ids)
 
     def logits(self, first: int) -> Tensor:
-        with ExitStack() as changed:
-            for layer, given in zip(self.layers[:first], self.given, strict=False):
-                own = {"forward": layer.forward} if "forward" in vars(layer) else {}
-                changed.callback(vars(layer).update, own)
-                changed.callback(vars(layer).pop, "forward")
-                vars(layer)["forward"] = lambda *_, given=given, **__: given[0]
+        with replaced(self.layers[:first], (lambda *_, given=given, **__: given[0] for given in self.given)):
             return logits(self.loaded, self.ids)
+
+
+@contextmanager
+def replaced(layers: Iterable[nn.Module], forwards: Iterable[Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block these layers run these functions in place of their own forward passes; their hooks stay."""
+    with ExitStack() as changed:
+        for layer, forward in zip(layers, forwards, strict=False):
+            own = {"forward": layer.forward} if "forward" in vars(layer) else {}
+            changed.callback(vars(layer).update, own)
+            changed.callback(vars(layer).pop, "forward")
+            vars(layer)["forward"] = forward
+        yield
 
 
 @torch.inference_mode()
