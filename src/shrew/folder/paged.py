@@ -66,7 +66,7 @@ class Paged(Loaded):
         return read_tensor(self.entries[name], name)
 
     def _enter(self, layer: nn.Module, _: Any) -> None:
-        if self._resident is not layer and "forward" not in vars(layer):  # else something stands in for it
+        if self._resident is not layer and "forward" not in vars(layer):  # else another function runs in its place
             self._leave()
             self._resident = layer
             for module in layer.modules():

@@ -4,7 +4,7 @@
 weights; what the next part sees is computed with the changed ones. Only one layer's statistics are held at a time.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -200,8 +200,9 @@ def stages(
 
     With `sequential` each part's inputs come from the parts before it as the caller left them, as in the paper of GPTQ,
     and there are corrections; else they come from the original. A model whose layers cannot be run one by one is one
-    stage. `only`: the parameters that the caller asks about, by default all; outside the layers other ones may be
-    without statistics, which saves passes over the text.
+    stage. `only`: the parameters that the caller asks about, by default all. Where no head is among them, `sequential`
+    saves the first and the last pass over the text, and heads have no statistics. A stage's block holds what it says
+    until the next stage is asked for.
     """
     names = {name for name, _ in loaded.model.named_parameters()}
     flow = _trace(loaded, calibration, sequential, names if only is None else set(only), say)
@@ -211,13 +212,12 @@ def stages(
         yield Stage(names, hessians(loaded, calibration))
         return
     inside = {name for name in names if name.startswith(flow.path + ".")}
-    late = {flow.names[f"{name}.weight"] for name in flow.late} - flow.tied - inside
+    late = flow.late - flow.tied - inside
     early = names - inside - late
     yield Stage(early, {name: value for name, value in flow.outside.items() if name in early})
     # Embeddings as they now are belong to the reference: making up for their errors would shrink every layer's weights.
     original = flow.starts() if sequential else flow.first
     current = list(original)
-    ends = sequential and not late.isdisjoint(flow.only)  # else nobody asks what comes out of the last layer
     for number, layer in enumerate(flow.layers):
         prefix = f"{flow.path}.{number}."
         block = Block(layer, prefix, [calls[number] for calls in flow.calls], current, original)
@@ -237,13 +237,15 @@ def stages(
         sums.before.clear()
         mine = {name for name in inside if name.startswith(prefix)}
         yield Stage(mine, sums.found(flow.names), sums.corrections(flow.names), block)
-        if number + 1 == len(flow.layers) and not ends:
+        if number + 1 == len(flow.layers):
             break
         with torch.no_grad():
             for at, value in enumerate(current):
                 current[at] = block.run(at, value) if sequential else original[at]
     if late:
-        known = flow.ends(current) if ends else {} if sequential else flow.outside
+        known = flow.outside
+        if sequential:
+            known = {} if late.isdisjoint(flow.only) else hessians(loaded, calibration)
         yield Stage(late, {name: value for name, value in known.items() if name in late})
 
 
@@ -261,8 +263,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with bes
 @dataclass
 class _Flow:
     """One pass of the calibration text: what went into the first layer, what else each layer was called with, and the
-    statistics outside the layers. `late`: the matrices behind the layers, `tied`: those which are embeddings as well;
-    `passing`: what each layer would be if it handed its input on."""
+    statistics outside the layers. `late`: the parameters of matrices behind layers, `tied`: those of them which are
+    embeddings as well. In turn (`sequential`) `first` stays empty, and `outside` may know nothing of `late`."""
 
     loaded: Loaded
     path: str
@@ -270,9 +272,8 @@ class _Flow:
     names: dict[str, str]
     calibration: Sequence[np.ndarray]
     only: set[str]
-    late: dict[str, nn.Module] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
     tied: set[str] = field(default_factory=set)
-    passing: list[Callable[..., Any]] = field(default_factory=list)
     first: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     outside: dict[str, Tensor] = field(default_factory=dict)
@@ -291,29 +292,18 @@ class _Flow:
                     logits(self.loaded, _ids(sequence))
         return found
 
-    def ends(self, hidden: list[Tensor]) -> dict[str, Tensor]:
-        """Statistics behind the layers where the last one gives `hidden` [sequence]."""
-        sums, given = Sums(), iter(hidden)
-        *passing, last = self.passing
-        with ExitStack() as hooks, torch.no_grad():
-            sums.watch(hooks, self.late)
-            hooks.enter_context(replaced(self.layers, [*passing, lambda *_, **__: last(next(given))]))
-            for sequence in self.calibration:
-                logits(self.loaded, _ids(sequence))
-        return sums.found(self.names)
-
 
 def _hidden(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """The input of a layer among what it is called with."""
     return args[0] if args else named.get("hidden_states")
 
 
-def _passing(rest: tuple[Any, ...] | None) -> Callable[..., Any]:
-    """A layer's forward pass that hands its input on, and behind it what such a layer gives besides."""
+def _passing(more: int | None) -> Callable[..., Any]:
+    """A layer's forward pass that hands its input on; where `more` is given, in a tuple with so many None behind it."""
 
     def forward(*args: Any, **named: Any) -> Any:
         hidden = _hidden(args, named)
-        return hidden if rest is None else (hidden, *rest)
+        return hidden if more is None else (hidden, *[None] * more)
 
     return forward
 
@@ -338,19 +328,21 @@ def _trace(
     with ExitStack() as hooks, torch.no_grad():
         if not seen.run(loaded, calibration[0]):
             return None
-        flow.passing, calls = seen.passing, seen.calls
-        looked_up = {id(part.weight) for part in loaded.model.modules() if isinstance(part, nn.Embedding)}
+        calls, late, passing = seen.calls, seen.late, seen.passing
         outer = outside(loaded.model, path)
-        flow.late = {name: module for name, module in outer.items() if name in seen.late}
-        flow.tied = {flow.names[f"{name}.weight"] for name, part in flow.late.items() if id(part.weight) in looked_up}
+        looked_up = {id(part.weight) for part in loaded.model.modules() if isinstance(part, nn.Embedding)}
+        flow.late = {flow.names[f"{name}.weight"] for name in late}
+        flow.tied = {flow.names[f"{name}.weight"] for name in late if id(outer[name].weight) in looked_up}
         # Layer after layer, all that is asked here is what each is called with besides its input, which seldom hangs on
-        # what layers before it gave.
-        brief = sequential and flow.tied.isdisjoint(only)
-        if brief:
-            hooks.enter_context(replaced(layers, [*flow.passing[:-1], _stop]))
-            brief = seen.run(loaded, calibration[0]) and _alike(seen.calls, calls)
-        if not brief:
-            hooks.close()
+        # what layers before it gave: then they need not run.
+        if sequential and seen.alone and flow.tied.isdisjoint(only):
+            hooks.enter_context(replaced(layers, [*passing[:-1], _stop]))
+            try:
+                brief = seen.run(loaded, calibration[0]) and _alike(seen.calls, calls)
+            except (RuntimeError, LookupError, TypeError, AttributeError, ValueError):
+                brief = False  # what stands between layers wanted what a layer leaves
+            if not brief:
+                hooks.close()
         sums = Sums()
         sums.watch(hooks, outer)
         progress = Progress(say, "calibration: text", len(calibration), ending=False)
@@ -367,14 +359,16 @@ def _trace(
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two calls are the same as far as anybody can tell: of other things than tensors the kind."""
+    """Whether two calls are the same as far as anybody can tell: of objects without values that can be compared the
+    kind."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_alike(item, other[key]) for key, item in one.items())
-    return type(one) is type(other)
+        return type(one) is type(other) and len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, Mapping):
+        same = isinstance(other, Mapping) and one.keys() == other.keys()
+        return same and all(_alike(item, other[key]) for key, item in one.items())
+    return type(one) is type(other) and (one == other or not isinstance(one, (bool, int, float, str)))
 
 
 class _Seen:
@@ -389,6 +383,7 @@ class _Seen:
         self.calls: list[Call] = []
         self.passing: list[Callable[..., Any]] = []
         self.late: set[str] = set()
+        self.alone = True  # no layer gives anything but hidden states
         self.first: Tensor | None = None
         self._out: Any = None
         self._chained = True
@@ -414,14 +409,16 @@ class _Seen:
                 self._chained = False
             self.order.append(number)
             rest = tuple(None if isinstance(item, Cache) else item for item in args[1:])
-            kept = {key: None if isinstance(item, Cache) or item is hidden else item for key, item in named.items()}
+            kept = {key: None if isinstance(item, Cache) or key == "hidden_states" else item
+                    for key, item in named.items()}  # fmt: skip
             self.calls.append((rest, kept))
 
         return hook
 
     def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        self._out, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        self.passing.append(_passing(rest))
+        self._out, more = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        self.passing.append(_passing(None if more is None else len(more)))
+        self.alone = self.alone and (more is None or all(item is None for item in more))
 
     def _note(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
