@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on(
     def run(out: str) -> int:
         flags = ["--method", method, "--text", stories, *more, "--out", tmp_path / out]
         code, said = apply(untied, "quantize", *flags)
-        told[:] = map(int, re.findall(r"quantize (\d+)/28 weights, [\d:]+ left", said))
+        told[:] = map(int, re.findall(r"quantize (\d+)/28 weights, \d+:\d\d:\d\d left", said))
         return int(code)
 
     made: list[int] = []
