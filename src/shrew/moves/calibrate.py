@@ -154,6 +154,9 @@ def _ids(sequence: np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(sequence, np.int64))[None]
 
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with besides its input
+
+
 @dataclass
 class Block:
     """One layer and what goes through it: `inputs` [sequence] as the layers before it now are, `wanted` [sequence] what
@@ -161,7 +164,7 @@ class Block:
 
     layer: nn.Module
     prefix: str
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: list[Call]
     inputs: list[Tensor]
     wanted: list[Tensor]
 
@@ -205,7 +208,8 @@ def stages(
     until the next stage is asked for.
     """
     names = {name for name, _ in loaded.model.named_parameters()}
-    flow = _trace(loaded, calibration, sequential, names if only is None else set(only), say)
+    asked = names if only is None else set(only)
+    flow = _trace(loaded, calibration, sequential, asked, say)
     if flow is None:
         if calibration:
             say("the layers of this model cannot be run one by one, so all are calibrated at once")
@@ -245,7 +249,7 @@ def stages(
     if late:
         known = flow.outside
         if sequential:
-            known = {} if late.isdisjoint(flow.only) else hessians(loaded, calibration)
+            known = {} if late.isdisjoint(asked) else hessians(loaded, calibration)
         yield Stage(late, {name: value for name, value in known.items() if name in late})
 
 
@@ -255,9 +259,6 @@ class _Stop(Exception):
 
 def _stop(*_: Any, **__: Any) -> None:
     raise _Stop
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a layer is called with besides its input
 
 
 @dataclass
@@ -271,7 +272,6 @@ class _Flow:
     layers: nn.ModuleList
     names: dict[str, str]
     calibration: Sequence[np.ndarray]
-    only: set[str]
     late: set[str] = field(default_factory=set)
     tied: set[str] = field(default_factory=set)
     first: list[Tensor] = field(default_factory=list)
@@ -280,16 +280,12 @@ class _Flow:
 
     def starts(self) -> list[Tensor]:
         """What goes into the first layer now."""
-        found: list[Tensor] = []
-
-        def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found.append(_hidden(args, named))
-            raise _Stop
-
-        with self.layers[0].register_forward_pre_hook(hook, with_kwargs=True), torch.no_grad():
+        found, seen = [], _Seen(self.layers, {})
+        with replaced(self.layers, [_stop]), torch.no_grad():
             for sequence in self.calibration:
-                with suppress(_Stop):
-                    logits(self.loaded, _ids(sequence))
+                seen.run(self.loaded, sequence)
+                assert seen.first is not None
+                found.append(seen.first)
         return found
 
 
@@ -308,14 +304,8 @@ def _passing(more: int | None) -> Callable[..., Any]:
     return forward
 
 
-def outside(model: Any, path: str) -> dict[str, nn.Module]:
-    """The matrices outside the layers, which are at `path`."""
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and not name.startswith(path + ".")}  # fmt: skip
-
-
 def _trace(
-    loaded: Loaded, calibration: Sequence[np.ndarray], sequential: bool, only: set[str], say: Callable[[str], None]
+    loaded: Loaded, calibration: Sequence[np.ndarray], sequential: bool, asked: set[str], say: Callable[[str], None]
 ) -> _Flow | None:
     """None where layers do not each run once, each on the output of the one before."""
     if not calibration:
@@ -324,18 +314,19 @@ def _trace(
         path, layers = find_layers(loaded.model)
     except UnsupportedError:
         return None
-    flow, seen = _Flow(loaded, path, layers, aliases(loaded.model), calibration, only), _Seen(path, layers)
+    outer = {name: module for name, module in loaded.model.named_modules()
+             if isinstance(module, (nn.Linear, Conv1D)) and not name.startswith(path + ".")}  # fmt: skip
+    flow, seen = _Flow(loaded, path, layers, aliases(loaded.model), calibration), _Seen(layers, outer)
     with ExitStack() as hooks, torch.no_grad():
         if not seen.run(loaded, calibration[0]):
             return None
         calls, late, passing = seen.calls, seen.late, seen.passing
-        outer = outside(loaded.model, path)
         looked_up = {id(part.weight) for part in loaded.model.modules() if isinstance(part, nn.Embedding)}
         flow.late = {flow.names[f"{name}.weight"] for name in late}
         flow.tied = {flow.names[f"{name}.weight"] for name in late if id(outer[name].weight) in looked_up}
         # Layer after layer, all that is asked here is what each is called with besides its input, which seldom hangs on
         # what layers before it gave: then they need not run.
-        if sequential and seen.alone and flow.tied.isdisjoint(only):
+        if sequential and seen.alone and flow.tied.isdisjoint(asked):
             hooks.enter_context(replaced(layers, [*passing[:-1], _stop]))
             try:
                 brief = seen.run(loaded, calibration[0]) and _alike(seen.calls, calls)
@@ -374,8 +365,8 @@ def _alike(one: Any, other: Any) -> bool:
 class _Seen:
     """How the layers of a model are called in one pass, and which other modules come behind them."""
 
-    def __init__(self, path: str, layers: nn.ModuleList) -> None:
-        self.path, self.layers = path, layers
+    def __init__(self, layers: nn.ModuleList, outer: dict[str, nn.Module]) -> None:
+        self.layers, self.outer = layers, outer
 
     def run(self, loaded: Loaded, sequence: np.ndarray) -> bool:
         """Whether each layer ran once, on the output of the one before."""
@@ -391,7 +382,7 @@ class _Seen:
             for number, layer in enumerate(self.layers):
                 hooks.enter_context(layer.register_forward_pre_hook(self._enter(number), with_kwargs=True))
                 hooks.enter_context(layer.register_forward_hook(self._leave))
-            for name, module in outside(loaded.model, self.path).items():
+            for name, module in self.outer.items():
                 hooks.enter_context(module.register_forward_pre_hook(self._note(name)))
             with suppress(_Stop):
                 logits(loaded, _ids(sequence))
