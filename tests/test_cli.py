@@ -260,6 +260,32 @@ def test_kept_memory_is_not_mapped_anew() -> None:
     assert faults[0] + 2.5 * 2**27 / os.sysconf("SC_PAGE_SIZE") < faults[1]
 
 
+FREED = """
+import ctypes
+from pathlib import Path
+from shrew import machine
+def pages():
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1])
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+blocks = [c.malloc(100_000) for _ in range(1000)]
+for block in blocks:
+    c.memset(block, 1, 100_000)
+for block in blocks[:-1]:
+    c.free(block)
+before = pages()
+machine.release_memory()
+print(before - pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no such setting")
+def test_released_memory_goes_back_though_a_block_behind_it_stays() -> None:
+    released = int(subprocess.check_output([sys.executable, "-c", FREED]))
+    assert released > 8e7 / os.sysconf("SC_PAGE_SIZE")
+
+
 def test_one_seed_seeds_everything() -> None:
     import random
 

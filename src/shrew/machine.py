@@ -251,6 +251,13 @@ def keep_memory() -> None:
         library.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def release_memory() -> None:
+    """Give the system back what is free between blocks in use, which glibc keeps: where small things that stay are made
+    among large ones that go, that grows to a multiple of what stays. Does nothing with another C library."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def large_pages() -> Iterator[None]:
     """Memory that is mapped inside the block and still there at its end then stands in large pages, where Linux (6.1 or

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from shrew import machine
 from shrew.errors import FolderError, UnsupportedError
 from shrew.folder import Loaded, known
 from shrew.folder.check import check_finite, check_shapes, describe, fetch, quiet, read_tensor, read_tokenizer
@@ -68,6 +69,7 @@ class Paged(Loaded):
     def _enter(self, layer: nn.Module, _: Any) -> None:
         if self._resident is not layer and "forward" not in vars(layer):  # else another function runs in its place
             self._leave()
+            machine.release_memory()  # of what the last layer's turn took, else 60 MB are lost with each of 0.1 GB
             self._resident = layer
             for module in layer.modules():
                 self._fill(module)

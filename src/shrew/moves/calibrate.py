@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
+from shrew.moves import grids
 from shrew.moves.anatomy import find_layers, logits
 from shrew.moves.context import Progress
 from shrew.moves.replay import replaced
@@ -106,18 +107,22 @@ class Sums:
         return {names[name]: self.sums[leader] for name, leader in self.leader.items() if self.sums[leader].any()}
 
     def corrections(self, names: dict[str, str]) -> dict[str, Tensor]:
-        """By parameter name, [in, in] that weights are to be multiplied by; see `Stage`. Ridge regression."""
-        found, made = {}, {}
+        """By parameter name, [in, in] that weights are to be multiplied by; see `Stage`. Ridge regression. They take
+        the place of `cross`, which is used up."""
+        found, cross = {}, {leader: sums for leader, sums in self.cross.items() if leader not in self.apart}
+        self.cross = {}
+        for leader, wanted in cross.items():
+            matrix = self.sums[leader].double()
+            ridge = RIDGE * matrix.diagonal().mean().clamp(min=1e-30)
+            matrix.diagonal().add_(ridge)
+            wanted.diagonal().add_(ridge)
+            matrix = torch.linalg.cholesky(matrix)
+            for part in wanted.split(grids.PANEL):
+                part.copy_(torch.cholesky_solve(part.double().T, matrix).T)
+            del matrix  # in float64 it is twice as large as the statistics of the next one, which is to come
         for name, leader in self.leader.items():
-            if leader not in self.cross or leader in self.apart:
-                continue
-            if leader not in made:
-                matrix, wanted = self.sums[leader].double(), self.cross[leader].double()
-                ridge = RIDGE * matrix.diagonal().mean().clamp(min=1e-30)
-                for item in (matrix, wanted):
-                    item.diagonal().add_(ridge)
-                made[leader] = torch.linalg.solve(matrix, wanted.T).T.float()
-            found[names[name]] = made[leader]
+            if leader in cross:
+                found[names[name]] = cross[leader]
         return found
 
 
@@ -204,8 +209,8 @@ def stages(
     With `sequential` each part's inputs come from the parts before it as the caller left them, as in the paper of GPTQ,
     and there are corrections; else they come from the original. A model whose layers cannot be run one by one is one
     stage. `only`: the parameters that the caller asks about, by default all. Where no head is among them, `sequential`
-    saves the first and the last pass over the text, and heads have no statistics. A stage's block holds what it says
-    until the next stage is asked for.
+    saves the first and the last pass over the text, and heads have no statistics. A layer's stage holds what it
+    says until the next one is asked for.
     """
     names = {name for name, _ in loaded.model.named_parameters()}
     asked = names if only is None else set(only)
@@ -240,7 +245,9 @@ def stages(
                     original[at] = found
         sums.before.clear()
         mine = {name for name in inside if name.startswith(prefix)}
-        yield Stage(mine, sums.found(flow.names), sums.corrections(flow.names), block)
+        stage = Stage(mine, sums.found(flow.names), sums.corrections(flow.names), block)
+        yield stage
+        stage.statistics, stage.corrections = {}, {}  # whoever asked may hold the stage while the next one is made
         if number + 1 == len(flow.layers):
             break
         with torch.no_grad():

@@ -25,6 +25,7 @@ from shrew.moves.fits import levels
 
 CHUNK = 1 << 17  # weights searched at once: few enough for a processor's cache
 BLOCK = 64  # columns, at least, whose errors are spread together in gptq
+PANEL = 512  # columns of statistics that are made float64 together
 
 
 def fit(rows: Tensor, grid: Grid, importance: Tensor | None = None, search: bool = True) -> Steps:
@@ -109,18 +110,19 @@ def decompose(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
 
     Inputs that never were anything but zero get no error and give none. `damp` is a share of the mean diagonal.
     """
-    matrix = hessian.clone()
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     importance, mean = _importance(diagonal, damp)
-    diagonal += torch.where(diagonal <= 0, mean, torch.zeros_like(mean))
+    diagonal = diagonal + torch.where(diagonal <= 0, mean, torch.zeros_like(mean))
     while True:
-        diagonal += damp * mean
-        lower, failed = torch.linalg.cholesky_ex(matrix)
+        diagonal = diagonal + damp * mean
+        matrix = hessian.clone()  # one name for all that comes of it: each is as large as the statistics
+        matrix.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed.any():
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
             if not failed.any():
-                return upper, importance
+                return matrix, importance
         damp *= 10  # inputs that are nearly linear combinations of others: float32 needs more damping
 
 
@@ -226,7 +228,11 @@ def damage(rows: Tensor, codes: Tensor, steps: Steps, grid: Grid, hessian: Tenso
 
     rows [batch, rows, cols], hessian [batch, cols, cols]."""
     change = (dequantize(codes, steps, grid).view_as(rows) - rows).double()
-    return ((change @ hessian.double()) * change).sum(-1).flatten()
+    loss = torch.zeros(rows.shape[:2], dtype=torch.float64)
+    for at in range(0, rows.shape[2], PANEL):  # all statistics at once would be twice as large as they are
+        part = slice(at, at + PANEL)
+        loss += ((change @ hessian[..., part].double()) * change[..., part]).sum(-1)
+    return loss.flatten()
 
 
 def solve(rows: Tensor, hessian: Tensor, grid: Grid, damp: float) -> tuple[Tensor, Steps]:
@@ -234,12 +240,14 @@ def solve(rows: Tensor, hessian: Tensor, grid: Grid, damp: float) -> tuple[Tenso
 
     Of each row the best of columns in their order, important columns first, and rounding to nearest, weighted and not:
     feedback is never worse than rounding."""
-    upper, importance = decompose(hessian, damp)
     best = weighted(rows, hessian.diagonal(dim1=1, dim2=2), grid, damp)
     least = damage(rows, *best, grid, hessian)
     plain = nearest(rows.flatten(0, 1), grid)
+    upper, importance = decompose(hessian, damp)
+    fed = gptq(rows, upper, importance, grid)
+    del upper  # as large as the statistics, and ordered columns need one of their own
     ordered = gptq_ordered(rows, hessian, importance, best[1], grid, damp)
-    for made in (plain, gptq(rows, upper, importance, grid), ordered):
+    for made in (plain, fed, ordered):
         loss = damage(rows, *made, grid, hessian)
         better, least = loss < least, torch.minimum(loss, least)
         best = pick(better, made, best)
