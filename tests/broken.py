@@ -36,6 +36,20 @@ def not_a_number(model: Path, work: Path) -> list[Any]:
     return [bad]
 
 
+def too_large(factor: float) -> Callable[[Path, Path], list[Any]]:
+    """Weights that are numbers, but what comes of them is not, or not its squares."""
+
+    def make(model: Path, work: Path) -> list[Any]:
+        bad = copied(model, work / "bad")
+        tensors = load_file(bad / "model.safetensors")
+        for name in ("gate", "up"):
+            tensors[f"model.layers.0.mlp.{name}_proj.weight"] *= factor
+        save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+        return [bad]
+
+    return make
+
+
 def task_file(content: bytes, flag: str = "--task", name: str = "bad.jsonl") -> Callable[[Path, Path], list[Any]]:
     def make(model: Path, work: Path) -> list[Any]:
         (work / name).write_bytes(content)

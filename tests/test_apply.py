@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken import too_large
 
 from shrew import files, folder, spec
 from shrew.errors import SpecError
@@ -189,6 +190,26 @@ def test_bad_flags_are_one_sentence(name: str, trained_llama_folder: Path, apply
     assert code == 2, said
     assert words in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("move", "factor", "words"),
+    [
+        (["quantize"], 1e25, "answers text with what is no number"),
+        (["quantize", "--low-memory"], 1e25, "answers text with what is no number"),
+        (["factor"], 1e25, "answers text with what is no number"),
+        (["quantize"], 1e12, "what reaches model.layers.0.mlp.down_proj.weight is too large"),
+        (["smooth"], 1e12, "what reaches model.layers.0.mlp.down_proj.weight is too large"),
+    ],
+)
+def test_weights_that_are_far_too_large_are_told(
+    move: list[str], factor: float, words: str, trained_llama_folder: Path, stories: Path, apply: Any, tmp_path: Path
+) -> None:
+    bad = too_large(factor)(trained_llama_folder, tmp_path)
+    code, said = apply(*bad, *move, "--text", stories, "--out", tmp_path / "out")
+    assert code == 2
+    assert words in said.splitlines()[-1]
+    assert [item.name for item in tmp_path.iterdir()] == ["bad"]
 
 
 RECIPES: dict[str, tuple[str, str]] = {

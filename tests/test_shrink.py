@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from broken import copied, disagreeing, flags, not_a_number, occupied, task_file, truncated
+from broken import copied, disagreeing, flags, not_a_number, occupied, task_file, too_large, truncated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shrew import folder, record, spec
@@ -456,6 +456,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[Any]], str]] = {
     "truncated": (truncated, "model.safetensors"),
     "disagreeing": (disagreeing, "config.json"),
     "NaN": (not_a_number, "model.norm.weight"),
+    "too large": (too_large(1e25), "answers text with what is no number"),
     "empty task": (task_file(b""), "is empty"),
     "one line": (task_file(LINE), "at least 2"),
     "no JSON": (task_file(LINE * 2 + b'{"prompt": \n' + LINE), "line 3"),

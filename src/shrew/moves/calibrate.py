@@ -16,7 +16,7 @@ from torch.func import functional_call
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
-from shrew.errors import UnsupportedError
+from shrew.errors import FolderError, UnsupportedError
 from shrew.folder import Loaded
 from shrew.moves import grids
 from shrew.moves.anatomy import find_layers, logits
@@ -103,7 +103,13 @@ class Sums:
                     hooks.enter_context(module.register_forward_pre_hook(self.experts(name)))
 
     def found(self, names: dict[str, str]) -> dict[str, Tensor]:
-        """By parameter name (`names` maps every name to it), where anything but zeros came."""
+        """By parameter name (`names` maps every name to it), where anything but zeros came.
+
+        Raises FolderError where what came is too large to be squared."""
+        for leader, total in self.sums.items():
+            if not total.isfinite().all():
+                raise FolderError(f"what reaches {names[leader]} is too large to calibrate by (squares of it are no "
+                                  "numbers), so weights before it are far too large; is the file damaged?")  # fmt: skip
         return {names[name]: self.sums[leader] for name, leader in self.leader.items() if self.sums[leader].any()}
 
     def corrections(self, names: dict[str, str]) -> dict[str, Tensor]:

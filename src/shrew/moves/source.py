@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 
 from shrew import data, files, folder
 from shrew.data import python
-from shrew.errors import DataError, UsageError
+from shrew.errors import DataError, FolderError, UsageError
 from shrew.folder import Loaded
+from shrew.moves.anatomy import logits
 from shrew.moves.context import Context
 from shrew.moves.trim_vocab import with_rows
 from shrew.spec import Meta, digest, doc
@@ -76,8 +78,18 @@ def context_of(source: Source, original: Loaded, task: Task, say: Callable[[str]
     healing = windows(original, texts["healing"], source.window, source.healing)
     if not calibration:
         raise DataError("the calibration text is shorter than two tokens; give more text.")
+    _check_numbers(original, calibration[0])
     labels = labels[: len(healing)] if labels is not None else None
     return Context(calibration, healing, original, source.seed, files.cache_folder(), say, labels)
+
+
+def _check_numbers(original: Loaded, window: np.ndarray) -> None:
+    """Weights may be numbers and what the model makes of a text none: nothing can then be chosen by it."""
+    with torch.no_grad():
+        if not logits(original, torch.from_numpy(window)[None]).isfinite().all():
+            name = original.path or "the model"
+            raise FolderError(f"{name} answers text with what is no number (infinite or NaN), so some of its weights "
+                              "are far too large; is the file damaged?")  # fmt: skip
 
 
 def suited(context: Context, loaded: Loaded, source: Source) -> Context:
