@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken import too_large
+from broken import copied, too_large
 
 from shrew import files, folder, spec
 from shrew.errors import SpecError
@@ -125,6 +125,27 @@ def test_a_classifier_heals_on_a_task(tiny_classifier_folder: Path, apply: Any, 
                   task=str(task), threads=1)  # fmt: skip
     assert apply(file, "--out", tmp_path / "out")[0] == 0
     assert folder.load(tmp_path / "out").is_classifier
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "where"),
+    [
+        ("generation_config.json", {"temperature": 0.77}, "generation_config.json"),
+        ("tokenizer_config.json", {"chat_template": "0.77"}, "chat_template.jinja"),
+        ("shrew.json", {"moves": [{"name": "0.77"}]}, "shrew.json"),
+    ],
+)
+def test_what_goes_along_is_the_sources_own(
+    file: str, change: Any, where: str, trained_llama_folder: Path, apply: Any, tmp_path: Path
+) -> None:
+    """Two folders of the same weights are not taken for one another, whatever the cache holds."""
+    other = copied(trained_llama_folder, tmp_path / "other")
+    known = json.loads((other / file).read_text()) if (other / file).exists() else {}
+    (other / file).write_text(json.dumps(known | change))
+    for number, model in enumerate((trained_llama_folder, other)):
+        assert apply(model, "quantize", "--method", "rtn", "--out", tmp_path / str(number))[0] == 0
+    assert "0.77" in (tmp_path / "1" / where).read_text()
+    assert not (tmp_path / "0" / where).exists() or "0.77" not in (tmp_path / "0" / where).read_text()
 
 
 def test_a_folder_of_our_own_is_replaced_and_no_other(trained_llama_folder: Path, apply: Any, tmp_path: Path) -> None:

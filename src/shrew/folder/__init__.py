@@ -38,6 +38,7 @@ __all__ = [
 
 LINEAGE = "shrew.json"
 SHARD = 4_000_000_000  # bytes
+COMPANIONS = (".json", ".jinja", ".txt", ".model")
 _PARTS = packed.PARTS + compressed.PARTS
 
 
@@ -235,6 +236,17 @@ def identity(path: str | Path) -> str:
     read_headers(path)
     for file in [path / "config.json", *weight_files(path)]:
         digest.update(f"{file.name} {files.sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def companions(path: str | Path) -> str:
+    """SHA-256 over the small files beside config.json and the weights, which what is made of a folder takes over: its
+    tokenizer, templates, generation settings and lineage."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    for file in sorted([*path.iterdir(), *path.glob("*/*.jinja")]):
+        if file.suffix in COMPANIONS and file.name not in ("config.json", INDEX) and file.is_file():
+            digest.update(f"{file.relative_to(path)} {files.sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -123,7 +123,8 @@ def apply_moves(
         tables = [table(move) for move in moves[:count]]
         read = {place: mark for move in moves[:count] for place, mark in contents(move).items()}
         data = base | ({"read": read} if read else {})
-        out = context.cache / "applied" / spec.digest([folder.versions(), data, tables])[:32]
+        taught = [folder.companions(place) for move in moves[:count] for _, place in _reads(move) if place.is_dir()]
+        out = context.cache / "applied" / spec.digest([folder.versions(), data, tables, taught])[:32]
         if not (out / folder.LINEAGE).exists():
             loaded = load(path)
             context = suited(context, loaded, source)

@@ -140,9 +140,11 @@ def windows(loaded: Loaded, texts: list[str], length: int, limit: int) -> list[n
 
 
 def fingerprint(source: Source, original: Path, context: Context) -> dict[str, Any]:
-    """What a move's result depends on besides the move: the hash of the original, of the texts, and the settings."""
+    """What a move's result depends on besides the move: hashes of the original, of what it hands on and of the texts,
+    and the settings."""
     return {
         "original": folder.identity(original),
+        "companions": folder.companions(original),
         "calibration": hash_windows(context.calibration),
         "healing": hash_windows(context.healing),
         "labels": digest(None if context.labels is None else context.labels.tolist()),
