@@ -209,6 +209,13 @@ def test_folders_of_stock_types_and_of_our_own(
         (RECIPE.replace("model", "modle"), "there is no table [model] in it, only train, modle; add it"),
         ("[train]\nout = 'x'", "only train; add it, or give a model folder."),
         ("[model", "is no readable TOML"),
+        (RECIPE.replace("bpe:512", "bpe:100"), "bytes and marks are 257 tokens already"),
+        (RECIPE.replace("width = 32", "width = 1000000000"), "width"),
+        (RECIPE.replace("[model]", "[model]\nloops = 1000000000"), "loops make 3000000000 layers"),
+        (RECIPE.replace("[model]", "[model]\nvocabulary = 10000000000000000"), "vocabulary"),
+        (RECIPE + "[model.ffn]\nactivation = 'gelo'", "activation: 'gelo' is none of"),
+        (RECIPE.replace("bpe:512", "bytes") + "[model.front]\nkind = 'patches'\nhashes = { sizes = [] }", "names no length"),
+        (RECIPE.replace("bpe:512", "bytes") + "[model.front]\nkind = 'patches'\nhashes = { sizes = [3, 3] }", "two equal"),
         ("model = 3", "there is no table [model]"),
     ],
 )
@@ -239,6 +246,8 @@ def test_a_folder_that_is_wrong(tmp_path: Path, tiny_classifier_folder: Path) ->
     replaced = LlamaConfig(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
     replaced.save_pretrained(tmp_path)
     assert "llama: this model cannot be said" in refused(tmp_path)
+    LlamaConfig(attention_bias=True).save_pretrained(tmp_path)
+    assert "biases" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("length", ["0", "-1", "8q", "1.5k", "many"])

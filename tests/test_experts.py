@@ -221,6 +221,17 @@ def test_a_split_that_uses_every_part_alike_is_the_same_model(context: Context) 
     torch.testing.assert_close(after(IDS).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_experts_whose_rows_are_no_whole_blocks(tiny_tokenizer: Any, apply: Any, tmp_path: Path) -> None:
+    """The product of groups that transformers takes by default refuses them."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**DENSE | {"intermediate_size": 33}, tie_word_embeddings=True)
+    before = Loaded(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer, dtype=torch.float32)
+    folder.save(before, tmp_path / "dense")
+    assert apply(tmp_path / "dense", "upcycle", "--experts", 3, "--out", tmp_path / "out")[0] == 0
+    after = folder.load(tmp_path / "out").model
+    torch.testing.assert_close(after(IDS).logits, before.model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_noise_tells_the_copies_apart_the_same_way_each_time(context: Context) -> None:
     first, second = (_stacks(Upcycle(experts=2, noise=0.1).apply(dense("llama"), context).model) for _ in range(2))
     plain = _stacks(Upcycle(experts=2).apply(dense("llama"), context).model)
@@ -239,6 +250,9 @@ def test_what_upcycle_refuses(context: Context, tiny_classifier_folder: Path) ->
         Upcycle().apply(Loaded(AutoModelForCausalLM.from_config(config), None), context)
     with pytest.raises(UnsupportedError, match="only causal language models"):
         Upcycle().apply(folder.load(tiny_classifier_folder), context)
+    with pytest.raises(UnsupportedError, match="put upcycle before factor"):
+        shape = ModelSpec(layers=1, width=32, vocabulary=300, ranks={"layers.0.ffn.up_proj": 3})
+        Upcycle().apply(Loaded(build(shape), None), context)
     with pytest.raises(SpecError, match="48 channels cannot be dealt out to 5 experts"):
         Upcycle(experts=5, how="split").apply(dense("llama"), context)
     with pytest.raises(SpecError, match="top_k 3 is more than the 2 experts"):

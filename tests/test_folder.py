@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import struct
 import subprocess
 from collections.abc import Callable
@@ -362,6 +363,11 @@ def cut(path: Path, end: int) -> None:
     file.write_bytes(file.read_bytes()[:end])
 
 
+def make_pipe(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    os.mkfifo(path / "model.safetensors")
+
+
 def make_pickle(path: Path) -> None:
     (path / "model.safetensors").unlink()
     torch.save({}, path / "pytorch_model.bin")
@@ -408,6 +414,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut in the header": (lambda p: cut(p, 100), "truncated"),
     "cut in the data": (lambda p: cut(p, -1), "truncated"),
     "too long": (stretch, "oversized"),
+    "a pipe": (make_pipe, "no plain file"),
+    "a lineage of numbers": (lambda p: (p / "shrew.json").write_text('{"moves": 3}'), "'moves' is not what Shrew writes"),
+    "a lineage of texts": (lambda p: (p / "shrew.json").write_text('{"twins": ["x"]}'), "'twins' is not what"),
+    "a recipe that is none": (lambda p: (p / "shrew.json").write_text('{"recipe": {"train": 3}}'), "'recipe.train' is"),
     "huge header": (lambda p: (p / "model.safetensors").write_bytes(b"\xff" * 80), "claims a header"),
     "unknown dtype": (lambda p: rewrite_header(p, lambda h: h[NORM].update(dtype="F7")), f"{NORM}.*unknown dtype"),
     "wrong size": (lambda p: rewrite_header(p, lambda h: h[NORM].update(shape=[65])), f"{NORM}.*not its shape"),

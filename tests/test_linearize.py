@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from shrew import folder
+from shrew import folder, spec
 from shrew.blocks.attention import AttentionSpec
 from shrew.blocks.conv import ConvSpec
 from shrew.blocks.mlp import MlpSpec
@@ -134,6 +134,12 @@ def test_what_linearize_refuses(context: Context, tiny_classifier_folder: Path) 
     with pytest.raises(UnsupportedError, match="gpt2: this model cannot be said in our blocks"):
         config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)
         Linearize().apply(Loaded(AutoModelForCausalLM.from_config(config), None), context)
+    front = {"kind": "patches", "width": 32, "rule": {"kind": "static", "size": 4}}
+    patches = spec.parse(ModelSpec, SHAPE | {"layers": 2, "front": front}, "")
+    with pytest.raises(UnsupportedError, match="a model of patches has local layers"):
+        Linearize().apply(Loaded(build(patches), SimpleNamespace(pad_token_id=2)), context)
+    with pytest.raises(UnsupportedError, match="put linearize before factor"):
+        Linearize().apply(own(**MODELS["grouped"], ranks={"layers.0.mixer.q_proj": 3}), context)
     local = own(layers=2, mixers={"A": WindowSpec(heads=2, window=8)})
     with pytest.raises(UnsupportedError, match="no attention layer of this shrew would be replaced at keep 4"):
         Linearize().apply(local, context)

@@ -12,7 +12,7 @@ from test_folder import ZOO, logits, make_model, make_tokenizer, plain
 from test_quantize_blocks import BLOCKS, make
 
 from shrew import folder, packers
-from shrew.errors import FolderError, UnsupportedError
+from shrew.errors import FolderError, SpecError, UnsupportedError
 from shrew.folder import Loaded, Packed, Uniform
 from shrew.folder.packed import from_parts, to_entry, to_parts
 from shrew.moves import grids
@@ -154,6 +154,14 @@ def test_forms_that_hold_none_refuse_in_one_line(form: str, context: Any, tmp_pa
         packers.main([str(tmp_path / "q"), "--to", form, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     assert "low-rank" in json.loads((tmp_path / "q" / "shrew.json").read_text())["layout"]
+
+
+def test_a_correction_as_large_as_the_weight_is_refused(context: Any) -> None:
+    loaded = fresh("llama")
+    rows, cols = loaded.model.get_parameter("model.layers.0.self_attn.q_proj.weight").shape
+    most = (rows * cols - 1) // (rows + cols)
+    with pytest.raises(SpecError, match=f"use low_rank = {most} at most"):
+        Quantize(bits=4, group=32, method="rtn", low_rank=most + 1).apply(loaded, context)
 
 
 @pytest.mark.parametrize("change", [{"rank": 3}, {"rank": 0}, {"rank": -1}, {"rank": True}, {"rank": "2"}, {}])

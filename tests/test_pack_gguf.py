@@ -316,6 +316,8 @@ def test_what_no_architecture_says_is_refused(tiny_tokenizer: Any, tmp_path: Pat
         ("mamba2", {"use_bias": True}, "use_bias"),
         ("granite-hybrid", {"mamba_n_heads": 4, "mamba_expand": 1}, "twice the model's width"),
         ("llama", {"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}, "rotates whole heads"),
+        ("llama", {"max_position_embeddings": 2**50}, "no room for llama.context_length"),
+        ("llama", {"rope_parameters": {**PLAIN, "rope_theta": 1e300}}, "no room for llama.rope.freq_base"),
         ("qwen3-next", {"linear_value_head_dim": 16}, "linear_value_head_dim"),
     ],
 )
@@ -325,6 +327,12 @@ def test_a_config_that_llama_cpp_cannot_say_is_refused(
     monkeypatch.setitem(CONFIGS, kind, (CONFIGS[kind][0], CONFIGS[kind][1] | changed))
     with pytest.raises(UnsupportedError, match=words):
         put(tiny(kind), tiny_tokenizer, tmp_path / "a.gguf")
+
+
+def test_an_epsilon_of_zero_comes_back(tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONFIGS, "llama", (CONFIGS["llama"][0], CONFIGS["llama"][1] | {"rms_norm_eps": 0.0}))
+    put(tiny("llama"), tiny_tokenizer, tmp_path / "a.gguf")
+    assert back.read(tmp_path / "a.gguf")[0].model.config.rms_norm_eps == 0
 
 
 def test_other_models_are_refused(tiny_tokenizer: Any, tiny_classifier_folder: Path, tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def test_describe_counts_all_parts(place: Path, capsys: pytest.CaptureFixture[st
         ('entropy = "nowhere"', "", "no patches are cut by it"),
         ("", FRONT + 'rule = { kind = "entropy" }', "name the folder of a trained model of bytes"),
         ('entropy = "nowhere"', FRONT + 'rule = { kind = "entropy" }', "no model folder at nowhere"),
+        ("", FRONT + "first = 5", "byte 0 is token 0"),
     ],
 )
 def test_what_cannot_be_trained_is_said(place: Path, train: str, front: str, words: str,

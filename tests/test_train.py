@@ -29,6 +29,7 @@ from transformers import (
 from shrew import data, errors, folder, spec
 from shrew.blocks.model import ModelSpec, build
 from shrew.blocks.stock import adopt
+from shrew.data.tokenizer import train_tokenizer
 from shrew.train import Loop, Recipe, TrainSpec, flops_per_token, main, optimizers, schedule, train
 
 SMALL = {"layers": 2, "width": 32, "context": 64, "mixers": {"A": {"heads": 4, "kv_heads": 2}}, "ffn": {"hidden": 64}}
@@ -483,7 +484,15 @@ def test_a_loss_that_is_no_number_ends_the_run(home: Path) -> None:
         ({"tokenizer": "."}, "this folder holds none that can be read"),
         ({"init": "nothing"}, "nothing"),
         ({"optimizer": "adam"}, "optimizer"),
-        ({"precision": "fp8"}, "precision"),
+        ({"precision": "fp8"}, "precision: 'fp8' is none of auto, fp32, bf16"),
+        ({"tokenizer": "bpe:256"}, "bytes and marks are 257 tokens already"),
+        ({"tokenizer": "bpe:259", "fim": 0.5}, "bytes and marks are 260 tokens already"),
+        ({"tokenizer": "bpe:99999999999"}, "like bpe:4096"),
+        ({"tokenizer": "bpe:²"}, "like bpe:4096"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63 - 1}, "seed"),
+        ({"lr": 1e308}, "lr"),
+        ({"threads": 100_000}, "threads"),
     ],
 )
 def test_a_wrong_recipe_is_refused_in_one_sentence(home: Path, changes: dict[str, Any], words: str) -> None:
@@ -492,6 +501,14 @@ def test_a_wrong_recipe_is_refused_in_one_sentence(home: Path, changes: dict[str
         main(["r.toml"])
     assert "\n" not in str(caught.value)
     assert not Path("out").exists()
+
+
+def test_a_tokenizer_of_one_endless_word(home: Path) -> None:
+    """The time to train on a word grows with the square of its length: a million zeros took more than ten minutes."""
+    Path("zeros.txt").write_text("\0" * 1_000_000 + " word" * 100)
+    made = train_tokenizer(data.documents(["zeros.txt"]), 300, 0)
+    assert len(made) == 300
+    assert made.decode(made("\0" * 30_000 + " word")["input_ids"]) == "\0" * 30_000 + " word"
 
 
 def test_more_wrong_recipes(home: Path, tiny_tokenizer: Any) -> None:

@@ -27,6 +27,7 @@ DAY = 24 * 3600
 ROUNDS = 3
 ROUND_SECONDS = 0.1
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+MOST_THREADS = 1024
 RAPL = Path("/sys/class/powercap")
 MADV_COLLAPSE, LARGE_PAGE = 25, 2 << 20  # of Linux
 
@@ -55,8 +56,8 @@ def choose_threads(requested: int | None = None) -> Threads:
     import torch
 
     if requested is not None:
-        if requested < 1:
-            raise UsageError(f"{requested} threads cannot work; ask for 1 or more.")
+        if not 1 <= requested <= MOST_THREADS:
+            raise UsageError(f"{requested} threads cannot work; ask for 1 to {MOST_THREADS}.")
         chosen = Threads(requested, f"{_threads(requested)}, as asked")
     elif os.environ.get("OMP_NUM_THREADS"):
         count = torch.get_num_threads()

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import msgspec
 import tomli_w
@@ -25,10 +25,14 @@ from msgspec import Meta
 
 from shrew.errors import SpecError, UsageError, nearest
 
-__all__ = ["Kinds", "Meta", "Parser", "add_flags", "digest", "doc", "dump", "from_flags", "given", "parse",
-           "parse_bytes", "parse_times", "parse_toml", "read_toml", "to_toml"]  # fmt: skip
+__all__ = ["Kinds", "Meta", "Parser", "Seed", "add_flags", "digest", "doc", "dump", "from_flags", "given", "parse",
+           "parse_bpe", "parse_bytes", "parse_times", "parse_toml", "read_toml", "seed", "to_toml"]  # fmt: skip
 
 T = TypeVar("T")
+BYTE_TOKENS = 257  # of a tokenizer of bytes: they, and the token that begins and ends a document
+MOST_TOKENS = 1_000_000
+LARGEST_SEED = 2**32 - 1
+Seed = Annotated[int, Meta(ge=0, le=LARGEST_SEED)]
 
 
 def doc(text: str, default: Any = MISSING, default_factory: Any = MISSING, reads: str = "") -> Any:
@@ -101,6 +105,8 @@ def _inner(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, dict):
         for cls in _dataclasses_in(hint):
             return _resolve(cls, value, where)
+    if isinstance(value, str) and value not in (known := _choices(hint)) and known:
+        raise SpecError(f"{where}: '{value}' is none of {', '.join(known)}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise SpecError(f"{where}: expected a finite number, got {value}.")
     return value
@@ -108,6 +114,13 @@ def _inner(hint: Any, value: Any, where: str) -> Any:
 
 def _kinds(hint: Any) -> Kinds | None:
     return next((part for part in typing.get_args(hint) if isinstance(part, Kinds)), None)
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The words that a field may hold; none where it may hold any."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    return next((found for part in typing.get_args(hint) if (found := _choices(part))), ())
 
 
 def _dataclasses_in(hint: Any) -> list[Any]:
@@ -267,6 +280,25 @@ def given(cls: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def seed(text: str) -> int:
+    """A seed as a flag says it."""
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) > LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"'{text}' is no seed; give a number from 0 to {LARGEST_SEED}")
+    return int(text)
+
+
+def parse_bpe(text: str, marks: int) -> int | None:
+    """SIZE of "bpe:SIZE", None of anything else. Raises SpecError for a size that no such tokenizer of bytes, with so
+    many marks of its own, can have."""
+    if not text.startswith("bpe:"):
+        return None
+    size, least = text.removeprefix("bpe:"), BYTE_TOKENS + marks
+    if not re.fullmatch("[0-9]{1,9}", size) or not least <= int(size) <= MOST_TOKENS:
+        raise SpecError(f"tokenizer '{text}': bytes and marks are {least} tokens already; write a number from that to "
+                        f"{MOST_TOKENS}, like bpe:4096.")  # fmt: skip
+    return int(size)
 
 
 def parse_bytes(text: str) -> int:

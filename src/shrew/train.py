@@ -48,10 +48,10 @@ class TrainSpec:
     micro_rows: Annotated[int, Meta(ge=0)] = doc("rows computed at once, gradients add up; 0: chosen here", 0)
     steps: Annotated[int, Meta(ge=1)] = doc("optimizer steps", 1000)
     optimizer: Literal["muon", "adamw"] = doc("muon: matrices by Muon, the rest by AdamW", "muon")
-    lr: Annotated[float, Meta(gt=0)] = doc("peak learning rate (Muon's is matched to AdamW's RMS)", 4e-3)
+    lr: Annotated[float, Meta(gt=0, le=1e30)] = doc("peak learning rate (Muon's is matched to AdamW's RMS)", 4e-3)
     warmup: Annotated[int, Meta(ge=0)] = doc("steps of linear warm-up", 100)
     decay: Annotated[float, Meta(ge=0, le=1)] = doc("share of the steps with linear decay to zero at the end", 0.3)
-    weight_decay: Annotated[float, Meta(ge=0)] = doc("decoupled weight decay of matrices", 0.1)
+    weight_decay: Annotated[float, Meta(ge=0, le=1e30)] = doc("decoupled weight decay of matrices", 0.1)
     clip: Annotated[float, Meta(ge=0)] = doc("largest gradient norm; 0: off", 1.0)
     ema: Annotated[float, Meta(ge=0, lt=1)] = doc("decay of the averaged weights that are saved; 0: off", 0.0)
     fim: Annotated[float, Meta(ge=0, le=1)] = doc("share of documents rearranged for fill-in-the-middle", 0.0)
@@ -61,8 +61,8 @@ class TrainSpec:
     validation: Annotated[float, Meta(ge=0, lt=0.5)] = doc("share of the documents kept for validation", 0.005)
     evaluate_every: Annotated[int, Meta(ge=1)] = doc("steps between validations", 250)
     checkpoint_every: Annotated[int, Meta(ge=1)] = doc("steps between checkpoints", 100)
-    threads: Annotated[int, Meta(ge=0)] = doc("CPU threads; 0: probed once", 0)
-    seed: int = doc("seed of weights, order and dropout", 0)
+    threads: Annotated[int, Meta(ge=0, le=machine.MOST_THREADS)] = doc("CPU threads; 0: probed once", 0)
+    seed: spec.Seed = doc("seed of weights, order and dropout", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,17 +221,16 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
         return (loaded, []) if loaded.is_classifier else (_in_our_blocks(loaded, item), data.documents(item.data))
     _check_length(item.length, recipe.model.context)
     documents = data.documents(item.data)
-    kind, _, size = item.tokenizer.partition(":")
-    if kind == "bpe" and size.isdigit():
+    marks = data.MARKS[0] if item.fim else ()
+    if size := spec.parse_bpe(item.tokenizer, len(marks)):
         place = run / f"tokenizer-{size}"
         if not (place / "tokenizer.json").exists():
             say(f"Training a BPE tokenizer of {size} tokens.")
             with files.new_folder(place, "tokenizer.json") as temporary:
-                marks = data.MARKS[0] if item.fim else ()
-                train_tokenizer(documents, int(size), item.seed, marks=marks).save_pretrained(temporary)
+                train_tokenizer(documents, size, item.seed, marks=marks).save_pretrained(temporary)
         tokenizer = read_tokenizer(place)
     elif item.tokenizer == "bytes":
-        tokenizer = data.byte_tokenizer(data.MARKS[0] if item.fim else ())
+        tokenizer = data.byte_tokenizer(marks)
     elif Path(item.tokenizer).is_dir():
         tokenizer = read_tokenizer(Path(item.tokenizer))
     else:
@@ -239,7 +238,9 @@ def prepare(recipe: Recipe, run: Path, say: Any) -> tuple[folder.Loaded, list[da
     shape = recipe.model if recipe.model.vocabulary else replace(recipe.model, vocabulary=len(tokenizer))
     if (shape.vocabulary or 0) < len(tokenizer):
         raise SpecError(f"model.vocabulary {shape.vocabulary} is smaller than the tokenizer's {len(tokenizer)}.")
-    if shape.front and item.tokenizer.startswith("bpe:"):
+    if shape.patches and shape.patches.first and item.tokenizer == "bytes":
+        raise SpecError(f"front: byte 0 is token 0 of the tokenizer of bytes; leave first = {shape.patches.first} out.")
+    if shape.front and size:
         raise SpecError(f'front \'{shape.front.kind}\' reads bytes: write tokenizer = "bytes" in [train].')
     shape, oracle = asked(shape, item.entropy, [document.text for document in documents])
     model = build(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,

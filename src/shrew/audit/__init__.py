@@ -4,7 +4,6 @@ Types and bits are read off headers and sizes, and no weight is loaded; `--deep`
 runs the artefact beside the original.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,7 +37,7 @@ class Options:
         "exit with 1 when something of this severity or a worse one is found", None
     )
     json: bool = doc("print one JSON object and no tables", False)
-    seed: int = doc("seed of the resampling", 0)
+    seed: spec.Seed = doc("seed of the resampling", 0)
 
 
 def audit(path: str | Path, deep: bool = False) -> Audit:
@@ -120,7 +119,7 @@ def main(argv: list[str]) -> int:
     found = audit(args.path, options.deep)
     measured = _measured(found, options, talk) if options.against else []
     if options.json:
-        print(json.dumps(plain(found) | {"records": msgspec.to_builtins(measured)}))
+        print(msgspec.json.encode(plain(found) | {"records": measured}).decode())  # NaN, which JSON has not: null
     else:
         show(found, Console(highlight=False))
         if measured:

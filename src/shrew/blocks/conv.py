@@ -16,7 +16,7 @@ from shrew.spec import Meta, doc
 @dataclass(frozen=True, kw_only=True)
 class ConvSpec:
     kind: str = "conv"
-    kernel: Annotated[int, Meta(ge=1)] = doc("taps of the convolution: this token and those before it", 3)
+    kernel: Annotated[int, Meta(ge=1, le=256)] = doc("taps of the convolution: this token and those before it", 3)
     bias: bool = doc("biases in the projections and the convolution", False)
 
     def problem(self, width: int) -> str:

@@ -29,7 +29,7 @@ from shrew.errors import FolderError, ShrewError, SpecError, UnsupportedError, U
 
 SEQUENCE = (1024, 8192, 131072)
 BITS, GROUP = 4, 128
-BYTES = 257  # what the tokenizer of bytes has: them, and the token that begins and ends a document
+MARKS = 3  # of fill-in-the-middle
 WIDTH = 200  # so that a layer is one line where the output is piped; a terminal that is narrower wraps by itself
 SMALLEST_ROW = 16  # the quantize move leaves narrower matrices alone
 
@@ -128,13 +128,13 @@ def read(path: Path) -> ModelSpec:
     found = _with_entropies(found, train)
     if found.vocabulary:
         return found
-    kind, _, size = str(train.get("tokenizer", "") if isinstance(train, dict) else "").partition(":")
-    if kind == "bytes":
-        size = str(BYTES)
-    elif kind != "bpe" or not size.isdigit() or int(size) < 2:
+    train = train if isinstance(train, dict) else {}
+    tokenizer, marks = str(train.get("tokenizer", "")), MARKS if train.get("fim") else 0
+    size = spec.BYTE_TOKENS + marks if tokenizer == "bytes" else spec.parse_bpe(tokenizer, marks)
+    if size is None:
         raise SpecError(f"{path}: nothing says how many tokens there are; add vocabulary = 4096 (or what it is) to "
                         '[model], or tokenizer = "bpe:4096" to [train].')  # fmt: skip
-    return dataclasses.replace(found, vocabulary=int(size))
+    return dataclasses.replace(found, vocabulary=size)
 
 
 def _with_entropies(item: ModelSpec, train: Any) -> ModelSpec:

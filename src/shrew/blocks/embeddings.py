@@ -18,8 +18,10 @@ FACTOR, MODULUS = 1_000_000_007, 2**31 - 1  # products of two remainders stay be
 
 @dataclass(frozen=True, kw_only=True)
 class NgramSpec:
-    sizes: tuple[int, ...] = doc("lengths of the n-grams in tokens, each with a table of its own", (2, 3, 4))
-    rows: Annotated[int, Meta(ge=1)] = doc("rows of each table; n-grams of equal hash share one", 8192)
+    sizes: tuple[Annotated[int, Meta(le=64)], ...] = doc(
+        "lengths of the n-grams in tokens, each with a table of its own", (2, 3, 4)
+    )
+    rows: Annotated[int, Meta(ge=1, le=1 << 32)] = doc("rows of each table; n-grams of equal hash share one", 8192)
 
     def problem(self) -> str:
         """What is wrong with these settings; empty when nothing is."""

@@ -14,6 +14,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from shrew.errors import UnsupportedError
 
+WIDEST = 1 << 20  # channels: what has more is a slip of the pen, and would take all memory before anybody says so
+
 
 @dataclass(frozen=True)
 class Shape:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
-from shrew.blocks.layers import Shape
+from shrew.blocks.layers import WIDEST, Shape
 from shrew.spec import Meta, doc
 
 Activation = Literal["silu", "gelu_tanh", "relu2"]
@@ -35,7 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 @dataclass(frozen=True, kw_only=True)
 class MlpSpec:
     kind: str = "mlp"
-    hidden: Annotated[int, Meta(ge=1)] | None = doc("hidden channels; default: three times the width", None)
+    hidden: Annotated[int, Meta(ge=1, le=WIDEST)] | None = doc("hidden channels; default: three times the width", None)
     activation: Activation = doc("silu makes it SwiGLU; relu2 is the square of ReLU", "silu")
     gated: bool = doc("multiply by a second projection; without it a channel costs a third less", True)
 

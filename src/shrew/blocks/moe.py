@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from shrew.blocks.layers import Shape
+from shrew.blocks.layers import WIDEST, Shape
 from shrew.blocks.mlp import ACTIVATIONS, Activation, Mlp, MlpSpec
 from shrew.spec import Meta, doc
 
@@ -20,15 +20,17 @@ ROWS = 64  # on a CPU a product in bf16 is compiled anew for every number of row
 @dataclass(frozen=True, kw_only=True)
 class MoeSpec:
     kind: str = "moe"
-    experts: Annotated[int, Meta(ge=1)] = doc("number of experts", 8)
+    experts: Annotated[int, Meta(ge=1, le=4096)] = doc("number of experts", 8)
     top_k: Annotated[int, Meta(ge=1)] = doc("experts that a token uses", 2)
-    hidden: Annotated[int, Meta(ge=1)] | None = doc(
+    hidden: Annotated[int, Meta(ge=1, le=WIDEST)] | None = doc(
         "hidden channels of an expert; default: three times the width, divided by top_k", None
     )
     activation: Activation = doc("silu makes each expert a SwiGLU", "silu")
     router: Literal["softmax", "sigmoid"] = doc("what makes scores of the router's logits", "softmax")
     normalise: bool = doc("divide the scores of the chosen experts by their sum", True)
-    shared: Annotated[int, Meta(ge=0)] = doc("hidden channels of a shared expert that every token uses; 0: none", 0)
+    shared: Annotated[int, Meta(ge=0, le=WIDEST)] = doc(
+        "hidden channels of a shared expert that every token uses; 0: none", 0
+    )
     shared_gate: bool = doc("multiply the shared expert by a sigmoid gate of the token (Qwen3-Next)", False)
     balance: Literal["loss", "bias"] = doc(
         "what keeps the experts in use: a loss (Fedus et al. 2021), or a bias of the choice alone that is nudged after "
@@ -38,7 +40,7 @@ class MoeSpec:
     balance_weight: Annotated[float, Meta(ge=0)] = doc("weight of the balance loss, or the nudge of the bias", 0.01)
     z_weight: Annotated[float, Meta(ge=0)] = doc("weight of the router's z-loss (Zoph et al. 2022)", 0.001)
     every: Annotated[int, Meta(ge=1)] = doc("every so many layers, the last of them has experts", 1)
-    dense_hidden: Annotated[int, Meta(ge=1)] | None = doc(
+    dense_hidden: Annotated[int, Meta(ge=1, le=WIDEST)] | None = doc(
         "hidden channels of the mlp in the other layers; default: as many as a token uses in a layer with experts", None
     )
 

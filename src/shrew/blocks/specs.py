@@ -8,6 +8,7 @@ from shrew.blocks.conv import Conv, ConvSpec
 from shrew.blocks.delta import Delta, DeltaSpec
 from shrew.blocks.depth import ExitSpec, MixtureOfDepthsSpec
 from shrew.blocks.embeddings import NgramSpec
+from shrew.blocks.layers import WIDEST
 from shrew.blocks.linear import Linear, LinearSpec
 from shrew.blocks.memory import Memory, MemorySpec
 from shrew.blocks.mlp import Mlp, MlpSpec, Nothing, NothingSpec
@@ -35,6 +36,7 @@ FFNS: dict[str, tuple[Any, Any]] = {
 }
 
 
+DEEPEST = 4096  # layers that a token goes through
 MEANS = {"space": 6.1, "entropy": 4.5}  # bytes a patch of the published models
 MixerTable = dict[str, Annotated[Any, Kinds({kind: spec for kind, (spec, _) in MIXERS.items()})]]
 Ffn = Annotated[Any, Kinds({kind: spec for kind, (spec, _) in FFNS.items()})]
@@ -44,7 +46,7 @@ Ffn = Annotated[Any, Kinds({kind: spec for kind, (spec, _) in FFNS.items()})]
 class LocalSpec:
     """The layers of a local encoder or decoder: as in a model, of mixers and a feed-forward layer of any kind."""
 
-    layers: Annotated[int, Meta(ge=1)] = doc("number of layers", 1)
+    layers: Annotated[int, Meta(ge=1, le=DEEPEST)] = doc("number of layers", 1)
     pattern: str = doc("letters of the mixers, repeated", "A")
     mixers: MixerTable = field(default_factory=lambda: {"A": WindowSpec(window=512)})
     ffn: Ffn = field(default_factory=MlpSpec)
@@ -67,7 +69,7 @@ class PatchesSpec:
 
     kind: str = "patches"
     rule: Annotated[Any, Kinds(RULES | {"learned": LearnedSpec})] = field(default_factory=SpaceSpec)
-    width: Annotated[int, Meta(ge=8)] = doc("width of the local layers", 128)
+    width: Annotated[int, Meta(ge=8, le=WIDEST)] = doc("width of the local layers", 128)
     encoder: LocalSpec = field(default_factory=LocalSpec)
     decoder: LocalSpec = field(default_factory=lambda: LocalSpec(layers=3))
     queries: Annotated[int, Meta(ge=1)] = doc("local vectors of a patch, read and given", 2)
@@ -88,6 +90,8 @@ class PatchesSpec:
             return f"width {self.width} is no multiple of {self.heads} heads"
         if model.ngrams and self.hashes:
             return "ngrams and hashes are tables of the same; take one"
+        if self.hashes and (wrong := self.hashes.problem()):
+            return f"hashes: {wrong}"
         if model.exits:
             return "a model of patches has no early exits"
         if any(getattr(mixer, "value_embeddings", False) for mixer in model.mixers.values()):
@@ -114,9 +118,11 @@ class ModelSpec:
     """One causal language model. `pattern` letters name mixers and repeat over the layers."""
 
     pattern: str = doc("letters of the mixers, repeated", "A")
-    layers: Annotated[int, Meta(ge=1)] = doc("number of layers", 6)
-    width: Annotated[int, Meta(ge=8)] = doc("width of the residual stream", 256)
-    vocabulary: Annotated[int, Meta(ge=2)] | None = doc("number of token ids; default: the tokenizer's", None)
+    layers: Annotated[int, Meta(ge=1, le=DEEPEST)] = doc("number of layers", 6)
+    width: Annotated[int, Meta(ge=8, le=WIDEST)] = doc("width of the residual stream", 256)
+    vocabulary: Annotated[int, Meta(ge=2, le=1 << 28)] | None = doc(
+        "number of token ids; default: the tokenizer's", None
+    )
     context: Annotated[int, Meta(ge=2)] = doc("longest context", 1024)
     tied: bool = doc("one matrix for embedding and head", True)
     eps: Annotated[float, Meta(gt=0)] = doc("epsilon of the norms", 1e-6)
@@ -146,6 +152,8 @@ class ModelSpec:
                 raise SpecError(f"pattern '{self.pattern}': no mixer '{letter}'; {nearest(letter, self.mixers)}")
         if self.repeats and len(self.repeats) != self.layers:
             raise SpecError(f"repeats: {len(self.repeats)} numbers for {self.layers} layers; give one for each.")
+        if (depth := (sum(self.repeats) or self.layers) * self.loops) > DEEPEST:
+            raise SpecError(f"repeats and loops make {depth} layers that a token goes through; use {DEEPEST} or fewer.")
         mixers = {f"mixers.{letter}": mixer for letter, mixer in self.mixers.items()}
         for name, block in {**mixers, "ffn": self.ffn}.items():
             if problem := block.problem(self.width):

@@ -1,5 +1,6 @@
 """Tokenizers that a training reads or makes."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from shrew.data import Document
 from shrew.errors import SpecError
+
+LONGEST_WORD = 10_000  # characters: the time to train on a word grows with the square of its length
 
 
 def read_tokenizer(place: Path) -> Any:
@@ -31,7 +34,7 @@ def train_tokenizer(documents: list[Document], size: int, seed: int, sample: int
     chosen, total = [], 0
     for index in order:
         if total < sample:
-            chosen.append(documents[index].text)
+            chosen += _cut(documents[index].text)
             total += len(documents[index].text)
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,3 +47,10 @@ def train_tokenizer(documents: list[Document], size: int, seed: int, sample: int
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, pad_token=end,
                                    extra_special_tokens=list(marks))  # fmt: skip
+
+
+def _cut(text: str) -> list[str]:
+    """The text in pieces without a word or a gap longer than LONGEST_WORD; whole where there is none."""
+    ends = [at for run in re.finditer(rf"\S{{{LONGEST_WORD},}}|\s{{{LONGEST_WORD},}}", text)
+            for at in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD)]  # fmt: skip
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]

@@ -24,7 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from shrew import files
-from shrew.errors import ShrewError
+from shrew.errors import FolderError, ShrewError
 from shrew.folder import compressed, packed, sparse
 from shrew.folder.check import TORCH_DTYPES, common_dtype, describe, fetch, quiet, read_model, read_packed
 from shrew.folder.grids import Grid, Product, Steps, Uniform
@@ -119,9 +119,24 @@ def known(path: Path, entries: dict[str, Entry]) -> dict[str, Any]:
         for key, entry in entries.items()
         if entry.dtype in TORCH_DTYPES and TORCH_DTYPES[entry.dtype] != dtype and not key.endswith(_PARTS)
     }
-    lineage = read_json(path / LINEAGE) if (path / LINEAGE).exists() else {}
+    lineage = _lineage(path / LINEAGE) if (path / LINEAGE).exists() else {}
     untouched = lineage.pop("untouched", {})
     return {"untouched": untouched, "lineage": lineage, "dtype": dtype, "stored": stored}
+
+
+def _lineage(path: Path) -> dict[str, Any]:
+    lineage = read_json(path)
+    recipe = lineage.get("recipe")
+    held = {"recipe.train": recipe.get("train", {})} if isinstance(recipe, dict) else {}
+    for key, value in (lineage | held).items():
+        tables = value if isinstance(value, list) and key in ("moves", "twins") else [value]
+        if key in _LINEAGE and not all(isinstance(table, dict) for table in tables):
+            raise FolderError(f"{path}: '{key}' is not what Shrew writes there; remove the file, which says how "
+                              "the model was made.")  # fmt: skip
+    return lineage
+
+
+_LINEAGE = ("moves", "twins", "untouched", "recipe", "recipe.train")
 
 
 def save(loaded: Loaded, path: Path, same: bool = False) -> str:

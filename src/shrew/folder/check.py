@@ -28,6 +28,7 @@ STARTER = Path(__file__).parents[1] / "models" / "starter"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 CLASSIFIER = "ForSequenceClassification"
+ALIGNED = 8  # channels of bf16, twice as many as of float32: 16 bytes
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def describe(path: Path, trust_remote_code: bool) -> tuple[dict[str, Entry], Sta
     if not isinstance(config.get("model_type"), str):
         raise FolderError(f"{path / 'config.json'} names no model_type, so nothing can tell what model this is.")
     if config.get("auto_map") and not trust_remote_code:
-        raise FolderError(f"{path} wants to run its own Python code (auto_map in config.json); read that code, and "
-                          "allow it with trust_remote_code if you trust it.")  # fmt: skip
+        raise FolderError(f"{path} wants to run its own Python code (auto_map in config.json); if you have read it and "
+                          "trust it, load it in Python with trust_remote_code=True.")  # fmt: skip
     if config.get("transformers_weights"):
         raise FolderError(f"{path / 'config.json'} redirects the weights to another file (transformers_weights); "
                           "remove that key.")  # fmt: skip
@@ -175,8 +176,17 @@ def read_model(path: Path, entries: dict[str, Entry], stated: Stated, trust_remo
         _check_report(path, report)
         for name, parameter in model.named_parameters():
             check_finite(path, name, parameter.detach())
+        _run_experts(model)
         tokenizer = read_tokenizer(path, trust_remote_code)
     return model.eval(), tokenizer
+
+
+def _run_experts(model: Any) -> None:
+    """One expert after the other where torch's product of groups refuses their rows, which are no multiple of 16 bytes.
+    """
+    stacks = [value for name, value in model.named_parameters() if value.ndim == 3 and ".experts." in name]
+    if any(size % ALIGNED for stack in stacks for size in stack.shape[1:]):
+        model.set_experts_implementation("eager")
 
 
 def read_tokenizer(path: Path, trust_remote_code: bool) -> Any:

@@ -34,6 +34,7 @@ class Entry:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or a FolderError that says what is wrong with it."""
+    _check_plain(path)
     try:
         value = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -43,6 +44,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FolderError(f"{path} holds no JSON object; fetch the model again.")
     return value
+
+
+def _check_plain(path: Path) -> None:
+    """A pipe or a device would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise FolderError(f"{path} is no plain file; fetch the model again.")
 
 
 def _short(error: Exception) -> str:
@@ -58,6 +65,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """Every tensor of one safetensors file by name, after all checks; raises FolderError."""
+    _check_plain(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:

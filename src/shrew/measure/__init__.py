@@ -206,7 +206,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the records, one JSON line each, and no table")
     parser.add_argument("--no-cost", action="store_true", help="quality only: no bytes, speed, memory or energy")
     parser.add_argument("--records", type=Path, metavar="FILE", help="append the records to this file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the resampling (default 0)")
+    parser.add_argument("--seed", type=spec.seed, default=0, help="seed of the resampling (default 0)")
     spec.add_flags(parser, kv.CacheSpec)
     return parser.parse_args(argv)
 

@@ -169,7 +169,7 @@ def _apply_one(argv: list[str]) -> int:
         spec.add_flags(sub, move)
         sub.add_argument("--text", action="append", default=[], help="text to calibrate and heal on")
         sub.add_argument("--task", default="", help="task file (JSONL) to take such text from")
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--seed", type=spec.seed, default=0)
         _common(sub)
     known = [item for item in argv[1:2] if not item.startswith("-")]
     if known and known[0] not in MOVES:

@@ -16,11 +16,12 @@ from torch.func import functional_call
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
-from shrew.errors import FolderError, UnsupportedError
+from shrew.errors import UnsupportedError
 from shrew.folder import Loaded
 from shrew.moves import grids
 from shrew.moves.anatomy import find_layers, logits
 from shrew.moves.context import Progress
+from shrew.moves.importance import check_squares
 from shrew.moves.replay import replaced
 
 RIDGE = 0.1  # of the mean diagonal: how strongly a correction is held back
@@ -106,10 +107,7 @@ class Sums:
         """By parameter name (`names` maps every name to it), where anything but zeros came.
 
         Raises FolderError where what came is too large to be squared."""
-        for leader, total in self.sums.items():
-            if not total.isfinite().all():
-                raise FolderError(f"what reaches {names[leader]} is too large to calibrate by (squares of it are no "
-                                  "numbers), so weights before it are far too large; is the file damaged?")  # fmt: skip
+        check_squares({names[leader]: total for leader, total in self.sums.items()})
         return {names[name]: self.sums[leader] for name, leader in self.leader.items() if self.sums[leader].any()}
 
     def corrections(self, names: dict[str, str]) -> dict[str, Tensor]:

@@ -5,13 +5,14 @@ of the layer's input, leaving out the unit u and letting the others take over wh
 tr(W_u (H⁻¹_uu)⁻¹ W_uᵀ) of the output's power (Hassibi and Stork 1992; in units, Kurtic et al. 2023, ZipLM).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shrew.errors import FolderError
 from shrew.folder import Loaded
 from shrew.moves.anatomy import batches, logits
 from shrew.moves.context import Context
@@ -25,7 +26,9 @@ TOGETHER = 0.5  # partial correlation from which two units do not go in one roun
 
 
 def moments(loaded: Loaded, context: Context, names: list[str]) -> dict[str, Tensor]:
-    """E[x xᵀ] of the inputs of these weights on calibration text, float64 [in, in] by name."""
+    """E[x xᵀ] of the inputs of these weights on calibration text, float64 [in, in] by name.
+
+    Raises FolderError where they are too large to be squared."""
     sums: dict[str, Tensor] = {}
     tokens = 0
 
@@ -43,7 +46,16 @@ def moments(loaded: Loaded, context: Context, names: list[str]) -> dict[str, Ten
         for ids in batches(loaded, context.calibration, 2048, SCORE_TOKENS):
             logits(loaded, ids)
             tokens += ids.numel()
+    check_squares(sums)
     return {name: total / tokens for name, total in sums.items()}
+
+
+def check_squares(sums: Mapping[str, Tensor]) -> None:
+    """Sums of squares of what reaches weights, by name. Raises FolderError where they are no numbers."""
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise FolderError(f"what reaches {name} is too large to calibrate by (squares of it are no numbers), so "
+                              "weights before it are far too large; is the file damaged?")  # fmt: skip
 
 
 def damages(

@@ -76,6 +76,10 @@ class Linearize:
         return dataclasses.replace(loaded, model=made, untouched={})
 
     def _check(self, spec: ModelSpec, windows: list[np.ndarray]) -> None:
+        if spec.patches:
+            raise UnsupportedError("linearize: a model of patches has local layers and others; leave it out.")
+        if any(".mixer." in name for name in spec.ranks):
+            raise UnsupportedError("linearize: projections of attention are two factors; put linearize before factor.")
         if self.to == "window" and self.window >= spec.context:
             raise SpecError(f"linearize: window {self.window} is no shorter than the context of {spec.context}, so "
                             "nothing would be saved; choose a shorter one.")  # fmt: skip

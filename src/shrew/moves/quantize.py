@@ -217,7 +217,11 @@ class Quantize:
                 now = loaded.packed[name].label()
                 raise UnsupportedError(f"'{name}' is already {now}; rounding it twice loses more than rounding once, "
                                        "so start from the original.")  # fmt: skip
-            cols = target.weight.shape[-2 if target.transposed else -1]
+            rows, cols = target.weight.shape[-2:][:: -1 if target.transposed else 1]
+            if self.low_rank * (rows + cols) >= rows * cols:
+                most = (rows * cols - 1) // (rows + cols)
+                raise SpecError(f"quantize: a correction of rank {self.low_rank} is as large as '{name}' itself "
+                                f"({rows} x {cols}); use low_rank = {most} at most.")  # fmt: skip
             targets[name] = target, self._grid(own, name, cols)
         loaded.untouched |= untouched
         for name in targets:

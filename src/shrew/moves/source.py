@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from shrew import data, files, folder
+from shrew import data, files, folder, machine
 from shrew.data import python
 from shrew.errors import DataError, FolderError, UsageError
 from shrew.folder import Loaded
 from shrew.moves.anatomy import logits
 from shrew.moves.context import Context
 from shrew.moves.trim_vocab import with_rows
-from shrew.spec import Meta, digest, doc
+from shrew.spec import Meta, Seed, digest, doc
 from shrew.tasks import Task, read, read_text_task
 from shrew.tasks.fairness import Fairness
 from shrew.tasks.labels import Labels, label_ids
@@ -32,8 +32,8 @@ class Source:
     window: Annotated[int, Meta(ge=16)] = doc("tokens in a calibration or healing window", 512)
     calibration: Annotated[int, Meta(ge=1)] = doc("calibration tokens, at most", 16384)
     healing: Annotated[int, Meta(ge=1)] = doc("healing tokens, at most", 1_000_000)
-    seed: int = doc("seed of healing and resampling", 0)
-    threads: Annotated[int, Meta(ge=0)] = doc("CPU threads; 0: probed once", 0)
+    seed: Seed = doc("seed of healing and resampling", 0)
+    threads: Annotated[int, Meta(ge=0, le=machine.MOST_THREADS)] = doc("CPU threads; 0: probed once", 0)
 
 
 def open_task(source: Source, original: Loaded) -> Task:

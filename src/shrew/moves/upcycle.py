@@ -67,6 +67,8 @@ class Upcycle:
             raise UnsupportedError(f"upcycle: the feed-forward layers of this {kind} are not gated MLPs; leave it out.")
         if spec.patches:
             raise UnsupportedError("upcycle: a model of patches has layers of several widths; leave it out.")
+        if any(".ffn." in name for name in spec.ranks):
+            raise UnsupportedError("upcycle: projections of MLPs are two factors; put upcycle before factor.")
         hidden = mlp.hidden or 3 * spec.width
         if self.how == "split" and hidden % self.experts:
             raise SpecError(f"upcycle: {hidden} channels cannot be dealt out to {self.experts} experts; choose a "

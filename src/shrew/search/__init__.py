@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--task", default="", help="task file (JSONL): labels, choice, completion or text")
     parser.add_argument("--text", action="append", default=[], help="text: a file, folder or glob; may be repeated")
     parser.add_argument("--out", type=Path, help="folder to write (default: MODEL-small)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of healing and resampling")
+    parser.add_argument("--seed", type=spec.seed, default=0, help="seed of healing and resampling")
     parser.add_argument("--json", action="store_true", help="print the records as JSON lines")
     spec.add_flags(parser, ShrinkSpec)
     args = parser.parse_args(argv)

@@ -21,9 +21,18 @@ PRIMES = (1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899
 
 @dataclass(frozen=True, kw_only=True)
 class HashSpec:
-    sizes: tuple[Annotated[int, Meta(ge=2)], ...] = doc("lengths of the n-grams, each with a table", (3, 4, 5, 6, 7, 8))
-    rows: Annotated[int, Meta(ge=1)] = doc("rows of each table", 500002)
-    functions: Annotated[int, Meta(ge=1)] = doc("hash functions, each with tables of its own", 1)
+    sizes: tuple[Annotated[int, Meta(ge=2, le=64)], ...] = doc(
+        "lengths of the n-grams, each with a table", (3, 4, 5, 6, 7, 8)
+    )
+    rows: Annotated[int, Meta(ge=1, le=1 << 32)] = doc("rows of each table", 500002)
+    functions: Annotated[int, Meta(ge=1, le=64)] = doc("hash functions, each with tables of its own", 1)
+
+
+    def problem(self) -> str:
+        """What is wrong with these settings; empty when nothing is."""
+        if not self.sizes:
+            return "sizes names no length; name one, or leave hashes out"
+        return "two equal sizes would learn the same table twice" if len(set(self.sizes)) < len(self.sizes) else ""
 
 
 class Hashes(nn.Module):

@@ -78,6 +78,9 @@ def as_spec(config: Any) -> ModelSpec:
         spec = spec and parse(ModelSpec, dump(spec), "its config")  # the ranges too
     except SpecError as error:
         raise UnsupportedError(f"{config.model_type}: this model cannot be said in our blocks: {error}") from None
+    if spec is None and adapter:
+        raise UnsupportedError(f"{config.model_type}: this model cannot be said in our blocks: they lack an option of "
+                               "its config.json (biases, another activation, other positions, ...).")  # fmt: skip
     if spec is None:
         known = ", ".join(ADAPTERS)
         raise UnsupportedError(f"{config.model_type}: this model cannot be said in our blocks; known: {known}.")

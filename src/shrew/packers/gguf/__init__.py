@@ -32,6 +32,8 @@ from shrew.packers.gguf.header import ALIGNMENT, MAGIC
 from shrew.packers.gguf.rows import Change, Row, always_float32, plan
 from shrew.spec import doc
 
+LARGEST_FLOAT = 3.4e38  # of 32 bits
+
 FILE_TYPES = {item.name.removeprefix("MOSTLY_").removeprefix("ALL_"): item for item in LlamaFileType}
 DTYPES = {"f16": torch.float16, "f32": torch.float32}
 
@@ -258,6 +260,8 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     match value:
         case bool():
             writer.add_bool(key, value)
+        case int() | float() if not 0 <= value <= (2**32 - 1 if isinstance(value, int) else LARGEST_FLOAT):
+            raise UnsupportedError(f"GGUF has no room for {key} = {value:.6g}; is config.json right?")
         case int():
             writer.add_uint32(key, value)
         case float():

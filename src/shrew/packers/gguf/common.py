@@ -170,13 +170,14 @@ def llama3_extra(config: Any) -> dict[str, Tensor]:
 
 def common_values(config: Any, kv_heads: Any = None) -> dict[str, Any]:
     width = head_width(config)
+    epsilon = config.rms_norm_eps if hasattr(config, "rms_norm_eps") else config.norm_eps
     return {
         "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size, "block_count": layer_count(config),
         "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": kv_heads or config.num_key_value_heads,
         "attention.key_length": width, "attention.value_length": width,
-        "attention.layer_norm_rms_epsilon": float(getattr(config, "rms_norm_eps", None) or config.norm_eps),
+        "attention.layer_norm_rms_epsilon": float(epsilon),
         "rope.dimension_count": width,
     }  # fmt: skip
 

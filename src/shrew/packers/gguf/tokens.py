@@ -105,7 +105,9 @@ def describe(tokenizer: Any, size: int, ids: dict[str, int | None]) -> tuple[dic
         given = getattr(tokenizer, f"{key}_token_id", None)
         number = ids.get(key) if given is None else given
         if number is not None:
-            found[PREFIX + name] = int(number)
+            if not isinstance(number, int) or not 0 <= number < size:
+                raise UnsupportedError(f"the {key} token is {number!r}, and the model has those from 0 to {size - 1}.")
+            found[PREFIX + name] = number
     if PREFIX + IDS["eos"] not in found:
         notes.append("the tokenizer names no end-of-text token, so llama.cpp takes one by its number")
     found |= _around(core, found)

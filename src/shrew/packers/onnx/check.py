@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from shrew.errors import ShrewError
+from shrew.errors import FolderError, ShrewError
 from shrew.packers.onnx.graph import State
 from shrew.runtime.pack import open_graph
 from shrew.runtime.states import call_end
@@ -109,6 +109,9 @@ def exact(runner: Runner, model: Any, text: Sequence[int], context: int) -> dict
 
 
 def _close(found: np.ndarray, wanted: np.ndarray, more: str, equal: bool) -> dict[str, Any]:
+    if not np.isfinite(wanted).all():
+        raise FolderError("the model answers text with what is no number (infinite or NaN), so some of its weights "
+                          "are far too large; is the file damaged?")  # fmt: skip
     difference, largest = float(np.abs(found - wanted).max()), float(np.abs(wanted).max())
     limit = TOLERANCE * max(1.0, largest / LARGE)
     if not difference <= limit or not equal:
