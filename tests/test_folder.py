@@ -415,7 +415,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut in the data": (lambda p: cut(p, -1), "truncated"),
     "too long": (stretch, "oversized"),
     "a pipe": (make_pipe, "no plain file"),
-    "a lineage of numbers": (lambda p: (p / "shrew.json").write_text('{"moves": 3}'), "'moves' is not what Shrew writes"),
+    "a lineage of numbers": (lambda p: (p / "shrew.json").write_text('{"moves": 3}'), "'moves' is not what"),
     "a lineage of texts": (lambda p: (p / "shrew.json").write_text('{"twins": ["x"]}'), "'twins' is not what"),
     "a recipe that is none": (lambda p: (p / "shrew.json").write_text('{"recipe": {"train": 3}}'), "'recipe.train' is"),
     "huge header": (lambda p: (p / "model.safetensors").write_bytes(b"\xff" * 80), "claims a header"),
