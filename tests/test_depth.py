@@ -223,6 +223,11 @@ def test_all_rows_leave_together_and_the_config_may_say_when() -> None:
     model.config.exit_threshold = None
     with pytest.raises(errors.UsageError, match="no early exits"):
         _generate(_model(), tokens, exit_threshold=0.5)
+    for threshold in (-0.1, 2.0, float("nan")):
+        with pytest.raises(errors.UsageError, match="is no confidence"):
+            _generate(model, tokens, exit_threshold=threshold)
+    with pytest.raises(errors.UsageError, match="no token to go on from"):
+        model(tokens[:, :0])
 
 
 @torch.no_grad()

@@ -124,6 +124,8 @@ def test_a_cache_is_as_big_as_said(name: str) -> None:
     trunk.front = replace(trunk.front, mean=60 / patches)
     local = [layer for layer in cache.layers[:-1] if not isinstance(layer, State) or layer.held]
     assert _bytes([*local, held]) == pytest.approx(model.state_bytes(60, element=8), rel=0.15)
+    trunk.front = replace(trunk.front, mean=10.0**9)  # an open patch holds no more bytes than have come
+    assert model.state_bytes(60, element=8) < 8 * 60 * 1000
 
 
 @torch.no_grad()

@@ -213,6 +213,11 @@ def test_heads_that_cannot_be_cut_are_refused(kind: str, context: Context) -> No
         Narrow(heads=0.5).apply(loaded, context)
 
 
+def test_a_share_that_rounds_to_all_heads_is_told(context: Context, said: list[str]) -> None:
+    Narrow(mlp=0.5, heads=0.9).apply(make("qwen3"), context)
+    assert "narrow: 90% of the groups of heads, rounded, are all of them; none is cut" in said
+
+
 # --- one at a time
 
 

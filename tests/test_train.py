@@ -507,7 +507,7 @@ def test_a_tokenizer_of_one_endless_word(home: Path) -> None:
     """The time to train on a word grows with the square of its length: a million zeros took more than ten minutes."""
     Path("zeros.txt").write_text("\0" * 1_000_000 + " word" * 100)
     made = train_tokenizer(data.documents(["zeros.txt"]), 300, 0)
-    assert len(made) == 300
+    assert 257 < len(made) <= 300
     assert made.decode(made("\0" * 30_000 + " word")["input_ids"]) == "\0" * 30_000 + " word"
 
 

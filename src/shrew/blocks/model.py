@@ -182,6 +182,8 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise UsageError("inputs_embeds: give input_ids instead; blocks of this model read the tokens.")
+        if not input_ids.shape[1]:
+            raise UsageError("input_ids: there is no token to go on from; give one, like the token that begins a text.")
         past_key_values = self._cache(past_key_values, bool(use_cache))
         place = self._place(input_ids, attention_mask, position_ids, past_key_values)
         kept: list[Tensor] | None = [] if self.training and self.spec.exits and labels is not None else None
@@ -230,8 +232,10 @@ class ShrewForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _exit(self, threshold: float | None) -> EarlyExit | None:
         threshold = self.config.exit_threshold if threshold is None else threshold
-        if threshold is None or threshold >= 1:
+        if threshold is None or threshold == 1:
             return None
+        if not 0 <= threshold < 1:
+            raise UsageError(f"exit_threshold: {threshold} is no confidence; give one from 0 to 1.")
         if not self.spec.exits:
             raise UsageError("exit_threshold: this model has no early exits; train one with [model.exits].")
         return EarlyExit(threshold, self.logits)

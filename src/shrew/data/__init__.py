@@ -58,6 +58,8 @@ def _mark(document: Document) -> str:
 
 
 def _read(source: str, field: str) -> Iterator[Document]:
+    if not source:
+        raise DataError("a text without a name was asked for; name a file, a folder or a glob.")
     if source.startswith("python:"):
         yield from (Document(id, text) for id, text in python.corpus(source.removeprefix("python:")))
         return
@@ -250,7 +252,9 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.stream.windows(self.length) < 1:
-            raise DataError(f"the text has {len(self.stream.tokens)} tokens, fewer than one window of {self.length}.")
+            count = len(self.stream.tokens)
+            raise DataError(f"the text has {count} tokens, fewer than one window of {self.length}; give more text or a "
+                            "shorter length.")  # fmt: skip
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Inputs [rows, length], targets [rows, length] (-100 across documents) and document numbers."""

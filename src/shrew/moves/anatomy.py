@@ -114,7 +114,7 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
     Raises UnsupportedError when there is none, or more than one (an encoder and a decoder).
     """
     if isinstance(model.config, ShrewConfig) and model.config.parsed().patches:
-        raise UnsupportedError("shrew: a model of patches has local layers and others; only models with one stack of "
+        raise UnsupportedError("a model of patches has local layers and others; only models with one stack of "
                                "layers can be cut.")  # fmt: skip
     count = getattr(model.config, "num_hidden_layers", None)
     found: list[tuple[str, nn.ModuleList]] = []

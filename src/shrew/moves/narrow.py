@@ -62,6 +62,8 @@ class Narrow:
             if self.mlp < 1 or self.heads < 1:
                 context.say(f"narrow: rounds to the present widths (multiples of {self.multiple}); nothing is cut")
             return loaded
+        if self.heads < 1 and not attentions:
+            context.say(f"narrow: {self.heads:.0%} of the groups of heads, rounded, are all of them; none is cut")
         config = with_widths(loaded.model.config, **settings)
         _check(loaded, config, mlps, attentions)
         scores = channel_scores(loaded, context)

@@ -344,11 +344,11 @@ class PatchTrunk(nn.Module):
 
     def state_bytes(self, context: int, element: int = 2) -> int:
         """What a cache of one row holds after `context` bytes: the states of all layers, and the vectors of the open
-        patch, which is taken to be of the mean size."""
+        patch, which is taken to be of the mean size, or of all of them where they are fewer."""
         layers: list[Any] = [self.layers[which] for which in self.order]
         patches = round(context / self.front.bytes)
         found = sum(layer.mixer.state_bytes(patches, element) for layer in layers)
         found += self.encoder.state_bytes(context, element) + self.decoder.state_bytes(context, element)
         found += 0 if self._grams is None else self._grams.state_bytes()
         found += 0 if self.entropy is None else self.entropy.model.state_bytes(context, element)
-        return found + round((self.front.bytes + self.front.queries) * self.width * element)
+        return found + round((min(self.front.bytes, context) + self.front.queries) * self.width * element)

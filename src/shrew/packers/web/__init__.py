@@ -18,7 +18,7 @@ import onnx
 
 from shrew import files
 from shrew.errors import FolderError, ShrewError, UnsupportedError
-from shrew.folder.check import fetch
+from shrew.folder.check import describe, fetch
 from shrew.packers.onnx import Options as OnnxOptions
 from shrew.packers.onnx import Say
 from shrew.packers.onnx import pack as pack_onnx
@@ -88,6 +88,9 @@ class Options:
                         "up, else the public one", "")  # fmt: skip
 
 
+NOT_WRITING = "{} is a classifier, and the page is for models that write; pack it --to onnx."
+
+
 def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     """Write the folder `out` for the model or packed folder `name`; returns its manifest.
 
@@ -96,6 +99,8 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
     files.check_apart(out, [fetch(name)])
     if (Path(name) / manifests.NAME).is_file():
         return _write(Path(name), out, options, say)
+    if describe(fetch(name), False)[1].classifier:
+        raise UnsupportedError(NOT_WRITING.format(name))
     with tempfile.TemporaryDirectory() as temporary:
         packed = Path(temporary) / (Path(name).resolve().name or "model")
         pack_onnx(name, packed, OnnxOptions(), say)
@@ -105,7 +110,7 @@ def pack(name: str, out: Path, options: Options, say: Say) -> dict[str, Any]:
 def _write(packed: Path, out: Path, options: Options, say: Say) -> dict[str, Any]:
     held = manifests.read(packed)
     if held.kind != "causal":
-        raise UnsupportedError(f"{packed} is a classifier, and the page is for models that write; pack it --to onnx.")
+        raise UnsupportedError(NOT_WRITING.format(packed))
     if any(state.dtype in ("int8", "uint8") for state in held.states):
         raise UnsupportedError(f"{packed} holds keys and values in few bits, and the page cannot; pack without --kv.")
     if {manifests.CODED, manifests.SQUEEZED} & held.files.keys():
