@@ -472,6 +472,11 @@ def test_a_loss_that_is_no_number_ends_the_run(home: Path) -> None:
     assert not Path("out").exists()
 
 
+def test_a_loss_that_was_none_from_the_start_is_not_the_rates_fault(home: Path) -> None:
+    with pytest.raises(errors.ShrewError, match="the loss is nan at step 0; nothing was learned by then"):
+        _train(SMALL | {"softcap": 1e300})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -489,7 +489,9 @@ class Loop:
         self.world.sum([total])
         mean = (total / count).item()
         if not math.isfinite(mean):  # before the weights are touched
-            raise ShrewError(f"the loss is {mean} at step {self.step}; lower --lr or raise --warmup, and start again.")
+            advice = "lower --lr or raise --warmup, and start again" if self.step else (
+                "nothing was learned by then, so weights or factors that it starts with are far too large")  # fmt: skip
+            raise ShrewError(f"the loss is {mean} at step {self.step}; {advice}.")
         if self.item.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.item.clip)
         for optimizer in self.optimizers:
