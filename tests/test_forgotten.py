@@ -132,6 +132,8 @@ def test_resamples_without_a_rare_token_are_left_out() -> None:
     old, new = deciles(tokens, tokens), deciles(tokens * 2, tokens)
     found = statistics.ratio_difference(old, new, "decile0_bits", "decile0_tokens")
     assert (found.value, found.low, found.high) == (1, 1, 1)
+    nothing = statistics.ratio_difference(old, deciles(tokens * np.nan, tokens), "decile0_bits", "decile0_tokens")
+    assert np.isnan([nothing.value, nothing.low, nothing.high]).all()
 
 
 def test_other_tokens_give_no_change() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from shrew.measure.statistics import Interval, ratio_interval
+from shrew.measure.statistics import Interval, limits, ratio_interval
 from shrew.record import Record
 from shrew.tasks import Scores
 from shrew.tasks.detection import at_rate
@@ -45,9 +45,8 @@ def grouped_interval(
     A difference between two systems is one statistic of the same places, so that the resampling is paired."""
     names, home = np.unique(np.asarray(groups), return_inverse=True)
     members = [np.flatnonzero(home == number) for number in range(len(names))]
-    drawn = [
+    drawn = np.array([
         statistic(np.concatenate([members[number] for number in np.repeat(np.arange(len(names)), row.astype(int))]))
         for rows in weights(len(names), samples, seed) for row in rows
-    ]  # fmt: skip
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(statistic(np.arange(len(home))), float(low), float(high), len(names))
+    ])  # fmt: skip
+    return Interval(statistic(np.arange(len(home))), *limits(drawn, level), len(names))

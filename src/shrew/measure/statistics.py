@@ -4,6 +4,7 @@ Two models are always compared on the same units (documents or examples), and un
 the units themselves cancels, only the difference between the models counts.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -90,9 +91,16 @@ def ratio_difference(original: Scores, new: Scores, top: str, bottom: str, sampl
         return np.divide(rows @ scores.columns[top], below, out=np.full(len(rows), np.nan), where=below > 0)
 
     drawn = np.concatenate([ratio(new, w) - ratio(original, w) for w in original.resamples(samples, seed)])
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(drawn, [tail, 1 - tail])
-    return Interval(new.ratio(top, bottom) - original.ratio(top, bottom), float(low), float(high), original.n)
+    return Interval(new.ratio(top, bottom) - original.ratio(top, bottom), *limits(drawn, level), original.n)
+
+
+def limits(drawn: np.ndarray, level: float) -> tuple[float, float]:
+    """The percentile interval of resamples, those left out that say nothing; NaN where none says anything."""
+    known = drawn[~np.isnan(drawn)]
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def paired_share(gaps: np.ndarray, level: float = 0.95) -> Interval:
